@@ -1,0 +1,135 @@
+"""What an attention formula is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fhe import Ops
+from jaxgpt2.quantize import Bits, quantize
+
+
+class FormulaError(ValueError):
+    """An attention formula that does not exist, exists already, or does not do what is asked of it."""
+
+
+class HeadWeights(NamedTuple):
+    """One head's slice of a GPT-2 block, float64. C is the model's width, D its head_dim."""
+
+    query: np.ndarray  # (C, D)
+    query_bias: np.ndarray  # (D,)
+    key: np.ndarray  # (C, D)
+    key_bias: np.ndarray  # (D,)
+    value: np.ndarray  # (C, D)
+    value_bias: np.ndarray  # (D,)
+    output: np.ndarray  # (D, C): the head's rows of c_proj
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A head, or a whole attention block, in integers.
+
+    Args:
+        params: the program's pytree of integer arrays and tables: the server's secret, and all that it needs.
+        input_scale: real value of one step of the input, () or (C,): the client's.
+        decoding: what the program's `decode` needs to make reals of the decrypted integers: the client's.
+        bits: the widths it was made with.
+        max_tokens: longest text that the tables are made for.
+    """
+
+    params: Any
+    input_scale: np.ndarray
+    decoding: Any
+    bits: Bits
+    max_tokens: int
+
+
+jax.tree_util.register_dataclass(
+    Calibrated, data_fields=["params", "input_scale", "decoding"], meta_fields=["bits", "max_tokens"]
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """An integer function with what surrounds it on the client.
+
+    Args:
+        run: `run(ops, params, x)`: integers (T, C) to a tuple of integer arrays, causal: row i of every result
+            depends on rows 0 to i of x alone, so that a text may be padded at its end. Uses operators, methods and
+            `ops` (see `fhe.Ops`) only, and never asks which namespace it got.
+        calibrate: `calibrate(weights, inputs, bits, max_tokens)`: a Calibrated from float weights and calibration
+            inputs, a sequence of (T, C) float64 arrays of at most max_tokens rows, one for each passage. `weights`
+            is a HeadWeights for a head, a tuple of them for a block.
+        decode: `decode(decoding, outputs)`: the decrypted integers to reals, in JAX: the head's output (T, D), or
+            for a block what it adds to the residual stream less the bias of its projection, (T, C).
+    """
+
+    run: Callable[[Ops, Any, Any], tuple[Any, ...]]
+    calibrate: Callable[..., Calibrated]
+    decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An attention formula.
+
+    Args:
+        name: how users call it.
+        head: computes one head.
+        block: computes all heads of a layer and their output projection; None if the formula has no such program.
+        needs: what a backend must offer to run it (see `fhe.Backend.offers`).
+    """
+
+    name: str
+    head: Program
+    block: Program | None = None
+    needs: frozenset[str] = frozenset({"integers", "lookup"})
+
+
+_FORMULAS: dict[str, Formula] = {}
+
+
+def register(formula: Formula, *, replace: bool = False) -> None:
+    """Makes a formula available by its name, everywhere: command line, simulation, encryption.
+
+    Raises:
+        FormulaError: the name is taken, and `replace` is not set.
+    """
+    if formula.name in _FORMULAS and not replace:
+        raise FormulaError(f"attention formula {formula.name!r} exists already")
+    _FORMULAS[formula.name] = formula
+
+
+def formulas() -> tuple[str, ...]:
+    """Names of all registered formulas."""
+    return tuple(sorted(_FORMULAS))
+
+
+def get(name: str) -> Formula:
+    """The formula of that name.
+
+    Raises:
+        FormulaError: there is none.
+    """
+    if name not in _FORMULAS:
+        raise FormulaError(f"no attention formula {name!r}, there are: {', '.join(formulas())}")
+    return _FORMULAS[name]
+
+
+def quantize_input(calibrated: Calibrated, x: jax.Array) -> jax.Array:
+    """The input (..., C) as the integers that the client encrypts."""
+    return quantize(x, jnp.asarray(calibrated.input_scale, jnp.float32), calibrated.bits.inputs)
+
+
+def float_head(weights: HeadWeights, x: np.ndarray) -> np.ndarray:
+    """The head as GPT-2 defines it, in float64: (T, C) -> (T, D)."""
+    q, k, v = x @ weights.query + weights.query_bias, x @ weights.key + weights.key_bias, x @ weights.value
+    scores = q @ k.T / np.sqrt(q.shape[1])
+    scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True) @ (v + weights.value_bias)

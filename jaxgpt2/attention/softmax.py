@@ -1,0 +1,252 @@
+"""The attention of "Towards Encrypted Large Language Models with FHE" (Zama and Hugging Face, 2023), in integers.
+
+Every step of softmax(q k^T / sqrt(D)) v is done under encryption: row maximum, subtraction, exponential, sum,
+reciprocal, product. After each the result is requantized by a lookup. Nothing is shared or skipped: it is the
+yardstick that cheaper formulas are measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fhe import Ops, Table
+from fhe.clear import NumpyOps
+from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
+from jaxgpt2.quantize import (
+    Bits,
+    check_accumulator,
+    largest_level,
+    projection_bound,
+    quantize_weight,
+    scale_for,
+)
+
+# Accumulators of texts unlike the calibration's may be this many times as large before they saturate.
+HEADROOM = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Projection:
+    """x @ weight + bias, requantized. weight (C, D), bias (D,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    requantize: Table
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WeightsParams:
+    """From queries and keys to attention weights."""
+
+    scores: Table  # q k^T -> score level
+    exponential: Table  # row maximum - score level -> exp, unsigned
+    reciprocal: Table  # row sum of exponentials -> its reciprocal, unsigned
+    normalize: Table  # exponential * reciprocal -> attention weight, unsigned
+    lowest: int  # what a masked score is set to: no score level is below it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SoftmaxParams:
+    query: Projection
+    key: Projection
+    value: Projection
+    weights: WeightsParams
+    output: Table  # weights @ values -> output level
+
+
+class Scale(NamedTuple):
+    scale: np.ndarray  # (): real value of one step of an output
+
+
+def project(ops: Ops, projection: Projection, x: Any) -> Any:
+    """(T, C) -> (T, D)."""
+    return ops.lookup(projection.requantize, ops.matmul(x, projection.weight) + projection.bias)
+
+
+def attention_weights(ops: Ops, params: WeightsParams, q: Any, k: Any) -> Any:
+    """Queries and keys (T, D) -> attention weights (T, T), unsigned, zero where a query may not look."""
+    tokens = q.shape[0]
+    causal = np.tri(tokens, dtype=np.int64)  # 1 where a query may look
+    with ops.tag("scores"):
+        scores = ops.lookup(params.scores, ops.matmul(q, k.transpose()))
+    with ops.tag("softmax"):
+        scores = scores * causal + params.lowest * (1 - causal)
+        below = ops.max(scores, axis=1, keepdims=True) - scores  # 0 at the row's maximum
+        exponentials = ops.lookup(params.exponential, below) * causal
+        sums = exponentials.sum(axis=1).reshape((tokens, 1))
+        return ops.lookup(params.normalize, exponentials * ops.lookup(params.reciprocal, sums))
+
+
+def run_head(ops: Ops, params: SoftmaxParams, x: Any) -> tuple[Any]:
+    """(T, C) input integers -> output integers (T, D)."""
+    with ops.tag("query"):
+        q = project(ops, params.query, x)  # (T, D)
+    with ops.tag("key"):
+        k = project(ops, params.key, x)  # (T, D)
+    with ops.tag("value"):
+        v = project(ops, params.value, x)  # (T, D)
+    weights = attention_weights(ops, params.weights, q, k)  # (T, T)
+    with ops.tag("output"):
+        return (ops.lookup(params.output, ops.matmul(weights, v)),)  # (T, D)
+
+
+def requantization(stage: str, scale_in: float, scale_out: float, bits: int, seen: int, bound: int, lookup: int | None):
+    """The lookup that takes accumulators of one scale to levels of another.
+
+    Args:
+        seen: largest magnitude that calibration saw; the table covers HEADROOM times it.
+        bound: largest magnitude that is possible at all.
+        lookup: top bits that the lookup sees, None for all.
+    """
+    check_accumulator(stage, bound)
+    limit, reach = largest_level(bits), max(1, min(bound, HEADROOM * seen))
+    return symmetric_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), reach, lookup)
+
+
+def symmetric_table(function: Any, reach: int, lookup: int | None) -> Table:
+    """A table of `function` over -reach ... reach, of which it sees the top `lookup` bits."""
+    width = int(reach).bit_length() + 1  # with the sign
+    shift = 0 if lookup is None else max(0, width - lookup)
+    steps = -(-reach >> shift) if shift else reach
+    return Table.build(function, -steps, steps, shift)
+
+
+def unsigned_table(function: Any, reach: int, lookup: int | None) -> Table:
+    """A table of `function` over 0 ... reach, of which it sees the top `lookup` bits."""
+    shift = 0 if lookup is None else max(0, int(reach).bit_length() - lookup)
+    return Table.build(function, 0, -(-reach >> shift), shift)
+
+
+def calibrate_projection(
+    stage: str, weight: np.ndarray, bias: np.ndarray, x: np.ndarray, input_scale: float, bits: Bits
+) -> tuple[Projection, np.ndarray, float]:
+    """A projection of inputs x (N, C) in integers, its outputs (N, D), and the real value of one of their steps."""
+    integers, weight_scale = quantize_weight(weight, bits.weights)
+    scale = input_scale * weight_scale
+    integer_bias = np.rint(bias / scale).astype(np.int64)
+    sums = x @ integers + integer_bias
+    output_scale = scale_for(sums * scale, bits.activations)
+    bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
+    table = requantization(
+        stage, scale, output_scale, bits.activations, int(np.abs(sums).max()), bound, bits.lookup
+    )
+    return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), output_scale
+
+
+def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int) -> Calibrated:
+    """Scales by the largest magnitude that the calibration inputs reach at every stage."""
+    ops = NumpyOps()
+    levels = largest_level(bits.activations)
+    unsigned = 2**bits.activations - 1  # largest exponential, reciprocal and attention weight
+    head_dim = weights.query.shape[1]
+
+    x = np.concatenate(inputs)
+    input_scale = scale_for(x, bits.inputs)
+    x = np.rint(x / input_scale).astype(np.int64)
+    starts = np.cumsum([len(passage) for passage in inputs])[:-1]
+    query, q, query_scale = calibrate_projection(
+        "query", weights.query, weights.query_bias, x, input_scale, bits
+    )
+    key, k, key_scale = calibrate_projection("key", weights.key, weights.key_bias, x, input_scale, bits)
+    value, v, value_scale = calibrate_projection(
+        "value", weights.value, weights.value_bias, x, input_scale, bits
+    )
+    passages = list(zip(np.split(q, starts), np.split(k, starts), np.split(v, starts), strict=True))
+
+    products = [a @ b.T for a, b, _ in passages]  # (T, T) each
+    causal = np.concatenate([product[np.tri(len(product), dtype=bool)] for product in products])
+    product_scale = query_scale * key_scale / np.sqrt(head_dim)
+    score_scale = scale_for(causal * product_scale, bits.activations)
+    scores = requantization(
+        "scores",
+        product_scale,
+        score_scale,
+        bits.activations,
+        max(int(np.abs(product).max()) for product in products),
+        check_accumulator("scores", head_dim * levels**2),
+        bits.lookup,
+    )
+    exponential = unsigned_table(lambda below: unsigned * np.exp(-below * score_scale), 2 * levels, None)
+    # The row's maximum contributes `unsigned` to its sum, so that sum / unsigned is 1 to max_tokens.
+    largest_sum = check_accumulator("softmax", unsigned * max_tokens)
+    reciprocal = unsigned_table(
+        lambda total: np.rint(unsigned * unsigned / np.maximum(total, unsigned)), largest_sum, bits.lookup
+    )
+    normalize = unsigned_table(lambda product: product / unsigned, unsigned * unsigned, bits.lookup)
+
+    attention = WeightsParams(scores, exponential, reciprocal, normalize, -levels)
+    sums = np.concatenate([attention_weights(ops, attention, a, b) @ c for a, b, c in passages])
+    output_scale = scale_for(sums * (value_scale / unsigned), bits.activations)
+    output = requantization(
+        "output",
+        value_scale / unsigned,
+        output_scale,
+        bits.activations,
+        int(np.abs(sums).max()),
+        check_accumulator("output", unsigned * max_tokens * levels),
+        bits.lookup,
+    )
+    return Calibrated(
+        params=SoftmaxParams(query, key, value, attention, output),
+        input_scale=np.asarray(input_scale),
+        decoding=Scale(np.asarray(output_scale)),
+        bits=bits,
+        max_tokens=max_tokens,
+    )
+
+
+def decode(decoding: Scale, outputs: tuple[jax.Array, ...]) -> jax.Array:
+    """Output integers (..., T, D or C) to reals."""
+    return outputs[0].astype(jnp.float32) * jnp.asarray(decoding.scale, jnp.float32)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockParams:
+    heads: tuple[SoftmaxParams, ...]
+    projections: tuple[np.ndarray, ...]  # (D, C) a head
+
+
+def run_block(ops: Ops, params: BlockParams, x: Any) -> tuple[Any]:
+    """(T, C) input integers -> what the block adds to the residual stream, (T, C): the post's multi-head model."""
+    outputs = [run_head(ops, head, x)[0] for head in params.heads]
+    with ops.tag("projection"):
+        total = ops.matmul(outputs[0], params.projections[0])
+        for output, projection in zip(outputs[1:], params.projections[1:], strict=True):
+            total = total + ops.matmul(output, projection)
+    return (total,)
+
+
+def calibrate_block(
+    weights: Sequence[HeadWeights], inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int
+) -> Calibrated:
+    """Each head as alone; the scales of their outputs go into the projection, so that its sum has one scale."""
+    heads = [calibrate_head(head, inputs, bits, max_tokens) for head in weights]
+    projections = [head.output * calibrated.decoding.scale for head, calibrated in zip(weights, heads, strict=True)]
+    scale = scale_for(np.concatenate(projections), bits.weights)
+    integers = tuple(np.rint(projection / scale).astype(np.int64) for projection in projections)
+    largest = largest_level(bits.activations)
+    check_accumulator("projection", sum(int(np.abs(integer).sum(axis=0).max()) * largest for integer in integers))
+    return Calibrated(
+        params=BlockParams(tuple(head.params for head in heads), integers),
+        input_scale=heads[0].input_scale,
+        decoding=Scale(np.asarray(scale)),
+        bits=bits,
+        max_tokens=max_tokens,
+    )
+
+
+SOFTMAX = Formula(
+    "softmax",
+    head=Program(run_head, calibrate_head, decode),
+    block=Program(run_block, calibrate_block, decode),
+)

@@ -1,0 +1,74 @@
+"""Choosing tokens: greedy, or drawn from the model's distribution with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+NextLogits = Callable[[list[int]], np.ndarray]  # all tokens so far -> logits (V,) of the next one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0 is greedy (the most likely token, the first of equals).
+        top_k: only the k most likely tokens; None for all.
+        top_p: only the smallest set of most likely tokens whose probabilities reach p ("nucleus", Holtzman et al.,
+            2019); None for all. Applied after top_k.
+        seed: of the random draws; the same seed gives the same text.
+
+    Raises:
+        ValueError: a negative temperature, a top_k below 1, a top_p outside (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+GREEDY = Sampling()
+
+
+def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    """The next token, given its logits (V,)."""
+    if sampling.temperature == 0:
+        return int(np.argmax(logits))
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k]  # most likely first
+    scaled = logits[order].astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled - scaled[0])
+    probabilities /= probabilities.sum()
+    if sampling.top_p is not None:
+        kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
+        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return int(random.choice(order, p=probabilities))
+
+
+def generate_tokens(
+    next_logits: NextLogits,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    end_of_text: int | None = None,
+) -> Iterator[int]:
+    """Yields new tokens as they are chosen; stops after `max_new_tokens`, or before the end-of-text token."""
+    random = np.random.default_rng(sampling.seed)
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        token = choose(next_logits(tokens), sampling, random)
+        if token == end_of_text:
+            return
+        tokens.append(token)
+        yield token

@@ -1,0 +1,133 @@
+"""GPT-2 for users: weights, tokenizer, logits and text."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+import weights
+from jaxgpt2.config import ConfigError, GPT2Config
+from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens
+from jaxgpt2.model import Cache, Transformer
+from jaxgpt2.parameters import assemble, parameter_shapes
+from jaxgpt2.tokenizer import load_tokenizer
+
+
+class PromptError(ValueError):
+    """Text that the model cannot take: nothing at all, or more than fits its context."""
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(tokens)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _extend(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, cache: Cache, count: jax.Array):
+    return nnx.merge(graph, state).extend(tokens, cache, count)
+
+
+def _padded_length(count: int, limit: int) -> int:
+    """The next power of two, so that few lengths are compiled."""
+    return min(limit, 1 << (count - 1).bit_length())
+
+
+class GPT2:
+    """A GPT-2 with its tokenizer.
+
+    Args:
+        config: sizes.
+        model: the network; its parameters are read once, here.
+        tokenizer: text to ids and back.
+    """
+
+    def __init__(self, config: GPT2Config, model: Transformer, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.graph, self.state = nnx.split(model)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] = "tiny") -> GPT2:
+        """Loads `tiny` (bundled), a directory in Hugging Face's format, or a model of the Hub by its id.
+
+        Raises:
+            weights.CheckpointError, ConfigError, TokenizerError: one line that says what is wrong, and where.
+        """
+        directory = weights.locate(name)
+        try:
+            config = GPT2Config.from_dict(weights.load_config(directory))
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+        tokenizer = load_tokenizer(directory, config.vocab_size)
+        tensors = weights.load_tensors(directory, parameter_shapes(config))
+        model = assemble(config, {name: jnp.asarray(tensor) for name, tensor in tensors.items()})
+        return cls(config, model, tokenizer)
+
+    @property
+    def model(self) -> Transformer:
+        return nnx.merge(self.graph, self.state)
+
+    def __call__(self, input_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
+        """Logits (B, T, vocab_size) for token ids (B, T)."""
+        ids = jnp.asarray(input_ids)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.n_positions:
+            raise PromptError(
+                f"wanted token ids of shape (batch, 1 to {self.config.n_positions} tokens), got shape {ids.shape}"
+            )
+        return _logits(self.graph, self.state, ids)
+
+    def encode(self, text: str, room: int = 0) -> list[int]:
+        """Token ids of a text that leaves `room` tokens of the context free.
+
+        Raises:
+            PromptError: an empty text, or one that does not fit.
+        """
+        tokens = self.tokenizer.encode(text).ids
+        if not tokens:
+            raise PromptError("the prompt is empty: give at least one character")
+        if len(tokens) + room > self.config.n_positions:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens and {room} more are asked for, but the model's context is "
+                f"{self.config.n_positions}: shorten one of them"
+            )
+        return tokens
+
+    def cached_logits(self, size: int) -> NextLogits:
+        """A function from all tokens so far to the next token's logits that reads each token once.
+
+        Args:
+            size: most tokens that will ever be read.
+        """
+        # Room for padding too: the prompt is read in one padded piece.
+        size = _padded_length(size, self.config.n_positions)
+        cache = self.model.empty_cache(1, size)
+        read = 0
+
+        def next_logits(tokens: list[int]) -> np.ndarray:
+            nonlocal cache, read
+            new = tokens[read:]
+            padded = np.zeros((1, _padded_length(len(new), size - read)), np.int32)
+            padded[0, : len(new)] = new
+            logits, cache = _extend(self.graph, self.state, padded, cache, len(new))
+            read = len(tokens)
+            return np.asarray(logits[0])
+
+        return next_logits
+
+    def generate(
+        self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """Yields the tokens that continue a prompt, one by one; `text` makes text of them."""
+        tokens = self.encode(prompt, room=max_new_tokens)
+        logits = self.cached_logits(len(tokens) + max_new_tokens)
+        return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
