@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxgpt2.errors import InputError
+
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 
 # Settings of Hugging Face's GPT-2 that change the arithmetic and that no published GPT-2 uses: refused, not ignored.
@@ -17,7 +19,7 @@ _ONLY_SUPPORTED = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that is not a GPT-2 this package can run."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxgpt2.errors import InputError
+
 NextLogits = Callable[[list[int]], np.ndarray]  # all tokens so far -> logits (V,) of the next one
 
 
@@ -22,7 +24,7 @@ class Sampling:
         seed: of the random draws; the same seed gives the same text.
 
     Raises:
-        ValueError: a negative temperature, a top_k below 1, a top_p outside (0, 1].
+        InputError: a negative temperature, a top_k below 1, a top_p outside (0, 1].
     """
 
     temperature: float = 0.0
@@ -32,11 +34,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+            raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+            raise InputError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
 
 GREEDY = Sampling()

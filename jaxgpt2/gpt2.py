@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 import weights
 from jaxgpt2.config import ConfigError, GPT2Config
+from jaxgpt2.errors import InputError
 from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens
 from jaxgpt2.model import Cache, Transformer
 from jaxgpt2.parameters import assemble, parameter_shapes
 from jaxgpt2.tokenizer import load_tokenizer
 
 
-class PromptError(ValueError):
+class PromptError(InputError):
     """Text that the model cannot take: nothing at all, or more than fits its context."""
 
 
@@ -128,6 +130,14 @@ class GPT2:
         tokens = self.encode(prompt, room=max_new_tokens)
         logits = self.cached_logits(len(tokens) + max_new_tokens)
         return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes tokens one by one and gives the text that each completes.
+
+        A character may need several tokens; it comes with its last.
+        """
+        decoder = DecodeStream(skip_special_tokens=False)
+        return lambda token: decoder.step(self.tokenizer, token) or ""
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False)

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt2.errors import InputError
+
 INT32_MAX = 2**31 - 1
 
 
-class CalibrationError(ValueError):
+class CalibrationError(InputError):
     """Calibration that cannot give a correct integer head; the message says which stage, and the numbers."""
 
 
@@ -31,7 +33,7 @@ class Bits:
             every lookup see all of its accumulator.
 
     Raises:
-        ValueError: a width outside 2 to 12 (lookup: 2 to 16).
+        InputError: a width outside 2 to 12 (lookup: 2 to 16).
     """
 
     inputs: int
@@ -45,7 +47,7 @@ class Bits:
             if name == "lookup" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= largest:
-                raise ValueError(f"bits of {name} must be a whole number from 2 to {largest}, got {value!r}")
+                raise InputError(f"bits of {name} must be a whole number from 2 to {largest}, got {value!r}")
 
     @classmethod
     def of(cls, n_bits: int, lookup: int | None = None) -> Bits:

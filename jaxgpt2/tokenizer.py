@@ -6,10 +6,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jaxgpt2.errors import InputError
+
 END_OF_TEXT = "<|endoftext|>"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A tokenizer that is missing, damaged, or not the one that a checkpoint was trained with."""
 
 

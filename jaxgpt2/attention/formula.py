@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fhe import Ops
+from jaxgpt2.errors import InputError
 from jaxgpt2.quantize import Bits, quantize
 
 
-class FormulaError(ValueError):
+class FormulaError(InputError):
     """An attention formula that does not exist, exists already, or does not do what is asked of it."""
 
 

@@ -1,0 +1,65 @@
+"""Run integer functions on encrypted data: one interface, several engines. See `fhe.backend`.
+
+Importing this package imports no library of encryption; `get_backend(name)` does.
+"""
+
+from .backend import (
+    MILLISECONDS_PER_LOOKUP,
+    Backend,
+    Circuit,
+    IntegerFunction,
+    Keys,
+    Ops,
+    Report,
+    Settings,
+    Table,
+    backends,
+    get_backend,
+    register_backend,
+)
+from .cache import cached_keys, compile_cached
+from .clear import NumpyOps
+from .errors import BackendUnavailable, CircuitFormatError, CompilationError, FHEError, KeyMismatch
+
+__all__ = [
+    "MILLISECONDS_PER_LOOKUP",
+    "Backend",
+    "BackendUnavailable",
+    "Circuit",
+    "CircuitFormatError",
+    "CompilationError",
+    "FHEError",
+    "IntegerFunction",
+    "KeyMismatch",
+    "Keys",
+    "NumpyOps",
+    "Ops",
+    "Report",
+    "Settings",
+    "Table",
+    "backends",
+    "cached_keys",
+    "compile_cached",
+    "get_backend",
+    "register_backend",
+]
+
+
+def _clear() -> Backend:
+    from .clear import ClearBackend
+
+    return ClearBackend()
+
+
+def _concrete() -> Backend:
+    try:
+        from .concrete import ConcreteBackend
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the backend 'concrete' needs concrete-python ({error}); install it with: pip install jaxgpt2[fhe]"
+        ) from error
+    return ConcreteBackend()
+
+
+register_backend("clear", _clear)
+register_backend("concrete", _concrete)

@@ -1,0 +1,320 @@
+"""The interface between an integer function and the engines that run it on encrypted data.
+
+An integer function is written once:
+
+    function(ops, params, *inputs) -> tuple of integer arrays
+
+`ops` (an `Ops`) holds the few operations that engines do differently, `params` are clear numbers known when the
+circuit is compiled, `inputs` are what a client encrypts. A `Backend` turns such a function into a `Circuit`; a
+`Circuit` makes `Keys` and takes ciphertexts from client to server and back, as bytes. A backend says in `offers`
+what it can do, so that an engine without integers or lookups fits the same interface.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+Rounding = Literal["exact", "approximate", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """An integer function of one integer: `values[clip(((x + half) >> shift) - low, 0, n - 1)]`.
+
+    `half` is 2**(shift - 1), or 0 where shift is 0: round half up, then saturate at the ends. Every namespace and
+    every backend gives exactly this integer (a backend that rounds approximately says so in its report).
+
+    values: integer array (n,), the results; low: the rounded input of the first entry; shift: how many low bits are
+    rounded away before the lookup.
+    """
+
+    values: Any
+    low: int = 0
+    shift: int = 0
+
+    @classmethod
+    def build(cls, function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int = 0) -> "Table":
+        """Tabulate a float function at the rounded inputs low..high (both included).
+
+        `function` gets the input values `arange(low, high + 1) << shift` as float64 and gives as many float64
+        results, which are rounded half to even (`np.rint`) and stored as int32.
+
+        Raises ValueError for an empty range, a negative shift, or a result that is not finite or exceeds int32.
+        """
+        if high < low or shift < 0:
+            raise ValueError(f"a table needs low <= high and shift >= 0; got low {low}, high {high}, shift {shift}")
+        inputs = np.arange(low, high + 1, dtype=np.int64) << shift
+        results = np.asarray(function(inputs.astype(np.float64)), np.float64)
+        if results.shape != inputs.shape:
+            raise ValueError(f"a table function must keep the shape: gave {results.shape} for {inputs.shape}")
+        rounded = np.rint(results)
+        limit = np.iinfo(np.int32)
+        bad = ~np.isfinite(rounded) | (rounded < limit.min) | (rounded > limit.max)
+        if bad.any():
+            first = int(np.argmax(bad))
+            raise ValueError(f"the table of input {inputs[first]} is {results[first]}, which is not an int32")
+        return cls(rounded.astype(np.int32), int(low), int(shift))
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """Look up integers of any shape, in NumPy; int64 of the same shape."""
+        values = np.asarray(self.values, np.int64)
+        half = (1 << self.shift) >> 1
+        index = ((np.asarray(x, np.int64) + half) >> self.shift) - self.low
+        return values[np.clip(index, 0, len(values) - 1)]
+
+
+class Ops(Protocol):
+    """The operations handed to an integer function.
+
+    Its arrays also take + - * (with arrays and numbers, clear or encrypted), slicing, `.shape`, `.sum(axis,
+    keepdims)`, `.reshape(shape)` and `.transpose(axes)`.
+    """
+
+    def lookup(self, table: Table, x: Any) -> Any:
+        """The table at every element of x; same shape."""
+        ...
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        """(..., m, k) @ (..., k, n) -> (..., m, n); either or both may be encrypted."""
+        ...
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        """The largest element along an axis."""
+        ...
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        """Arrays joined along an existing axis."""
+        ...
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        """Names the stage that the operations inside belong to, for the cost report."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be chosen when a function is compiled.
+
+    p_error: probability that one lookup gives a wrong result.
+    rounding: how a Table's shift is done under encryption.
+        "exact": one more small lookup per removed bit; the same integers as everywhere else.
+        "approximate": free, but an input near a rounding boundary may land on the neighbouring entry.
+        "none": the lookup is as wide as its input; the same integers, dear beyond 8 bits, impossible beyond 16.
+    """
+
+    p_error: float = 1e-5
+    rounding: Rounding = "exact"
+
+    def __post_init__(self):
+        if not 0 < self.p_error < 1:
+            raise ValueError(f"p_error must lie between 0 and 1, not {self.p_error}")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, not {self.rounding!r}")
+
+
+# Milliseconds per lookup by input bits: 64 lookups at a time on 2 cores of an AMD EPYC (Zen 4), concrete-python
+# 2.11.0, 128-bit security, p_error 1e-5. Beyond the table every bit costs as much more as the last one did.
+MILLISECONDS_PER_LOOKUP = {1: 6.0, 2: 6.0, 3: 5.9, 4: 7.8, 5: 11.7, 6: 20.9, 7: 47.0, 8: 112.0}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a circuit costs. Sizes are in bytes; 0 or None where a backend cannot know.
+
+    pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups.
+    max_bit_width: bits of the widest lookup input; max_integer_bits: of the widest integer anywhere.
+    evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
+    (what a client sends).
+    noise: in words, how a decrypted result may differ from the integers; empty if only by p_error.
+    """
+
+    backend: str
+    versions: dict[str, str]
+    p_error: float
+    rounding: str
+    pbs_count: int
+    max_bit_width: int
+    max_integer_bits: int
+    pbs_by_stage: dict[str, dict[int, int]]
+    noise: str = ""
+    complexity: float = 0.0
+    global_p_error: float | None = None
+    evaluation_key_bytes: int = 0
+    evaluation_key_source: str = "compiler"
+    secret_key_bytes: int = 0
+    input_ciphertext_bytes: int = 0
+    output_ciphertext_bytes: int = 0
+    compile_seconds: float = 0.0
+
+    @property
+    def pbs_by_bit_width(self) -> dict[int, int]:
+        """{input bits: lookups} over all stages."""
+        totals: dict[int, int] = {}
+        for widths in self.pbs_by_stage.values():
+            for bits, count in widths.items():
+                totals[bits] = totals.get(bits, 0) + count
+        return dict(sorted(totals.items()))
+
+    @property
+    def estimated_run_seconds(self) -> float:
+        """Seconds of one encrypted run on the machine of MILLISECONDS_PER_LOOKUP: its order of magnitude elsewhere."""
+        widest = max(MILLISECONDS_PER_LOOKUP)
+        growth = MILLISECONDS_PER_LOOKUP[widest] / MILLISECONDS_PER_LOOKUP[widest - 1]
+        return sum(
+            count * MILLISECONDS_PER_LOOKUP[min(max(bits, 1), widest)] * growth ** max(0, bits - widest) / 1000
+            for bits, count in self.pbs_by_bit_width.items()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes; bit widths become strings."""
+        data = asdict(self)
+        data["pbs_by_stage"] = {
+            stage: {str(bits): count for bits, count in sorted(widths.items())}
+            for stage, widths in self.pbs_by_stage.items()
+        }
+        data["pbs_by_bit_width"] = {str(bits): count for bits, count in self.pbs_by_bit_width.items()}
+        data["estimated_run_seconds"] = self.estimated_run_seconds
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Report":
+        """The report that `to_json` wrote."""
+        data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
+        data["pbs_by_stage"] = {
+            stage: {int(bits): count for bits, count in widths.items()}
+            for stage, widths in data["pbs_by_stage"].items()
+        }
+        return cls(**data)
+
+
+class Keys(Protocol):
+    """A client's keys for one circuit."""
+
+    @property
+    def evaluation(self) -> bytes:
+        """What the server needs to compute; it cannot decrypt with it."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write all keys, the secret ones too, to a file only its owner can read (mode 0600)."""
+        ...
+
+
+class Circuit(Protocol):
+    """A compiled function. Everything between client and server is bytes.
+
+    Methods raise KeyMismatch where keys, ciphertexts and circuit do not belong together, CircuitFormatError for
+    damaged bytes or files, ValueError for inputs of another shape or range than the input set's.
+    """
+
+    @property
+    def id(self) -> str:
+        """Names the circuit: equal for a circuit and its saved copy, different for any other."""
+        ...
+
+    @property
+    def report(self) -> Report: ...
+
+    def simulate(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The backend's own simulation on clear integers; int64 results."""
+        ...
+
+    def make_keys(self, seed: int | None = None) -> Keys:
+        """New keys; a seed makes them repeatable, hence insecure: for tests only."""
+        ...
+
+    def load_keys(self, path: str | Path) -> Keys: ...
+
+    def encrypt(self, keys: Keys, *inputs: np.ndarray) -> bytes: ...
+
+    def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
+        """The server's part: compute on ciphertexts."""
+        ...
+
+    def decrypt(self, keys: Keys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
+        """The results as int64 arrays."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Write the circuit to a directory that `Backend.load` reads; made if missing."""
+        ...
+
+
+IntegerFunction = Callable[..., tuple[Any, ...]]
+
+
+class Backend(Protocol):
+    """An engine. `offers` says what its circuits can do; an integer function needs "integers" and "lookup".
+
+    "integers": results are integers; "lookup": any function of one integer; "exact": results equal NumPy's, up to
+    p_error; "encrypted": the server learns nothing.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def offers(self) -> frozenset[str]: ...
+
+    def version(self) -> str:
+        """Of the library beneath, for reports and caches."""
+        ...
+
+    def compile(
+        self, function: IntegerFunction, params: Any, inputset: Iterable[tuple[np.ndarray, ...]], settings: Settings
+    ) -> Circuit:
+        """Compile function(ops, params, *inputs).
+
+        params: whatever the function takes, with NumPy arrays as leaves. inputset: tuples of int64 arrays, the same
+        shapes throughout. The widths of all integers follow from it, so it must reach the extremes that the circuit
+        will meet: beyond them an encrypted result is undefined.
+
+        Raises CompilationError, or ValueError for an empty or uneven input set.
+        """
+        ...
+
+    def load(self, directory: str | Path) -> Circuit:
+        """A saved circuit. Raises CircuitFormatError. A circuit holds code: load only what you trust."""
+        ...
+
+
+def check_inputset(inputset: Iterable[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
+    """The input set as a list of tuples of int64 arrays; ValueError if empty or of uneven shapes."""
+    samples = [tuple(np.asarray(value, np.int64) for value in sample) for sample in inputset]
+    if not samples:
+        raise ValueError("the input set is empty: a circuit's bit widths are taken from it")
+    shapes = {tuple(value.shape for value in sample) for sample in samples}
+    if len(shapes) != 1:
+        raise ValueError(f"the input set mixes shapes: {sorted(shapes)}")
+    return samples
+
+
+@dataclass
+class _Registry:
+    factories: dict[str, Callable[[], Backend]] = field(default_factory=dict)
+
+
+_registry = _Registry()
+
+
+def register_backend(name: str, factory: Callable[[], Backend], replace: bool = False) -> None:
+    """Make `get_backend(name)` give `factory()`. ValueError if the name is taken, unless replace."""
+    if name in _registry.factories and not replace:
+        raise ValueError(f"a backend named {name!r} exists already; pass replace=True to replace it")
+    _registry.factories[name] = factory
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of a name. ValueError if unknown, BackendUnavailable if its library is not installed."""
+    if name not in _registry.factories:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(backends())}")
+    return _registry.factories[name]()
+
+
+def backends() -> tuple[str, ...]:
+    """The names of all registered backends, installed or not."""
+    return tuple(sorted(_registry.factories))

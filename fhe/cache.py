@@ -1,0 +1,133 @@
+"""Circuits and keys on disk, so that the second run makes neither again."""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backend import Backend, Circuit, IntegerFunction, Keys, Settings, check_inputset
+from .errors import CircuitFormatError, KeyMismatch
+
+logger = logging.getLogger(__name__)
+
+
+def compile_cached(
+    backend: Backend,
+    function: IntegerFunction,
+    params: Any,
+    inputset: Iterable[tuple[np.ndarray, ...]],
+    settings: Settings,
+    directory: str | Path,
+) -> Circuit:
+    """`backend.compile`, or the circuit that it made of exactly the same things before.
+
+    directory: holds one directory per circuit, named by a SHA-256 of the backend and its version, the function's
+    module and everything it closes over, this package, params, input set and settings. An entry appears whole or
+    not at all; a damaged one is made again, with a warning in the log.
+
+    Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
+    """
+    samples = check_inputset(inputset)
+    entry = Path(directory) / fingerprint(backend, function, params, samples, settings)
+    if entry.exists():
+        try:
+            return backend.load(entry)
+        except CircuitFormatError as error:
+            logger.warning("compiling again: %s", error)
+            shutil.rmtree(entry)
+    circuit = backend.compile(function, params, samples, settings)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
+    try:
+        circuit.save(temporary)
+        os.replace(temporary, entry)
+    except OSError:
+        if not entry.exists():  # else another process was faster, and its entry is as good
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return circuit
+
+
+def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
+    """The circuit's keys from a directory of mode 0700; made and saved there if missing or unusable.
+
+    They are secret: whoever reads them reads what they encrypted.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.chmod(0o700)
+    path = directory / f"{circuit.id}.keys"
+    if path.exists():
+        try:
+            return circuit.load_keys(path)
+        except (CircuitFormatError, KeyMismatch) as error:
+            logger.warning("making new keys: %s", error)
+    keys = circuit.make_keys()
+    keys.save(path)
+    return keys
+
+
+def fingerprint(
+    backend: Backend,
+    function: IntegerFunction,
+    params: Any,
+    samples: list[tuple[np.ndarray, ...]],
+    settings: Settings,
+) -> str:
+    """SHA-256 of everything that a circuit is made from."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return _hash((backend.name, backend.version(), sources, function, params, samples, settings))
+
+
+def _hash(value: Any) -> str:
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Feed a value into a digest, with its type and size, so that no two values read alike."""
+    digest.update(f"{type(value).__module__}.{type(value).__qualname__}:".encode())
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        data = repr(value).encode()
+        digest.update(f"{len(data)}:".encode() + data)
+    elif isinstance(value, enum.Enum):
+        _update(digest, value.name)
+    elif isinstance(value, tuple | list):
+        digest.update(f"{len(value)}:".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, dict):
+        _update(digest, sorted(value))
+        for key in sorted(value):
+            _update(digest, value[key])
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _update(digest, field.name)
+            _update(digest, getattr(value, field.name))
+    elif hasattr(value, "__array__"):
+        array = np.ascontiguousarray(value)
+        if array.dtype.hasobject:
+            raise TypeError("an array of Python objects cannot be hashed")
+        digest.update(f"{array.dtype.str}{array.shape}:".encode() + array.tobytes())
+    elif isinstance(value, functools.partial):
+        _update(digest, (value.func, value.args, value.keywords))
+    elif inspect.isfunction(value):
+        module = inspect.getmodule(value)
+        source = inspect.getsource(module if module is not None else value)
+        _update(digest, (value.__module__, value.__qualname__, source, value.__defaults__, value.__kwdefaults__))
+        for cell in value.__closure__ or ():
+            _update(digest, cell.cell_contents)
+    else:
+        raise TypeError(f"cannot hash a {type(value).__qualname__} for the cache of circuits")

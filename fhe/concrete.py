@@ -1,0 +1,356 @@
+"""The Concrete backend: TFHE through Zama's `concrete-python`. The only file that imports it.
+
+Three things it does for every function, so that formulas need not know them:
+
+- A lookup is laid out for the range its input was seen to have, from its least value on and unsigned, so that a
+  range such as -15..0 costs 4 bits and not 5, and neither rounding nor its noise can leave the table.
+- max(a, b) is b + relu(a - b): one lookup per comparison, whatever the width.
+- Results are int64 arrays in a tuple, also where Concrete gives a bare number.
+
+Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+import secrets
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from concrete import fhe
+from concrete.fhe.extensions.tag import tag_context
+from concrete.fhe.tracing import Tracer
+
+from . import wire
+from .backend import IntegerFunction, Report, Settings, Table, check_inputset
+from .clear import UNTAGGED, Site, lookup_slots, maximum_by_lookups, observe, signed_bits
+from .errors import CircuitFormatError, CompilationError, KeyMismatch
+
+MAX_LOOKUP_BITS = 16  # of a Concrete lookup's input
+FORMAT = 1
+NOISE = {
+    "approximate": "a lookup whose input lies near a rounding boundary may give the neighbouring entry of its table",
+    "exact": "",
+    "none": "",
+}
+_compiling = threading.Lock()  # Concrete traces through global state
+
+
+class ConcreteOps:
+    """`Ops` on Concrete's tracer. `sites` are the lookups and products of the function, as `clear.observe` saw them."""
+
+    def __init__(self, sites: list[Site], rounding: str):
+        self._lookups = iter([site for site in sites if site.kind == "lookup"])
+        self._rounding = rounding
+
+    def lookup(self, table: Table, x: Any) -> Any:
+        return self.univariate(table, int(table.shift), x)
+
+    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+        """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
+        if not isinstance(x, Tracer):
+            return function(x)
+        site = next(self._lookups)
+        if self._rounding == "none":
+            shift = 0
+        first, bits = lookup_slots(site.low, site.high, shift, self._rounding)
+        if bits > MAX_LOOKUP_BITS:
+            raise CompilationError(
+                f"stage {site.stage}: a lookup on {bits} bits, and Concrete's limit is {MAX_LOOKUP_BITS}: use fewer bits"
+                " for inputs or weights, or round more of them away"
+            )
+        origin = first << shift
+        x = x - origin if origin else x
+        fhe.hint(x, bit_width=bits + shift)
+        if shift:
+            approximate = self._rounding == "approximate"
+            exactness = fhe.Exactness.APPROXIMATE if approximate else fhe.Exactness.EXACT
+            # The layout has room for rounding up; Concrete's protection against overflow would cost a bit or a lookup.
+            x = fhe.round_bit_pattern(x, shift, overflow_protection=False, exactness=exactness)
+        return fhe.univariate(lambda value: function(value + origin))(x)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return np.matmul(a, b)
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        return maximum_by_lookups(self, x, axis, keepdims)
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        return np.concatenate(tuple(arrays), axis=axis)
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        return fhe.tag(name)
+
+
+def _sum(x: Tracer, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tracer:
+    return np.sum(x, axis=axis, keepdims=keepdims)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+# Concrete traces np.sum(x) but, unlike every other array type, has no x.sum().
+if not hasattr(Tracer, "sum"):
+    Tracer.sum = _sum  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass(frozen=True)
+class ConcreteKeys:
+    """A client's keys. `keys` holds the secret ones; `evaluation` is for the server and cannot decrypt."""
+
+    circuit: str
+    id: str
+    keys: fhe.Keys
+    evaluation: bytes
+
+    def save(self, path: str | Path) -> None:
+        wire.write_private(path, wire.pack("keys", self.circuit, self.id, [self.keys.serialize()]))
+
+
+class ConcreteCircuit:
+    """A compiled function: client and server in one object that keeps their data apart (see `fhe.Circuit`)."""
+
+    def __init__(self, server: fhe.Server, mlir: str, configuration: fhe.Configuration, report: Report):
+        self.report = report
+        self._server = server
+        self._specs = server.client_specs
+        self._mlir = mlir
+        self._configuration = configuration
+        self._simulator: tuple[fhe.Server, fhe.Client] | None = None
+        self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
+        self.id = hashlib.sha256(self._specs.serialize() + mlir.encode()).hexdigest()
+        weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
+
+    def simulate(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
+            server = fhe.Server.create(self._mlir, self._configuration, is_simulated=True)
+            weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
+            self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
+        server, client = self._simulator
+        values = client.simulate_encrypt(*map(np.asarray, inputs))
+        return _as_tuple(client.simulate_decrypt(server.run(*_as_values(values))))
+
+    def make_keys(self, seed: int | None = None) -> ConcreteKeys:
+        # Concrete takes seed 0 where it is given none; all 128 bits are drawn here, from the operating system.
+        secret, encryption = (secrets.randbits(128), secrets.randbits(128)) if seed is None else (seed, seed + 1)
+        keys = fhe.Keys(self._specs)
+        keys.generate(secret_seed=secret, encryption_seed=encryption)
+        return self._with_evaluation(keys, secrets.token_hex(16))
+
+    def load_keys(self, path: str | Path) -> ConcreteKeys:
+        key_id, (data,) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
+
+    def encrypt(self, keys: ConcreteKeys, *inputs: np.ndarray) -> bytes:
+        values = _as_values(self._client(keys).encrypt(*(np.asarray(value, np.int64) for value in inputs)))
+        return wire.pack("ciphertexts", self.id, keys.id, [value.serialize() for value in values])
+
+    def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
+        if self._server_keys is None or self._server_keys[0] is not evaluation_keys:
+            key_id, (data,) = wire.unpack(evaluation_keys, "evaluation keys", self.id)
+            self._server_keys = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
+        _, server_keys, key_id = self._server_keys
+        _, parts = wire.unpack(ciphertexts, "ciphertexts", self.id, key_id)
+        results = self._server.run(*(fhe.Value.deserialize(part) for part in parts), evaluation_keys=server_keys)
+        return wire.pack("results", self.id, key_id, [value.serialize() for value in _as_values(results)])
+
+    def decrypt(self, keys: ConcreteKeys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
+        client = self._client(keys)
+        _, parts = wire.unpack(ciphertexts, "results", self.id, keys.id)
+        return _as_tuple(client.decrypt(*(fhe.Value.deserialize(part) for part in parts)))
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._server.save(directory / "server.zip")
+        (directory / "circuit.mlir").write_text(self._mlir)
+        (directory / "client.json").write_bytes(self._specs.serialize())
+        files = {name: _digest(directory / name) for name in ("server.zip", "circuit.mlir", "client.json")}
+        settings = {"p_error": self.report.p_error, "rounding": self.report.rounding}
+        content = {"format": FORMAT, "id": self.id, "settings": settings, "report": self.report.to_json()}
+        (directory / "circuit.json").write_text(json.dumps(content | {"files": files}, indent=1))
+
+    def _client(self, keys: ConcreteKeys) -> fhe.Client:
+        if keys.circuit != self.id:
+            raise KeyMismatch(f"the keys belong to circuit {keys.circuit[:12]}, not to this one, {self.id[:12]}")
+        client = fhe.Client(self._specs)
+        client.keys = keys.keys
+        return client
+
+    def _with_evaluation(self, keys: fhe.Keys, key_id: str) -> ConcreteKeys:
+        evaluation = wire.pack("evaluation keys", self.id, key_id, [keys.evaluation.serialize()])
+        self.report = replace(self.report, evaluation_key_bytes=len(evaluation), evaluation_key_source="serialized")
+        return ConcreteKeys(self.id, key_id, keys, evaluation)
+
+
+class ConcreteBackend:
+    """TFHE: small integers, exact lookups, each at a price that doubles with every bit."""
+
+    name = "concrete"
+    offers = frozenset({"integers", "lookup", "exact", "encrypted"})
+
+    def version(self) -> str:
+        return f"concrete-python {version('concrete-python')}"
+
+    def compile(
+        self, function: IntegerFunction, params: Any, inputset: Iterable[tuple[np.ndarray, ...]], settings: Settings
+    ) -> ConcreteCircuit:
+        start = time.perf_counter()
+        samples = check_inputset(inputset)
+        observer = observe(function, params, samples)
+        configuration = _configuration(settings)
+        names = [f"input{i}" for i in range(len(samples[0]))]
+
+        def circuit(**inputs: Any) -> Any:
+            ops = ConcreteOps(observer.sites, settings.rounding)
+            return tuple(function(ops, params, *(inputs[name] for name in names)))
+
+        # Concrete asks the signature for the names of the inputs.
+        circuit.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        with _compiling:
+            # Concrete makes its stack of tags for the thread that imported it, and for no other.
+            tag_context.stack = []
+            try:
+                compiler = fhe.Compiler(circuit, dict.fromkeys(names, "encrypted"))
+                compiled = compiler.compile(samples, configuration)
+            except CompilationError:
+                raise
+            except RuntimeError as error:
+                raise CompilationError(_explain(error, observer.sites, settings)) from error
+            finally:
+                Tracer._is_tracing = False  # stays set when a trace fails
+        report = _report(compiled, settings, observer.largest, time.perf_counter() - start)
+        return ConcreteCircuit(compiled.server, compiled.mlir, configuration, report)
+
+    def load(self, directory: str | Path) -> ConcreteCircuit:
+        directory = Path(directory)
+        try:
+            content = json.loads(wire.read_file(directory / "circuit.json", "circuit"))
+            if content["format"] != FORMAT:
+                raise CircuitFormatError(f"the circuit in {directory} has format {content['format']}, not {FORMAT}")
+            damaged = [name for name, digest in content["files"].items() if _digest(directory / name) != digest]
+            if damaged:
+                raise CircuitFormatError(f"the circuit in {directory} is damaged: {', '.join(damaged)}")
+            mlir = (directory / "circuit.mlir").read_text()
+            report = Report.from_json(content["report"])
+            settings = Settings(**content["settings"])
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
+        return ConcreteCircuit(fhe.Server.load(directory / "server.zip"), mlir, _configuration(settings), report)
+
+
+def _configuration(settings: Settings) -> fhe.Configuration:
+    return fhe.Configuration(
+        p_error=settings.p_error,
+        compress_evaluation_keys=True,
+        compress_input_ciphertexts=True,
+        dump_artifacts_on_unexpected_failures=False,
+        # A lookup is paid by the width of its own input, not of what that is added to.
+        optimize_tlu_based_on_original_bit_width=True,
+    )
+
+
+def _report(compiled: fhe.Circuit, settings: Settings, largest: int, seconds: float) -> Report:
+    stages = _lookups_by_stage(compiled.mlir_module)
+    total = compiled.programmable_bootstrap_count
+    counted = sum(count for widths in stages.values() for count in widths.values())
+    if counted != total:
+        raise CompilationError(f"Concrete charges {total} lookups where the circuit shows {counted}: report this")
+    return Report(
+        backend="concrete",
+        versions={name: version(name) for name in ("concrete-python", "numpy")},
+        p_error=settings.p_error,
+        rounding=settings.rounding,
+        pbs_count=total,
+        max_bit_width=max((bits for widths in stages.values() for bits in widths), default=0),
+        max_integer_bits=largest,
+        pbs_by_stage=stages,
+        noise=NOISE[settings.rounding],
+        complexity=compiled.complexity,
+        global_p_error=compiled.server.global_p_error,
+        evaluation_key_bytes=compiled.size_of_bootstrap_keys + compiled.size_of_keyswitch_keys,
+        secret_key_bytes=compiled.size_of_secret_keys,
+        input_ciphertext_bytes=compiled.size_of_inputs,
+        output_ciphertext_bytes=compiled.size_of_outputs,
+        compile_seconds=seconds,
+    )
+
+
+def _lookups_by_stage(module: Any) -> dict[str, dict[int, int]]:
+    """{stage: {input bits: lookups}} of the program handed to the compiler, whose total the caller checks."""
+    stages: dict[str, dict[int, int]] = {}
+
+    def add(operation: Any, bits: int, count: int) -> None:
+        tag = re.match(r'loc\("@([\w.]+)', str(operation.location))
+        widths = stages.setdefault(tag.group(1) if tag else UNTAGGED, {})
+        widths[bits] = widths.get(bits, 0) + count
+
+    for function in module.body.operations:
+        for operation in function.regions[0].blocks[0].operations:
+            name = operation.operation.name.partition(".")[2]
+            if name not in ("apply_lookup_table", "round", "mul_eint", "matmul_eint_eint", "dot_eint_eint"):
+                continue
+            shape, bits = _shape_and_bits(operation.operands[0])
+            result_shape, result_bits = _shape_and_bits(operation.results[0])
+            count = int(np.prod(result_shape))
+            if name == "apply_lookup_table":
+                add(operation, bits, count)
+            elif name == "round":  # one bit after the other is looked up and subtracted
+                add(operation, 1, count * (bits - result_bits))
+            else:
+                terms = 1 if name == "mul_eint" else shape[-1]
+                add(operation, bits, 2 * count * terms)  # xy = ((x + y)^2 - (x - y)^2) / 4
+    return stages
+
+
+def _shape_and_bits(value: Any) -> tuple[tuple[int, ...], int]:
+    """Of an MLIR value such as tensor<2x4x!FHE.esint<7>>: ((2, 4), 7)."""
+    match = re.fullmatch(r"(?:tensor<((?:\d+x)*))?!FHE\.es?int<(\d+)>>?", str(value.type))
+    assert match is not None, value.type
+    return tuple(int(size) for size in (match.group(1) or "").split("x") if size), int(match.group(2))
+
+
+def _explain(error: RuntimeError, sites: list[Site], settings: Settings) -> str:
+    """One line for an error of Concrete's, which may be a drawing of the whole circuit."""
+    reasons = re.findall(r"\^+ (.*)", str(error))
+    if reasons:
+        return f"Concrete cannot compile this: {'; '.join(reasons)}"
+    widths = {
+        site.stage: lookup_slots(site.low, site.high, site.shift, settings.rounding)[1]
+        if site.kind == "lookup"
+        else signed_bits(site.low, site.high)
+        for site in sites
+    }
+    if "NoParametersFound" in str(error) and widths:
+        stage = max(widths, key=lambda name: widths[name])
+        return (
+            f"no secure parameters exist for p_error {settings.p_error}: the widest lookup, in stage {stage}, has"
+            f" {widths[stage]} bits; use fewer bits, or a larger p_error"
+        )
+    return f"Concrete cannot compile this: {str(error).strip().splitlines()[0]}"
+
+
+def _directory_of(server: fhe.Server) -> str:
+    """Where Concrete has put a server's files; it never removes them itself."""
+    return server._library.get_output_dir_path()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _as_values(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _as_tuple(results: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(result, np.int64) for result in _as_values(results))

@@ -1,0 +1,21 @@
+"""Every error this package raises on purpose. Each message is one line that says what to do."""
+
+
+class FHEError(Exception):
+    """Base of the errors of this package."""
+
+
+class BackendUnavailable(FHEError):
+    """The library a backend needs is not installed; the message says what to install."""
+
+
+class CompilationError(FHEError):
+    """A function cannot become a circuit: too wide for a lookup, no secure parameters, an unknown operation."""
+
+
+class KeyMismatch(FHEError):
+    """Keys, ciphertexts and circuit do not belong together."""
+
+
+class CircuitFormatError(FHEError):
+    """Bytes or files that are damaged, cut short, or of another format."""

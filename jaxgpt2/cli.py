@@ -1,0 +1,405 @@
+"""The command line. Results go to standard output, everything else to standard error; bad input exits with 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jaxgpt2.errors import InputError
+from jaxgpt2.progress import note, seconds, step
+
+MODES = ("float", "quantized", "simulate", "encrypted")
+
+
+class OneLine(click.ClickException):
+    """What a person gets instead of a traceback."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"jaxgpt2: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """Turns the errors that input causes into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from fhe import FHEError
+        from weights import CheckpointError
+
+        try:
+            return super().invoke(ctx)
+        except (InputError, CheckpointError, FHEError) as error:
+            raise OneLine(" ".join(str(error).split())) from None
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several decorators as one, in the order in which --help shall list them."""
+    return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+model_options = options(
+    click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR|HUB_ID", help="Which GPT-2."),
+)
+head_options = options(
+    click.option("--head", "heads", default="0.0", show_default=True, metavar="L.H[,L.H...]",
+                 help="Protected heads: layer.head from 0, or L.all for a whole block."),
+    click.option("--attention", "formula", default="softmax", show_default=True, help="Attention formula; see info."),
+    click.option("--bits", default=4, show_default=True, help="Bits of inputs, weights and activations."),
+    click.option("--input-bits", type=int, help="Bits of inputs, instead of --bits."),
+    click.option("--weight-bits", type=int, help="Bits of weights, instead of --bits."),
+    click.option("--activation-bits", type=int, help="Bits of activations, instead of --bits."),
+    click.option("--lookup-bits", type=int, help="Top bits of an accumulator that a lookup sees.  [default: all]"),
+    click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Text to calibrate on, one passage a line.  [default: bundled]"),
+)  # fmt: skip
+compile_options = options(
+    click.option("--backend", default="concrete", show_default=True, help="FHE backend; see info."),
+    click.option("--p-error", default=1e-5, show_default=True, help="Probability that one lookup is wrong."),
+    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="exact",
+                 show_default=True, help="How low bits are rounded away before a lookup."),
+    click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
+)  # fmt: skip
+mode_option = click.option("--mode", type=click.Choice(MODES), default="float", show_default=True,
+                           help="How the protected heads are computed.")  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+def make_hybrid(model: str, heads: str, formula: str, bits: int, input_bits: int | None, weight_bits: int | None,
+                activation_bits: int | None, lookup_bits: int | None) -> Any:  # fmt: skip
+    from jaxgpt2.hybrid import HybridGPT2
+    from jaxgpt2.quantize import Bits
+
+    widths = Bits(input_bits or bits, weight_bits or bits, activation_bits or bits, lookup_bits)
+    return HybridGPT2.from_pretrained(model, heads, widths, formula)
+
+
+def make_settings(p_error: float, rounding: str) -> Any:
+    from fhe import Settings
+
+    try:
+        return Settings(p_error, rounding)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def calibration_passages(path: Path | None) -> list[str]:
+    from jaxgpt2.evaluation import read_passages
+    from weights.checkpoint import TINY
+
+    return read_passages(path or TINY / "calibration.txt")
+
+
+def cache_directory(path: Path | None) -> Path:
+    if path is None:
+        import platformdirs
+
+        path = Path(platformdirs.user_cache_dir("jaxgpt2"))
+    return path
+
+
+def compiled(hybrid: Any, passages: list[str], seq_len: int, settings: Any, backend: str, cache: Path | None) -> Any:
+    names = ", ".join(map(str, hybrid.units))
+    with step(f"compiling head {names} for {seq_len} tokens"):
+        return hybrid.compile(passages, seq_len, settings, backend, cache_directory(cache) / "circuits")
+
+
+def make_keys(hybrid: Any, cache: Path | None) -> Any:
+    with step("making keys (kept for the next run)"):
+        return hybrid.make_keys(cache_directory(cache) / "keys")
+
+
+def announce_run(hybrid: Any, runs: int) -> None:
+    """Says in advance what an encrypted run will take."""
+    reports = [circuit.report for circuit in hybrid.circuits.values()]
+    each = sum(report.estimated_run_seconds for report in reports)
+    lookups = sum(report.pbs_count for report in reports)
+    note(
+        f"{lookups:,} lookups of up to {max(report.max_bit_width for report in reports)} bits a token: "
+        f"about {seconds(each)} a token, {seconds(each * runs)} in all (2 cores of an AMD EPYC; yours will differ)"
+    )
+
+
+def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
+    """The result of a command: one JSON object, or lines for people."""
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for line in lines:
+            click.echo(line)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(importlib.metadata.version("jaxgpt2"))
+def main() -> None:
+    """GPT-2 of which chosen attention heads run on encrypted data."""
+
+
+@main.command()
+@click.argument("prompt")
+@options(model_options, head_options, mode_option, compile_options)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option("--top-k", type=int, help="Draw among the k likeliest tokens only.")
+@click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only.")
+@click.option("--seed", default=0, show_default=True)
+@json_option
+def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_error: float, rounding: str,
+             cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
+             seed: int, as_json: bool, **head: Any) -> None:  # fmt: skip
+    """Continue PROMPT."""
+    from jaxgpt2.generation import Sampling
+
+    sampling, settings = Sampling(temperature, top_k, top_p, seed), make_settings(p_error, rounding)
+    with step("loading the model"):
+        hybrid = make_hybrid(**head)
+    gpt2 = hybrid.gpt2
+    result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": head["model"]}
+    keys = None
+    if mode != "float":
+        length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens - 1
+        passages = calibration_passages(calibration)
+        with step("calibrating"):
+            hybrid = hybrid.calibrate(passages, length)
+        if mode != "quantized":
+            hybrid = compiled(hybrid, passages, length, settings, backend, cache)
+            result["reports"] = {str(unit): circuit.report.to_json() for unit, circuit in hybrid.circuits.items()}
+        if mode == "encrypted":
+            keys = make_keys(hybrid, cache)
+            announce_run(hybrid, max_new_tokens)
+        result |= {"head": head["heads"], "attention": head["formula"], "bits": dataclasses.asdict(hybrid.bits)}
+    tokens: list[int] = []
+    stream = gpt2.stream()
+    if not as_json:
+        click.echo(prompt, nl=False)
+    iterator = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
+    started = time.monotonic()
+    while True:
+        if mode in ("simulate", "encrypted"):
+            with step(f"token {len(tokens) + 1} of {max_new_tokens}"):
+                token = next(iterator, None)
+        else:
+            token = next(iterator, None)
+        if token is None:
+            break
+        tokens.append(token)
+        piece = stream(token)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    took = time.monotonic() - started
+    result |= {
+        "text": gpt2.text(tokens),
+        "tokens": tokens,
+        "seconds": took,
+        "seconds_per_token": took / len(tokens) if tokens else None,
+    }
+    emit(as_json, result, [""])
+
+
+@main.command("eval")
+@options(model_options, head_options)
+@click.option("--mode", type=click.Choice(MODES[1:]), default="quantized", show_default=True,
+              help="How the protected heads are computed.")  # fmt: skip
+@options(compile_options)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
+              help="Evaluation text, one passage a line.  [default: bundled]")  # fmt: skip
+@click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N passages.")
+@json_option
+def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error: float, rounding: str,
+                     cache: Path | None, text: Path | None, ks: str, limit: int | None, as_json: bool,
+                     **head: Any) -> None:  # fmt: skip
+    """How much a quantized head changes the model on a text."""
+    from jaxgpt2 import evaluation
+    from weights.checkpoint import TINY
+
+    if not all(part.strip().isdigit() for part in ks.split(",")):
+        raise InputError(f"--top-k {ks!r} cannot be read: wanted whole numbers with commas between, as 1,5,10")
+    settings = make_settings(p_error, rounding)
+    passages = evaluation.read_passages(text or TINY / "eval.txt")[:limit]
+    calibrating = calibration_passages(calibration)
+    evaluation.check_disjoint(calibrating, passages)
+    with step("loading the model"):
+        hybrid = make_hybrid(**head)
+    longest = evaluation.longest_passage(hybrid, passages)
+    with step("calibrating"):
+        hybrid = hybrid.calibrate(calibrating, longest)
+    keys = None
+    if mode != "quantized":
+        hybrid = compiled(hybrid, calibrating, longest, settings, backend, cache)
+    if mode == "encrypted":
+        keys = make_keys(hybrid, cache)
+        announce_run(hybrid, len(passages))
+    started = time.monotonic()
+    with step(f"evaluating {len(passages)} passages"):
+        measured = evaluation.evaluate(
+            hybrid, passages, hybrid.engine(mode, keys), [int(part) for part in ks.split(",")]
+        )
+    result = {
+        **dataclasses.asdict(measured),
+        "recovered_kl": measured.recovered_kl,
+        "mode": mode,
+        "model": head["model"],
+        "head": head["heads"],
+        "attention": head["formula"],
+        "bits": dataclasses.asdict(hybrid.bits),
+        "seconds": time.monotonic() - started,
+    }
+    lines = [
+        f"head {head['heads']} of {head['model']}, {head['formula']}, {head['bits']} bits, {mode}: "
+        f"{measured.positions} positions in {measured.passages} passages",
+        "",
+        f"{'':22}{'quantized':>12}{'ablated':>12}",
+        *(
+            f"{f'top-{k} agreement':22}{measured.top_k[k]:>12.4f}{measured.top_k_ablated[k]:>12.4f}"
+            for k in measured.top_k
+        ),
+        f"{'KL from float (nats)':22}{measured.kl:>12.2e}{measured.kl_ablated:>12.2e}",
+        f"{'recovered KL':22}{measured.recovered_kl:>12.4f}{0:>12}",
+        f"{'head error':22}{measured.head_error:>12.4f}{1:>12}",
+    ]
+    emit(as_json, result, lines)
+
+
+@main.command("compile")
+@options(model_options, head_options, compile_options)
+@click.option("--seq-len", type=click.IntRange(1), default=6, show_default=True, help="Longest text, in tokens.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write circuits and report here.")
+@json_option
+def compile_command(calibration: Path | None, backend: str, p_error: float, rounding: str, cache: Path | None,
+                    seq_len: int, out: Path | None, as_json: bool, **head: Any) -> None:  # fmt: skip
+    """Compile the protected heads, and say what they cost."""
+    settings = make_settings(p_error, rounding)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty directory: give another --out, or remove it")
+    with step("loading the model"):
+        hybrid = make_hybrid(**head)
+    passages = calibration_passages(calibration)
+    with step("calibrating"):
+        hybrid = hybrid.calibrate(passages, seq_len)
+    hybrid = compiled(hybrid, passages, seq_len, settings, backend, cache)
+    result = compile_result(hybrid, head["heads"], head["formula"])
+    if out is not None:
+        from weights.checkpoint import write_atomically
+
+        out.mkdir(parents=True, exist_ok=True)
+        for unit, circuit in hybrid.circuits.items():
+            circuit.save(out / str(unit))
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically(out / "report.json", lambda path: Path(path).write_text(text))
+        note(f"wrote {out}")
+    emit(as_json, result, cost_lines(result))
+
+
+def compile_result(hybrid: Any, heads: str, formula: str) -> dict[str, Any]:
+    """The cost of all compiled units together, and each one's own report."""
+    reports = {str(unit): circuit.report for unit, circuit in hybrid.circuits.items()}
+    stages: dict[str, dict[str, int]] = {}
+    for report in reports.values():
+        for stage, widths in report.pbs_by_stage.items():
+            for bits, count in widths.items():
+                total = stages.setdefault(stage, {})
+                total[str(bits)] = total.get(str(bits), 0) + count
+    everything = list(reports.values())
+    return {
+        "head": heads,
+        "attention": formula,
+        "bits": dataclasses.asdict(hybrid.bits),
+        "seq_len": hybrid.seq_len,
+        "backend": everything[0].backend,
+        "pbs_count": sum(report.pbs_count for report in everything),
+        "max_bit_width": max(report.max_bit_width for report in everything),
+        "complexity": sum(report.complexity for report in everything),
+        "p_error": max(report.p_error for report in everything),
+        "rounding": everything[0].rounding,
+        "noise": everything[0].noise,
+        "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in everything),
+        "input_ciphertext_bytes": sum(report.input_ciphertext_bytes for report in everything),
+        "output_ciphertext_bytes": sum(report.output_ciphertext_bytes for report in everything),
+        "compile_seconds": sum(report.compile_seconds for report in everything),
+        "estimated_run_seconds": sum(report.estimated_run_seconds for report in everything),
+        "pbs_by_stage": stages,
+        "versions": everything[0].versions,
+        "heads": {name: report.to_json() for name, report in reports.items()},
+    }
+
+
+def cost_lines(cost: dict[str, Any]) -> list[str]:
+    """A cost report for people."""
+    megabyte = 1e6
+    widths = sorted({int(bits) for counts in cost["pbs_by_stage"].values() for bits in counts})
+    lines = [
+        f"head {cost['head']}, {cost['attention']}, {cost['seq_len']} tokens, backend {cost['backend']}",
+        "",
+        f"{'lookups (PBS) by bits':24}" + "".join(f"{bits:>8}" for bits in widths) + f"{'all':>9}",
+    ]
+    for stage, counts in cost["pbs_by_stage"].items():
+        row = "".join(f"{counts.get(str(bits), 0) or '':>8}" for bits in widths)
+        lines.append(f"{stage:24}{row}{sum(counts.values()):>9,}")
+    lines += [
+        f"{'all':24}" + " " * 8 * len(widths) + f"{cost['pbs_count']:>9,}",
+        "",
+        f"complexity            {cost['complexity']:.3g}",
+        f"error per lookup      {cost['p_error']:g}",
+        f"rounding              {cost['rounding']}" + (f" ({cost['noise']})" if cost["noise"] else ""),
+        f"evaluation keys       {cost['evaluation_key_bytes'] / megabyte:,.1f} MB",
+        f"ciphertexts           {cost['input_ciphertext_bytes'] / megabyte:,.2f} MB in, "
+        f"{cost['output_ciphertext_bytes'] / megabyte:,.2f} MB out",
+        f"compiled in           {seconds(cost['compile_seconds'])}",
+        f"a run takes about     {seconds(cost['estimated_run_seconds'])} (2 cores of an AMD EPYC)",
+    ]
+    return lines
+
+
+@main.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Versions, devices, models, attention formulas and backends."""
+    import jax
+
+    import fhe
+    from jaxgpt2 import attention
+
+    packages = ("jaxgpt2", "jax", "flax", "numpy", "safetensors", "tokenizers", "huggingface_hub", "concrete-python")
+    versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    backends: dict[str, str] = {}
+    for name in fhe.backends():
+        try:
+            backends[name] = fhe.get_backend(name).version()
+        except fhe.BackendUnavailable as error:
+            backends[name] = f"unavailable: {error}"
+    result = {
+        "versions": versions,
+        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "models": ["tiny"],
+        "attention": list(attention.formulas()),
+        "backends": backends,
+    }
+    lines = [
+        *(f"{name:18}{version or 'not installed'}" for name, version in versions.items()),
+        f"{'devices':18}{', '.join(result['devices'])}",
+        f"{'models':18}tiny (bundled), any GPT-2 directory, any GPT-2 on the Hugging Face Hub by its id",
+        f"{'attention':18}{', '.join(result['attention'])}",
+        f"{'backends':18}{'; '.join(f'{name} ({state})' for name, state in backends.items())}",
+    ]
+    emit(as_json, result, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""How much a quantized head changes the model.
+
+Agreement with the float model's best token alone misleads: deleting a head often keeps nearly all of it. So every
+measure stands beside the one of the model with the head's output set to zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgpt2.errors import InputError
+from jaxgpt2.gpt2 import PromptError
+from jaxgpt2.hybrid import Engine, HybridGPT2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over all positions of all passages.
+
+    Args:
+        top_k: for each k, how often the float model's most likely token is among the k most likely of the other.
+        top_k_ablated: the same for the model without the head.
+        kl: KL(float || quantized) in nats.
+        kl_ablated: KL(float || model without the head) in nats.
+        head_error: ||head_quantized - head_float|| / ||head_float||, of what the head adds to the residual stream.
+        positions: how many there were.
+        passages: how many texts they come from.
+    """
+
+    top_k: dict[int, float]
+    top_k_ablated: dict[int, float]
+    kl: float
+    kl_ablated: float
+    head_error: float
+    positions: int
+    passages: int
+
+    @property
+    def recovered_kl(self) -> float:
+        """1 - kl / kl_ablated: 1 is perfect, 0 no better than deleting the head, below 0 worse."""
+        return 1.0 - self.kl / self.kl_ablated if self.kl_ablated > 0 else float("nan")
+
+
+def read_passages(path: str | Path) -> list[str]:
+    """The passages of a text file, one a line.
+
+    Raises:
+        PromptError: a file that cannot be read, or an empty line in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise PromptError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}") from None
+    if not lines:
+        raise PromptError(f"{path} is empty: wanted one passage a line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise PromptError(f"{path}, line {number}: empty passage")
+    return lines
+
+
+def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
+    """Refuses to evaluate on what was calibrated on.
+
+    Raises:
+        PromptError: a passage is in both.
+    """
+    shared = {text.strip() for text in calibration} & {text.strip() for text in evaluation}
+    if shared:
+        example = min(shared)
+        raise PromptError(
+            f"{len(shared)} passages are in the calibration text and in the evaluation text, one begins "
+            f"{example[:40]!r}: evaluate on other text"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="ks")
+def _compare(logits: jax.Array, reference: jax.Array, mask: jax.Array, ks: tuple[int, ...]):
+    """Sums over the positions in mask (B, T): KL(reference || logits), and agreement for each k, (len(ks),)."""
+    p, q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    best = jnp.argmax(reference, axis=-1)[..., None]  # (B, T, 1)
+    # The rank of the float model's best token: how many tokens are likelier, the first of equals being likelier.
+    own = jnp.take_along_axis(logits, best, axis=-1)
+    before = (logits > own) | ((logits == own) & (jnp.arange(logits.shape[-1]) < best))
+    rank = jnp.sum(before, axis=-1)
+    agreement = jnp.stack([jnp.sum((rank < k) & mask) for k in ks])
+    return jnp.sum(kl * mask), agreement
+
+
+@jax.jit
+def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
+    """Squared norms, over the positions in mask, of the difference and of the reference (units, B, T, C)."""
+    weight = mask[None, :, :, None]
+    return jnp.sum((contributions - reference) ** 2 * weight), jnp.sum(reference**2 * weight)
+
+
+def evaluate(
+    hybrid: HybridGPT2, passages: Sequence[str], engine: Engine, ks: Sequence[int] = (1, 5, 10)
+) -> Evaluation:
+    """Compares a hybrid model with its float model on every token of every passage, in one pass.
+
+    Args:
+        hybrid: calibrated, on other text.
+        passages: each at most as long as the heads were made for.
+        engine: computes the protected heads; from `hybrid.engine(mode)`.
+        ks: 1 or more each.
+
+    Raises:
+        PromptError: a passage that is empty or too long; InputError: a k below 1.
+    """
+    ks = tuple(ks)
+    vocabulary = hybrid.gpt2.config.vocab_size
+    if not ks or any(not 1 <= k <= vocabulary for k in ks):
+        raise InputError(f"every k must be 1 to {vocabulary} (the vocabulary), got {', '.join(map(str, ks)) or 'none'}")
+    limit = min(calibrated.max_tokens for calibrated in hybrid.calibrated.values())
+    longest = longest_passage(hybrid, passages)
+    if longest > limit:
+        raise PromptError(f"the longest passage has {longest} tokens, the heads are made for {limit}: shorten it")
+    kl = kl_ablated = error = norm = 0.0
+    agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
+    positions = 0
+    for tokens, lengths in hybrid.batches(passages, limit):
+        if hybrid.seq_len is not None:  # circuits take one length, and rows of filling would cost as much as text
+            count = np.count_nonzero(lengths)
+            tokens = np.pad(tokens[:count], ((0, 0), (0, hybrid.seq_len - tokens.shape[1])))
+            lengths = lengths[:count]
+        mask = jnp.asarray(np.arange(tokens.shape[1]) < lengths[:, None])
+        reference = hybrid.trace(tokens, "float")
+        ablated = hybrid.trace(tokens, "ablated")
+        quantized = hybrid.trace(tokens, engine)
+        some, agree = _compare(ablated.logits, reference.logits, mask, ks)
+        kl_ablated, agreement_ablated = kl_ablated + float(some), agreement_ablated + np.asarray(agree)
+        some, agree = _compare(quantized.logits, reference.logits, mask, ks)
+        kl, agreement = kl + float(some), agreement + np.asarray(agree)
+        difference, size = _distance(quantized.contributions, reference.contributions, mask)
+        error, norm = error + float(difference), norm + float(size)
+        positions += int(lengths.sum())
+    return Evaluation(
+        top_k={k: float(value) / positions for k, value in zip(ks, agreement, strict=True)},
+        top_k_ablated={k: float(value) / positions for k, value in zip(ks, agreement_ablated, strict=True)},
+        kl=kl / positions,
+        kl_ablated=kl_ablated / positions,
+        head_error=float(np.sqrt(error / norm)) if norm else float("nan"),
+        positions=positions,
+        passages=len(passages),
+    )
+
+
+def longest_passage(hybrid: HybridGPT2, passages: Sequence[str]) -> int:
+    """Tokens of the longest passage.
+
+    Raises:
+        PromptError: one is longer than the model's context, or there are none.
+    """
+    if not passages:
+        raise PromptError("there are no passages to evaluate on")
+    return max(len(hybrid.gpt2.encode(passage)) for passage in passages)

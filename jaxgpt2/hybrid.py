@@ -1,0 +1,451 @@
+"""GPT-2 of which chosen attention heads run in integers: quantized, simulated, or on ciphertexts.
+
+The float model is cut at every layer with a protected head. What runs between the cuts is the same compiled code in
+every mode, so that the integers that reach a head, and with them the text, are the same in every mode too.
+
+Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import fhe
+from jaxgpt2 import attention
+from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, quantize_input
+from jaxgpt2.config import GPT2Config
+from jaxgpt2.errors import InputError
+from jaxgpt2.generation import GREEDY, Sampling, generate_tokens
+from jaxgpt2.gpt2 import GPT2, PromptError
+from jaxgpt2.model import Transformer
+from jaxgpt2.ops import JaxOps
+from jaxgpt2.quantize import Bits, CalibrationError
+
+Mode = Literal["float", "quantized", "simulate", "encrypted"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+class HeadError(InputError):
+    """A head that the model does not have, or a choice of heads that cannot be read."""
+
+
+class NotReady(InputError):
+    """A mode that needs `calibrate` or `compile` first."""
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What one circuit computes: a head, or (head None) a layer's whole attention block with its projection."""
+
+    layer: int
+    head: int | None
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{'all' if self.head is None else self.head}"
+
+
+def parse_heads(text: str, config: GPT2Config) -> tuple[Unit, ...]:
+    """`L.H[,L.H...]`, counted from 0, or `L.all` for a layer's whole block, as units in order.
+
+    Raises:
+        HeadError: not of this form, a layer or head that the model does not have, or one named twice.
+    """
+    units = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\.(\d+|all)\s*", part)
+        if match is None:
+            raise HeadError(f"cannot read head {part!r}: wanted LAYER.HEAD, as 0.3, or LAYER.all for a whole block")
+        layer, head = int(match[1]), None if match[2] == "all" else int(match[2])
+        if layer >= config.n_layer or (head or 0) >= config.n_head:
+            raise HeadError(
+                f"there is no head {part.strip()}: the model has layers 0 to {config.n_layer - 1}, "
+                f"heads 0 to {config.n_head - 1}"
+            )
+        units.append(Unit(layer, head))
+    for unit in units:
+        twice = units.count(unit) > 1 or (unit.head is not None and Unit(unit.layer, None) in units)
+        if twice:
+            raise HeadError(f"head {unit} is named twice")
+    return tuple(sorted(units, key=lambda unit: (unit.layer, unit.head or 0)))
+
+
+def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
+    """A head's own weights, cut out of its block."""
+    block, size = model.h[layer].attn, model.config.head_dim
+    kernel, bias = (np.asarray(p[...], np.float64) for p in (block.c_attn.kernel, block.c_attn.bias))
+    width = model.config.n_embd
+    columns = [slice(part * width + head * size, part * width + (head + 1) * size) for part in range(3)]
+    rows = slice(head * size, (head + 1) * size)
+    parts = [array for column in columns for array in (kernel[:, column], bias[column])]
+    return HeadWeights(*parts, np.asarray(block.c_proj.kernel[...], np.float64)[rows])
+
+
+# --- the float model, cut in pieces ------------------------------------------------------------------------------------
+
+
+def _piece(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a piece of the model: `graph` and the named arguments are constants of the compiled code."""
+    return functools.partial(jax.jit, static_argnames=("graph", *static))
+
+
+
+@_piece()
+def _embed(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+    """(B, T) -> (B, T, C)."""
+    return nnx.merge(graph, state).embed(tokens)
+
+
+@_piece("start", "stop")
+def _blocks(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, start: int, stop: int) -> jax.Array:
+    """Blocks start to stop - 1: (B, T, C) -> (B, T, C)."""
+    for block in nnx.merge(graph, state).h[start:stop]:
+        h, _ = block(h)
+    return h
+
+
+@_piece("layer", "heads")
+def _attend(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, layer: int, heads: tuple[int, ...]):
+    """A block's attention with the protected heads left out.
+
+    Returns:
+        the heads' input x (B, T, C); h plus what the other heads and the projection's bias add to it (B, T, C); and
+        what the protected heads would add in float, (len(heads), B, T, C).
+    """
+    block = nnx.merge(graph, state).h[layer]
+    x = block.ln_1(h)
+    outputs, _ = block.attn.heads(x)  # (B, H, T, D)
+    others = outputs.at[:, jnp.array(heads)].set(0.0)
+    projection = block.attn.c_proj.kernel[...].reshape(outputs.shape[1], -1, x.shape[-1])  # (H, D, C)
+    protected = [outputs[:, head] @ projection[head] for head in heads]  # (B, T, C) each
+    return x, h + block.attn.project(others), jnp.stack(protected)
+
+
+@_piece("layer", "head")
+def _contribution(graph: nnx.GraphDef, state: nnx.State, output: jax.Array, layer: int, head: int) -> jax.Array:
+    """What one head's output (B, T, D) adds to the residual stream: (B, T, C)."""
+    kernel = nnx.merge(graph, state).h[layer].attn.c_proj.kernel[...]
+    size = output.shape[-1]
+    return output @ kernel[head * size : (head + 1) * size]
+
+
+@_piece("layer")
+def _leave(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, layer: int) -> jax.Array:
+    """The rest of a block after its attention: (B, T, C) -> (B, T, C)."""
+    block = nnx.merge(graph, state).h[layer]
+    return h + block.mlp(block.ln_2(h))
+
+
+@_piece()
+def _unembed(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
+    """(B, T, C) -> (B, T, V)."""
+    return nnx.merge(graph, state).unembed(h)
+
+
+_quantize_input = jax.jit(quantize_input)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _run_in_jax(program: Program, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    """The integer function on a batch (B, T, C)."""
+    return jax.vmap(lambda row: program.run(JaxOps(), params, row))(x)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def _decode(program: Program, decoding: Any, outputs: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.vmap(lambda *row: program.decode(decoding, row))(*outputs)
+
+
+# --- the hybrid model ----------------------------------------------------------------------------------------------------
+
+# A unit and its input integers (B, T, C) -> its output integers, B first.
+Engine = Callable[[Unit, jax.Array], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass: logits (B, T, V), and what the protected units added to the residual stream (units, B, T, C)."""
+
+    logits: jax.Array
+    contributions: jax.Array
+
+
+@dataclass(frozen=True)
+class HybridGPT2:
+    """A GPT-2 with protected heads. Frozen: `calibrate` and `compile` return a new one.
+
+    Args:
+        gpt2: the float model; it computes everything but the protected heads.
+        units: what is protected.
+        formula: name of the attention formula that computes them.
+        bits: widths of its integers.
+        calibrated: the integer programs, by unit; made by `calibrate`.
+        circuits: the compiled ones; made by `compile`.
+    """
+
+    gpt2: GPT2
+    units: tuple[Unit, ...]
+    formula: str = "softmax"
+    bits: Bits = Bits.of(4)
+    calibrated: Mapping[Unit, Calibrated] = dataclasses.field(default_factory=dict)
+    circuits: Mapping[Unit, fhe.Circuit] = dataclasses.field(default_factory=dict)
+    seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            self._program(unit)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "tiny",
+        heads: str = "0.0",
+        bits: Bits | int = 4,
+        formula: str = "softmax",
+    ) -> HybridGPT2:
+        """A model by name (see `GPT2.from_pretrained`) with protected heads, as `"0.3"`, `"0.0,1.2"` or `"0.all"`."""
+        gpt2 = GPT2.from_pretrained(name)
+        widths = bits if isinstance(bits, Bits) else Bits.of(bits)
+        return cls(gpt2, parse_heads(heads, gpt2.config), formula, widths)
+
+    def _program(self, unit: Unit) -> Program:
+        formula = attention.get(self.formula)
+        if unit.head is not None:
+            return formula.head
+        if formula.block is None:
+            raise attention.FormulaError(f"formula {formula.name!r} has no whole-block form: name single heads")
+        return formula.block
+
+    def _heads(self, unit: Unit) -> tuple[int, ...]:
+        return tuple(range(self.gpt2.config.n_head)) if unit.head is None else (unit.head,)
+
+    # Calibration ---------------------------------------------------------------------------------------------------------
+
+    def head_inputs(self, passages: Sequence[str], max_tokens: int) -> dict[int, list[np.ndarray]]:
+        """What reaches the protected layers' heads in the float model: layer to (T, C) float64 arrays, one a passage."""
+        graph, state = self.gpt2.graph, self.gpt2.state
+        inputs: dict[int, list[np.ndarray]] = {unit.layer: [] for unit in self.units}
+        for batch, lengths in self.batches(passages, max_tokens):
+            h, at = _embed(graph, state, batch), 0
+            for layer in sorted(inputs):
+                h, at = _blocks(graph, state, h, at, layer), layer
+                x, _, _ = _attend(graph, state, h, layer, (0,))
+                inputs[layer] += [np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True) if n]
+        return inputs
+
+    def batches(
+        self, passages: Sequence[str], max_tokens: int, size: int = 16
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Passages as padded token ids (size, T), all of one shape, with their lengths (size,), 0 for a row of filling.
+
+        Each is cut to max_tokens.
+        """
+        texts = [self.gpt2.tokenizer.encode(passage).ids[:max_tokens] for passage in passages]
+        if not texts or not all(texts):
+            raise PromptError("there are no passages, or one is empty: give a text file with one passage a line")
+        longest = max(map(len, texts))
+        for start in range(0, len(texts), size):
+            group = texts[start : start + size]
+            padded, lengths = np.zeros((size, longest), np.int32), np.zeros(size, np.int32)
+            for index, text in enumerate(group):
+                padded[index, : len(text)], lengths[index] = text, len(text)
+            yield padded, lengths
+
+    def calibrate(self, passages: Sequence[str], max_tokens: int) -> HybridGPT2:
+        """The protected heads in integers, their scales and tables made from these passages.
+
+        Args:
+            passages: text like what the model will read, and not what it will be evaluated on.
+            max_tokens: longest text that the heads will read; longer passages are cut.
+
+        Raises:
+            CalibrationError: a sum that int32 cannot hold; PromptError: no text.
+        """
+        if not 1 <= max_tokens <= self.gpt2.config.n_positions:
+            raise CalibrationError(f"max_tokens must be 1 to {self.gpt2.config.n_positions}, got {max_tokens}")
+        inputs = self.head_inputs(passages, max_tokens)
+        model = self.gpt2.model
+        calibrated = {}
+        for unit in self.units:
+            parts = tuple(head_weights(model, unit.layer, head) for head in self._heads(unit))
+            weights = parts if unit.head is None else parts[0]
+            calibrated[unit] = self._program(unit).calibrate(weights, inputs[unit.layer], self.bits, max_tokens)
+        return dataclasses.replace(self, calibrated=calibrated, circuits={}, seq_len=None)
+
+    def _calibrated(self, unit: Unit) -> Calibrated:
+        if unit not in self.calibrated:
+            raise NotReady(f"head {unit} is not calibrated: call calibrate(passages, max_tokens) first")
+        return self.calibrated[unit]
+
+    # Compilation ---------------------------------------------------------------------------------------------------------
+
+    def compile(
+        self,
+        passages: Sequence[str],
+        seq_len: int,
+        settings: fhe.Settings | None = None,
+        backend: str = "concrete",
+        cache: Path | None = None,
+    ) -> HybridGPT2:
+        """Compiles the protected heads for texts of up to `seq_len` tokens.
+
+        Args:
+            passages: calibration text; what it makes of the circuit's values decides their bit widths.
+            seq_len: tokens; shorter texts are padded, at the same cost.
+            settings: error probability and rounding.
+            backend: name of an FHE backend.
+            cache: directory in which compiled circuits are kept; None compiles anew.
+        """
+        engine = fhe.get_backend(backend)
+        formula = attention.get(self.formula)
+        lacking = formula.needs - engine.offers
+        if lacking:
+            fitting = [name for name in attention.formulas() if attention.get(name).needs <= engine.offers]
+            raise attention.FormulaError(
+                f"formula {formula.name!r} needs {', '.join(sorted(lacking))}, which backend {backend!r} lacks; "
+                f"formulas that fit it: {', '.join(fitting) or 'none'}"
+            )
+        settings = settings or fhe.Settings()
+        inputs = self.head_inputs(passages, seq_len)
+        circuits = {}
+        for unit in self.units:
+            calibrated = self._calibrated(unit)
+            if seq_len > calibrated.max_tokens:
+                raise NotReady(f"calibrated for {calibrated.max_tokens} tokens, cannot be compiled for {seq_len}")
+            inputset = []
+            for x in inputs[unit.layer]:
+                padded = np.zeros((seq_len, x.shape[1]))
+                padded[: len(x)] = x
+                inputset.append((np.asarray(_quantize_input(calibrated, jnp.asarray(padded, jnp.float32)), np.int64),))
+            run = self._program(unit).run
+            if cache is None:
+                circuits[unit] = engine.compile(run, calibrated.params, inputset, settings)
+            else:
+                circuits[unit] = fhe.compile_cached(engine, run, calibrated.params, inputset, settings, cache)
+        return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
+
+    # Running -------------------------------------------------------------------------------------------------------------
+
+    def trace(self, tokens: np.ndarray, engine: Engine | Literal["float", "ablated"]) -> Trace:
+        """A forward pass over token ids (B, T).
+
+        Args:
+            engine: computes the protected units; "float" computes them as GPT-2 does, "ablated" leaves them out.
+        """
+        graph, state = self.gpt2.graph, self.gpt2.state
+        h, at = _embed(graph, state, tokens), 0
+        contributions: dict[Unit, jax.Array] = {}
+        for layer in sorted({unit.layer for unit in self.units}):
+            units = [unit for unit in self.units if unit.layer == layer]
+            h = _blocks(graph, state, h, at, layer)
+            heads = tuple(head for unit in units for head in self._heads(unit))
+            x, h, in_float = _attend(graph, state, h, layer, heads)
+            for index, unit in enumerate(units):
+                if engine == "ablated":
+                    added = jnp.zeros_like(h)
+                elif engine == "float":
+                    added = in_float.sum(axis=0) if unit.head is None else in_float[index]
+                else:
+                    added = self._contribution_of(unit, x, engine)
+                contributions[unit] = added
+                h = h + added
+            h, at = _leave(graph, state, h, layer), layer + 1
+        h = _blocks(graph, state, h, at, self.gpt2.config.n_layer)
+        return Trace(_unembed(graph, state, h), jnp.stack([contributions[unit] for unit in self.units]))
+
+    def _contribution_of(self, unit: Unit, x: jax.Array, engine: Engine) -> jax.Array:
+        calibrated = self._calibrated(unit)
+        outputs = engine(unit, _quantize_input(calibrated, x))
+        output = _decode(self._program(unit), calibrated.decoding, tuple(jnp.asarray(o, jnp.int32) for o in outputs))
+        if unit.head is None:
+            return output
+        return _contribution(self.gpt2.graph, self.gpt2.state, output, unit.layer, unit.head)
+
+    def engine(self, mode: Mode, keys: Mapping[Unit, fhe.Keys] | None = None) -> Engine | Literal["float"]:
+        """What computes the protected units in a mode.
+
+        Args:
+            keys: for `encrypted`, those that `make_keys` returned.
+
+        Raises:
+            NotReady: the mode needs circuits or keys that are not there. No mode ever stands in for another.
+        """
+        if mode == "float":
+            return "float"
+        if mode == "quantized":
+            return lambda unit, x: _run_in_jax(self._program(unit), self._calibrated(unit).params, x)
+        missing = [str(unit) for unit in self.units if unit not in self.circuits]
+        if missing:
+            raise NotReady(f"mode {mode} needs compiled heads, and {', '.join(missing)} is not: call compile first")
+        if mode == "simulate":
+            return self._each_text(lambda unit, x: self.circuits[unit].simulate(x))
+        if keys is None or any(unit not in keys for unit in self.units):
+            raise NotReady("mode encrypted needs keys: call make_keys first")
+
+        def encrypted(unit: Unit, x: np.ndarray) -> tuple[np.ndarray, ...]:
+            circuit, key = self.circuits[unit], keys[unit]
+            return circuit.decrypt(key, circuit.run(circuit.encrypt(key, x), key.evaluation))
+
+        return self._each_text(encrypted)
+
+    def _each_text(self, run: Callable[[Unit, np.ndarray], tuple[np.ndarray, ...]]) -> Engine:
+        """Circuits take one text at a time, padded to the length they were compiled for."""
+
+        def engine(unit: Unit, x: jax.Array) -> tuple[np.ndarray, ...]:
+            if x.shape[1] != self.seq_len:
+                raise NotReady(f"compiled for {self.seq_len} tokens, got {x.shape[1]}")
+            results = [run(unit, np.asarray(row, np.int64)) for row in x]
+            return tuple(np.stack(parts) for parts in zip(*results, strict=True))
+
+        return engine
+
+    def make_keys(self, cache: Path | None = None) -> dict[Unit, fhe.Keys]:
+        """Keys for every compiled unit; from `cache`, a directory, where they were made before."""
+        return {
+            unit: circuit.make_keys() if cache is None else fhe.cached_keys(circuit, cache)
+            for unit, circuit in self.circuits.items()
+        }
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 8,
+        mode: Mode = "quantized",
+        sampling: Sampling = GREEDY,
+        keys: Mapping[Unit, fhe.Keys] | None = None,
+    ) -> Iterator[int]:
+        """Yields the tokens that continue a prompt; the protected heads read all of the text again for each.
+
+        Raises:
+            NotReady: the mode needs `calibrate`, `compile` or keys, or was made for shorter texts.
+        """
+        if mode == "float":
+            return self.gpt2.generate(prompt, max_new_tokens, sampling)
+        tokens = self.gpt2.encode(prompt, room=max_new_tokens)
+        # The last token is never read, only written.
+        length = self.seq_len or max(len(tokens) + max_new_tokens - 1, 1)
+        limit = min(length, *(self._calibrated(unit).max_tokens for unit in self.units))
+        if len(tokens) + max_new_tokens - 1 > limit:
+            raise NotReady(
+                f"{len(tokens)} prompt tokens and {max_new_tokens} new ones need heads made for "
+                f"{len(tokens) + max_new_tokens - 1} tokens, these are made for {limit}"
+            )
+        engine = self.engine(mode, keys)
+
+        def next_logits(text: list[int]) -> np.ndarray:
+            padded = np.zeros((1, length), np.int32)
+            padded[0, : len(text)] = text
+            return np.asarray(self.trace(padded, engine).logits[0, len(text) - 1])
+
+        return generate_tokens(next_logits, tokens, max_new_tokens, sampling, self.gpt2.config.eos_token_id)
