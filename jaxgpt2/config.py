@@ -67,6 +67,10 @@ class GPT2Config:
             )
         if not isinstance(self.layer_norm_epsilon, float | int) or not self.layer_norm_epsilon > 0:
             raise ConfigError(f"layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r}")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+        if self.eos_token_id is not None and type(self.eos_token_id) is not int:
+            raise ConfigError(f"eos_token_id must be one token id or null, got {self.eos_token_id!r}")
 
     @property
     def head_dim(self) -> int:

@@ -49,8 +49,9 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     order = np.argsort(-logits, kind="stable")[: sampling.top_k]  # most likely first
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    ahead = logits[order].astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature takes all but the likeliest to minus infinity, which is right
+        probabilities = np.exp((ahead - ahead[0]) / sampling.temperature)
     probabilities /= probabilities.sum()
     if sampling.top_p is not None:
         kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1

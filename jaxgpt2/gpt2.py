@@ -41,6 +41,19 @@ def _padded_length(count: int, limit: int) -> int:
     return min(limit, 1 << (count - 1).bit_length())
 
 
+def _checked(input_ids: np.ndarray | Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """The ids as an array, where every one of them is a token."""
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise PromptError("the texts of a batch differ in length: pad them to one") from None
+    if ids.size and ids.dtype.kind not in "iu":
+        raise PromptError(f"wanted integer token ids, got {ids.dtype}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise PromptError(f"token ids go from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
+
+
 class GPT2:
     """A GPT-2 with its tokenizer.
 
@@ -77,8 +90,13 @@ class GPT2:
         return nnx.merge(self.graph, self.state)
 
     def __call__(self, input_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
-        """Logits (B, T, vocab_size) for token ids (B, T)."""
-        ids = jnp.asarray(input_ids)
+        """Logits (B, T, vocab_size) for token ids (B, T).
+
+        Raises:
+            PromptError: no tokens, more than fit the context, or ids that are not tokens (of a `jax.Array`, which may
+                be traced, only the shape is checked).
+        """
+        ids = input_ids if isinstance(input_ids, jax.Array) else _checked(input_ids, self.config.vocab_size)
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.n_positions:
             raise PromptError(
                 f"wanted token ids of shape (batch, 1 to {self.config.n_positions} tokens), got shape {ids.shape}"
@@ -89,8 +107,12 @@ class GPT2:
         """Token ids of a text that leaves `room` tokens of the context free.
 
         Raises:
-            PromptError: an empty text, or one that does not fit.
+            PromptError: an empty text, one that is not Unicode, or one that does not fit.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, as bytes that are not UTF-8 become on a command line
+            raise PromptError("the prompt is not valid Unicode text") from None
         tokens = self.tokenizer.encode(text).ids
         if not tokens:
             raise PromptError("the prompt is empty: give at least one character")
@@ -126,7 +148,13 @@ class GPT2:
     def generate(
         self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY
     ) -> Iterator[int]:
-        """Yields the tokens that continue a prompt, one by one; `text` makes text of them."""
+        """Yields the tokens that continue a prompt, one by one; `text` makes text of them.
+
+        Raises:
+            PromptError: an empty prompt, or one that leaves no room for `max_new_tokens`.
+        """
+        if max_new_tokens < 0:
+            raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         tokens = self.encode(prompt, room=max_new_tokens)
         logits = self.cached_logits(len(tokens) + max_new_tokens)
         return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)

@@ -40,8 +40,11 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     except TokenizerError:
         raise
     except Exception as error:  # the library raises bare Exceptions
-        raise TokenizerError(f"the tokenizer in {directory} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"the tokenizer in {directory} cannot be read: {reason}") from None
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest < 0:  # the library skips entries of vocab.json that it does not understand
+        raise TokenizerError(f"the tokenizer in {directory} has no tokens")
     if largest >= vocab_size:
         raise TokenizerError(
             f"the tokenizer in {directory} has token ids up to {largest}, but the model knows {vocab_size} tokens: "

@@ -64,7 +64,12 @@ def locate(name: str | os.PathLike[str]) -> Path:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
@@ -74,6 +79,8 @@ def _download(hub_id: str) -> Path:
         reason = "no such model on the Hub (a private one needs HF_TOKEN)"
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached (or HF_HUB_OFFLINE is set), and the model is not in the local cache"
+    except HFValidationError as error:
+        reason = _first_line(error)
     except OSError as error:
         reason = f"the Hub cannot be reached: {_first_line(error)}"
     raise CheckpointError(f"{hub_id}: no such directory here, and from the Hub: {reason}")
@@ -88,7 +95,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, or JSON nested without end
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, wanted an object")
@@ -106,9 +113,13 @@ def _files(directory: Path) -> list[Path]:
         return [single]
     if not (directory / INDEX_FILE).exists():
         raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    names = sorted(set(_read_json(directory / INDEX_FILE).get("weight_map", {}).values()))
-    if not names:
+    weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_FILE} names no file: its weight_map is missing or empty")
+    outside = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{directory / INDEX_FILE} names {outside[0]!r}, wanted a file of its own directory")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(f"{directory} lacks {', '.join(missing)}, named in {INDEX_FILE}")

@@ -1,0 +1,31 @@
+# Needs Python 3.11, pip and make; everything else goes into .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PROMPT ?= Cryptography is a
+
+.PHONY: demo test lint check clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/demo.py "$(PROMPT)"
+
+test: .venv/installed-dev
+	$(BIN)/pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: test lint
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe]'
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,train,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

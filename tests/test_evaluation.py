@@ -1,0 +1,105 @@
+"""The measures of DESIGN: agreement, KL, the ablated head's KL, recovered KL, head error."""
+
+import helpers
+import numpy as np
+import pytest
+import scipy.special
+
+from jaxgpt2.errors import InputError
+from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
+from jaxgpt2.gpt2 import GPT2, PromptError
+from jaxgpt2.hybrid import HybridGPT2, parse_heads
+from jaxgpt2.quantize import Bits
+
+# The tokenizer of the random models has a token a byte.
+CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 4
+TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> HybridGPT2:
+    directory = tmp_path_factory.mktemp("three-heads")
+    helpers.random_checkpoint(directory, n_embd=24, n_head=3)
+    gpt2 = GPT2.from_pretrained(directory)
+    return HybridGPT2(gpt2, parse_heads("0.1", gpt2.config), bits=Bits.of(3)).calibrate(CALIBRATION, 8)
+
+
+def test_measures_equal_their_definitions(hybrid):
+    """Against a plain loop over passages, without padding or batches."""
+    engine = hybrid.engine("quantized")
+    measured = evaluate(hybrid, TEXT, engine, (1, 2, 5))
+    kl = kl_ablated = error = norm = 0.0
+    agree = {1: 0, 2: 0, 5: 0}
+    positions = 0
+    for text in TEXT:
+        tokens = np.array([hybrid.gpt2.encode(text)], np.int32)
+        reference, quantized, ablated = (hybrid.trace(tokens, e) for e in ("float", engine, "ablated"))
+        p, q, a = (scipy.special.log_softmax(np.asarray(t.logits[0], np.float64), axis=-1)
+                   for t in (reference, quantized, ablated))  # fmt: skip
+        kl += float((np.exp(p) * (p - q)).sum())
+        kl_ablated += float((np.exp(p) * (p - a)).sum())
+        for k in agree:
+            agree[k] += sum(best in np.argsort(-row)[:k] for best, row in zip(p.argmax(axis=-1), q, strict=True))
+        error += float(((quantized.contributions - reference.contributions) ** 2).sum())
+        norm += float((reference.contributions**2).sum())
+        positions += tokens.size
+    assert measured.positions == positions
+    assert measured.passages == len(TEXT)
+    assert measured.kl == pytest.approx(kl / positions, rel=1e-3, abs=1e-7)
+    assert measured.kl_ablated == pytest.approx(kl_ablated / positions, rel=1e-3, abs=1e-7)
+    assert measured.recovered_kl == pytest.approx(1 - kl / kl_ablated, rel=1e-2)
+    assert measured.head_error == pytest.approx(np.sqrt(error / norm), rel=1e-3)
+    assert measured.top_k == pytest.approx({k: count / positions for k, count in agree.items()})
+
+
+def test_the_float_model_is_perfect_and_the_ablated_one_is_worth_nothing(hybrid):
+    perfect = evaluate(hybrid, TEXT, "float")
+    assert perfect.top_k[1] == 1.0
+    assert perfect.recovered_kl == pytest.approx(1.0, abs=1e-4)
+    assert perfect.head_error == 0.0
+    nothing = evaluate(hybrid, TEXT, "ablated")
+    assert nothing.recovered_kl == pytest.approx(0.0, abs=1e-6)
+    assert nothing.head_error == pytest.approx(1.0)
+    assert nothing.top_k == nothing.top_k_ablated
+
+
+def test_circuits_give_the_same_evaluation(hybrid):
+    compiled = hybrid.compile(CALIBRATION, 8, backend="clear")
+    in_jax = evaluate(hybrid, TEXT[:4], hybrid.engine("quantized"))
+    simulated = evaluate(compiled, TEXT[:4], compiled.engine("simulate"))
+    assert simulated.kl == pytest.approx(in_jax.kl, rel=1e-3)
+    assert simulated.head_error == pytest.approx(in_jax.head_error, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("passages", "ks", "message"),
+    [
+        ([], (1,), "no passages"),
+        (["a", ""], (1,), "empty"),
+        (["one cat sat"], (1,), "11 tokens, the heads are made for 8"),
+        (["the cat " * 40], (1,), "context is"),
+        (["a"], (0,), "every k must be 1 to"),
+        (["a"], (), "every k must be 1 to"),
+    ],
+)
+def test_what_cannot_be_evaluated(hybrid, passages, ks, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(hybrid, passages, hybrid.engine("quantized"), ks)
+
+
+def test_evaluation_text_must_not_be_calibration_text():
+    check_disjoint(["a", "b"], ["c"])
+    with pytest.raises(PromptError, match="1 passages are in the calibration text"):
+        check_disjoint(["a", "b "], ["c", "b"])
+
+
+def test_passages_are_read_one_a_line(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("one two\nthree\n")
+    assert read_passages(path) == ["one two", "three"]
+    for content, message in ((b"", "is empty"), (b"one\n\ntwo\n", "line 2: empty passage"), (b"\xff\xfe", "not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(PromptError, match=message):
+            read_passages(path)
+    with pytest.raises(PromptError, match="cannot be read: No such file"):
+        read_passages(tmp_path / "missing")

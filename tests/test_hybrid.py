@@ -1,0 +1,149 @@
+"""The hybrid model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
+
+import dataclasses
+
+import helpers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fhe
+from jaxgpt2 import attention
+from jaxgpt2.attention.formula import float_head
+from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads
+from jaxgpt2.quantize import Bits
+
+# The tokenizer of the random models has a token a byte.
+CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 4
+PROMPT = "dog"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> GPT2:
+    directory = tmp_path_factory.mktemp("three-heads")
+    helpers.random_checkpoint(directory, n_embd=24, n_head=3)
+    return GPT2.from_pretrained(directory)
+
+
+def hybrid_of(gpt2: GPT2, heads: str, bits: int = 8, max_tokens: int = 8) -> HybridGPT2:
+    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), bits=Bits.of(bits))
+    return hybrid.calibrate(CALIBRATION, max_tokens)
+
+
+def token_ids(gpt2: GPT2, text: str) -> np.ndarray:
+    return np.array([gpt2.encode(text)], np.int32)
+
+
+@pytest.mark.parametrize("heads", ["0.0", "1.2", "0.1,1.0", "0.all", "1.all,0.2", "0.0,0.1,0.2"])
+def test_float_engine_gives_the_float_model(gpt2, heads):
+    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config))
+    tokens = token_ids(gpt2, "on a mat")
+    assert np.allclose(hybrid.trace(tokens, "float").logits, gpt2(tokens), atol=1e-5)
+
+
+def test_contributions_are_the_heads_through_the_projection(gpt2):
+    hybrid = HybridGPT2(gpt2, parse_heads("0.2", gpt2.config))
+    tokens = token_ids(gpt2, "on a mat")
+    weights = head_weights(gpt2.model, 0, 2)
+    block = gpt2.model.h[0]
+    x = np.asarray(block.ln_1(gpt2.model.embed(jnp.asarray(tokens))), np.float64)[0]
+    wanted = float_head(weights, x) @ weights.output
+    assert np.allclose(hybrid.trace(tokens, "float").contributions[0, 0], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["0.0", "0.1,1.0", "0.all"])
+def test_enough_bits_come_close_to_float(gpt2, heads):
+    hybrid = hybrid_of(gpt2, heads, bits=9)
+    tokens = token_ids(gpt2, "on a mat")
+    reference = hybrid.trace(tokens, "float")
+    quantized = hybrid.trace(tokens, hybrid.engine("quantized"))
+    difference = np.linalg.norm(quantized.contributions - reference.contributions)
+    assert difference < 0.05 * np.linalg.norm(reference.contributions)
+
+
+@pytest.mark.parametrize("heads", ["1.1", "0.0,1.2", "0.all"])
+def test_every_mode_gives_the_integers_of_the_quantized_one(gpt2, heads, tmp_path):
+    hybrid = hybrid_of(gpt2, heads, bits=4)
+    compiled = hybrid.compile(CALIBRATION, 8, backend="clear", cache=tmp_path)
+    keys = compiled.make_keys(tmp_path)
+    tokens = np.zeros((1, 8), np.int32)
+    tokens[0, :3] = gpt2.encode(PROMPT)
+    wanted = compiled.trace(tokens, compiled.engine("quantized"))
+    for mode in ("simulate", "encrypted"):
+        got = compiled.trace(tokens, compiled.engine(mode, keys))
+        assert np.array_equal(wanted.contributions, got.contributions)
+        assert np.array_equal(wanted.logits, got.logits)
+
+
+def test_generate_works_in_every_mode_and_gives_the_same_text(gpt2):
+    hybrid = hybrid_of(gpt2, "0.1", bits=6).compile(CALIBRATION, 8, backend="clear")
+    keys = hybrid.make_keys()
+    assert list(hybrid.generate(PROMPT, 4, "float")) == list(gpt2.generate(PROMPT, 4))
+    texts = [list(hybrid.generate(PROMPT, 4, mode, keys=keys)) for mode in ("quantized", "simulate", "encrypted")]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 4
+
+
+def test_no_mode_stands_in_for_another(gpt2):
+    bare = HybridGPT2(gpt2, parse_heads("0.1", gpt2.config))
+    with pytest.raises(NotReady, match=r"0\.1 is not calibrated"):
+        list(bare.generate(PROMPT, 2, "quantized"))
+    with pytest.raises(NotReady, match=r"0\.1 is not calibrated"):
+        bare.compile(CALIBRATION, 8, backend="clear")
+    calibrated = hybrid_of(gpt2, "0.1")
+    for mode in ("simulate", "encrypted"):
+        with pytest.raises(NotReady, match="needs compiled heads"):
+            list(calibrated.generate(PROMPT, 2, mode))
+    compiled = calibrated.compile(CALIBRATION, 5, backend="clear")
+    with pytest.raises(NotReady, match="needs keys"):
+        list(compiled.generate(PROMPT, 2, "encrypted"))
+    with pytest.raises(NotReady, match="made for 5"):
+        list(compiled.generate(PROMPT, 4, "simulate"))
+    with pytest.raises(NotReady, match="calibrated for 8 tokens"):
+        calibrated.compile(CALIBRATION, 9, backend="clear")
+
+
+def test_calibrating_again_forgets_the_circuits(gpt2):
+    compiled = hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="clear")
+    assert not compiled.calibrate(CALIBRATION, 6).circuits
+
+
+def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2):
+    class NoLookups:
+        name = "approximate-only"
+        offers = frozenset({"approximate"})
+
+    fhe.register_backend("approximate-only", NoLookups, replace=True)  # pyright: ignore[reportArgumentType]
+    message = "'softmax' needs integers, lookup, which backend 'approximate-only' lacks; formulas that fit it: none"
+    with pytest.raises(attention.FormulaError, match=message):
+        hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")
+
+
+def test_a_formula_without_a_block_is_refused_for_a_block(gpt2):
+    attention.register(dataclasses.replace(attention.get("softmax"), name="head-only", block=None), replace=True)
+    with pytest.raises(attention.FormulaError, match="'head-only' has no whole-block form"):
+        HybridGPT2(gpt2, (Unit(0, None),), "head-only")
+
+
+def test_heads_are_read_in_order(gpt2):
+    assert parse_heads("1.2, 0.all,1.0", gpt2.config) == (Unit(0, None), Unit(1, 0), Unit(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read head ''"),
+        ("0", "wanted LAYER.HEAD"),
+        ("0.x", "cannot read head '0.x'"),
+        ("-1.0", "cannot read head '-1.0'"),
+        ("2.0", "layers 0 to 1, heads 0 to 2"),
+        ("0.3", "there is no head 0.3"),
+        ("9.all", "there is no head 9.all"),
+        ("0.1,0.1", "named twice"),
+        ("0.1,0.all", "0.1 is named twice"),
+    ],
+)
+def test_heads_that_cannot_be(gpt2, text, message):
+    with pytest.raises(HeadError, match=message):
+        parse_heads(text, gpt2.config)
