@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import wire
-from .backend import IntegerFunction, Report, Settings, Table, check_inputset
+from .backend import IntegerFunction, Keys, Report, Settings, Table, check_inputset
 from .errors import CircuitFormatError, KeyMismatch
 
 UNTAGGED = "untagged"
@@ -46,10 +46,11 @@ class NumpyOps:
 
 @dataclass
 class Site:
-    """One operation of a function that costs lookups, as an input set saw it.
+    """One operation of a function, as an input set saw it.
 
-    kind: "lookup" or "product"; count: how many, per run; low, high: the least and the greatest input (of a product:
-    of a + b and of a - b); shift: bits a lookup rounds away first.
+    kind: "lookup", "product" of two encrypted arrays, or "join" (a concatenation, which costs nothing); count: how
+    many elements or products; low, high: the least and the greatest input (of a product: of a + b and of a - b);
+    shift: bits a lookup rounds away first.
     """
 
     kind: str
@@ -78,7 +79,7 @@ class _Encrypted(np.ndarray):
 
 
 class Observer(NumpyOps):
-    """`NumpyOps` that also notes every lookup and product of two encrypted arrays, in order of execution."""
+    """`NumpyOps` that also notes every `Site`, in order of execution."""
 
     def __init__(self):
         self.sites: list[Site] = []
@@ -112,15 +113,15 @@ class Observer(NumpyOps):
     def product(self, ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> None:
         """Note a * b or a @ b of encrypted arrays."""
         size = ufunc(a, b).size * (a.shape[-1] if ufunc is np.matmul else 1)
-        low = min(a.min() + b.min(), a.min() - b.max())
-        high = max(a.max() + b.max(), a.max() - b.min())
-        self._note("product", size, int(low), int(high))
+        self._note("product", size, *product_range((a.min(), a.max()), (b.min(), b.max())))
 
     def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
         return maximum_by_lookups(self, x, axis, keepdims)
 
     def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
-        return self.mark(np.concatenate([np.asarray(array) for array in arrays], axis=axis))
+        joined = np.concatenate([np.asarray(array) for array in arrays], axis=axis)
+        self._note("join", joined.size, int(joined.min()), int(joined.max()))
+        return self.mark(joined)
 
     @contextmanager
     def tag(self, name: str) -> Iterator[None]:
@@ -148,6 +149,11 @@ def observe(function: IntegerFunction, params: Any, samples: list[tuple[np.ndarr
         observer.start_sample()
         function(observer, params, *(observer.mark(value) for value in sample))
     return observer
+
+
+def product_range(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[int, int]:
+    """The range of a + b and a - b, whose squares make a product, of two (least, greatest)."""
+    return int(min(a[0] + b[0], a[0] - b[1])), int(max(a[1] + b[1], a[1] - b[0]))
 
 
 def signed_bits(low: int, high: int) -> int:
@@ -200,10 +206,10 @@ def count_lookups(sites: Iterable[Site], rounding: str) -> dict[str, dict[int, i
     for site in sites:
         if site.kind == "product":
             add(site.stage, signed_bits(site.low, site.high), 2 * site.count)
-            continue
-        add(site.stage, lookup_slots(site.low, site.high, site.shift, rounding)[1], site.count)
-        if rounding == "exact" and site.shift:
-            add(site.stage, 1, site.count * site.shift)
+        elif site.kind == "lookup":
+            add(site.stage, lookup_slots(site.low, site.high, site.shift, rounding)[1], site.count)
+            if rounding == "exact" and site.shift:
+                add(site.stage, 1, site.count * site.shift)
     return stages
 
 
@@ -244,9 +250,9 @@ class ClearCircuit:
     def load_keys(self, path: str | Path) -> ClearKeys:
         return ClearKeys(self.id, wire.unpack(wire.read_file(path, "keys"), "keys", self.id)[0])
 
-    def encrypt(self, keys: ClearKeys, *inputs: np.ndarray) -> bytes:
-        self._check(keys)
-        return wire.pack("ciphertexts", self.id, keys.id, [_to_bytes(value) for value in inputs])
+    def encrypt(self, keys: Keys, *inputs: np.ndarray) -> bytes:
+        key_id = self._id_of(keys)
+        return wire.pack("ciphertexts", self.id, key_id, [_to_bytes(value) for value in inputs])
 
     def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
         key_id, _ = wire.unpack(evaluation_keys, "evaluation keys", self.id)
@@ -254,9 +260,8 @@ class ClearCircuit:
         outputs = self.simulate(*(_from_bytes(part) for part in parts))
         return wire.pack("results", self.id, key_id, [_to_bytes(value) for value in outputs])
 
-    def decrypt(self, keys: ClearKeys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
-        self._check(keys)
-        _, parts = wire.unpack(ciphertexts, "results", self.id, keys.id)
+    def decrypt(self, keys: Keys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
+        _, parts = wire.unpack(ciphertexts, "results", self.id, self._id_of(keys))
         return tuple(_from_bytes(part) for part in parts)
 
     def save(self, directory: str | Path) -> None:
@@ -265,9 +270,11 @@ class ClearCircuit:
         content = pickle.dumps((self.report, self.function, self.params, self.shapes))
         (directory / "circuit.bin").write_bytes(wire.pack("clear circuit", "", "", [self.id.encode(), content]))
 
-    def _check(self, keys: ClearKeys) -> None:
-        if keys.circuit != self.id:
-            raise KeyMismatch(f"the keys belong to circuit {keys.circuit[:12]}, not to this one, {self.id[:12]}")
+    def _id_of(self, keys: Keys) -> str:
+        if not isinstance(keys, ClearKeys):
+            raise KeyMismatch(f"these are {type(keys).__name__}, not keys of the clear backend")
+        wire.check_circuit("keys", keys.circuit, self.id)
+        return keys.id
 
 
 class ClearBackend:

@@ -40,8 +40,7 @@ def unpack(data: bytes, kind: str, circuit: str, keys: str | None = None) -> tup
     header = json.loads(bytes(body[start : start + length]))
     if header["kind"] != kind:
         raise CircuitFormatError(f"expected {kind}, got {header['kind']}")
-    if header["circuit"] != circuit:
-        raise KeyMismatch(f"the {kind} belong to circuit {header['circuit'][:12]}, not to this one, {circuit[:12]}")
+    check_circuit(kind, header["circuit"], circuit)
     if keys is not None and header["keys"] != keys:
         raise KeyMismatch(f"the {kind} belong to keys {header['keys'][:12]}, not to these, {keys[:12]}")
     parts, position = [], start + length
@@ -49,6 +48,12 @@ def unpack(data: bytes, kind: str, circuit: str, keys: str | None = None) -> tup
         parts.append(bytes(body[position : position + size]))
         position += size
     return header["keys"], parts
+
+
+def check_circuit(kind: str, theirs: str, ours: str) -> None:
+    """KeyMismatch unless both are the same circuit."""
+    if theirs != ours:
+        raise KeyMismatch(f"the {kind} belong to circuit {theirs[:12]}, not to this one, {ours[:12]}")
 
 
 def write_private(path: str | Path, data: bytes) -> None:

@@ -180,9 +180,9 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_e
         result |= {"head": head["heads"], "attention": head["formula"], "bits": dataclasses.asdict(hybrid.bits)}
     tokens: list[int] = []
     stream = gpt2.stream()
+    iterator = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
     if not as_json:
         click.echo(prompt, nl=False)
-    iterator = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
     started = time.monotonic()
     while True:
         if mode in ("simulate", "encrypted"):

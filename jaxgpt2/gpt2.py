@@ -145,9 +145,7 @@ class GPT2:
 
         return next_logits
 
-    def generate(
-        self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY
-    ) -> Iterator[int]:
+    def generate(self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yields the tokens that continue a prompt, one by one; `text` makes text of them.
 
         Raises:

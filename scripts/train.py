@@ -175,6 +175,7 @@ def schedule(recipe: Recipe, steps: int) -> optax.Schedule:
     )
 
 
+@functools.cache  # one object for equal arguments, so that `train_step` compiles once
 def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import helpers
 import pytest
-import transformers
 
-transformers.utils.logging.disable_progress_bar()
+if TYPE_CHECKING:
+    from jaxgpt2.gpt2 import GPT2
 
 
 @pytest.fixture(scope="session")
 def small_readonly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random GPT-2 of two layers (`helpers.SMALL`), the same one for all tests."""
+    from helpers import random_checkpoint  # imports torch, which most tests can do without
+
     directory = tmp_path_factory.mktemp("small")
-    helpers.random_checkpoint(directory)
+    random_checkpoint(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def gpt2(small_readonly: Path) -> GPT2:
+    """That model, loaded. Tests that read 64 tokens of one text share its compiled programs."""
+    from jaxgpt2.gpt2 import GPT2
+
+    return GPT2.from_pretrained(small_readonly)
 
 
 @pytest.fixture

@@ -15,10 +15,21 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers import pre_tokenizers
 
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow on a busy machine
+
 END_OF_TEXT = "<|endoftext|>"
 REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "gpt2-tokenizer"
 
-SMALL = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": None}
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
 
 
 def save_byte_tokenizer(directory: Path) -> None:
@@ -34,13 +45,15 @@ def random_checkpoint(
 ) -> transformers.GPT2LMHeadModel:
     """Saves a random GPT-2 and a tokenizer in a directory, and returns transformers' model.
 
-    Every parameter is random, biases and layer norms too, and large enough for the layers to matter.
+    Every parameter is random, biases and layer norms too, and large enough for the layers to matter; the positions are
+    larger still, so that greedy text does not repeat one token.
     """
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SMALL, **config}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0, 0.2)
+            mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+            parameter.normal_(mean, 1.5 if name.endswith("wpe.weight") else 0.3)
     model = model.to(dtype).eval()
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     save_byte_tokenizer(directory)

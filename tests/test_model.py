@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,22 +11,29 @@ import pytest
 import torch
 import transformers
 from helpers import one_line, random_checkpoint, torch_logits
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jaxgpt2.generation import generate_tokens
 from jaxgpt2.gpt2 import GPT2, PromptError
 from jaxgpt2.model import causal_attention
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "small": {},
     "odd heads": {"n_head": 3, "n_embd": 39, "n_layer": 3},
     "one head, one layer, wide inside": {"n_head": 1, "n_embd": 24, "n_layer": 1, "n_inner": 200},
-    "heads of width 1, narrow inside": {"n_head": 7, "n_embd": 7, "n_inner": 5, "vocab_size": 257},
-    "separate head, exact gelu": {"tie_word_embeddings": False, "activation_function": "gelu", "n_head": 5, "n_embd": 40},
-    "long context, relu": {"n_positions": 1024, "activation_function": "relu", "n_layer": 1},
-    "context that is no power of two": {"n_positions": 53, "activation_function": "gelu_pytorch_tanh"},
-    "large epsilon": {"layer_norm_epsilon": 0.1, "n_layer": 1},
+    "heads of width 2, narrow inside": {"n_head": 7, "n_embd": 14, "n_inner": 5, "vocab_size": 257, "n_layer": 1},
+    "separate head, exact gelu": {
+        "tie_word_embeddings": False,
+        "activation_function": "gelu",
+        "n_head": 5,
+        "n_embd": 40,
+        "n_layer": 1,
+    },
+    "long context, relu, large epsilon": {
+        "n_positions": 1024,
+        "activation_function": "relu",
+        "layer_norm_epsilon": 0.1,
+        "n_layer": 1,
+    },
+    "context that is no power of two": {"n_positions": 53, "activation_function": "gelu_pytorch_tanh", "n_head": 8},
 }
 NEW_TOKENS = 50
 
@@ -62,45 +68,50 @@ def test_greedy_tokens_equal_transformers(pair: Pair):
     )
     wanted = generated[0, ids.shape[1] :].tolist()
     assert len(wanted) == NEW_TOKENS
-    assert len(set(wanted)) > 3
+    assert len(set(wanted)) > 3  # no model that repeats itself
     logits = pair.ours.cached_logits(prompt.shape[1] + NEW_TOKENS)
     assert list(generate_tokens(logits, prompt[0].tolist(), NEW_TOKENS)) == wanted
 
 
 def test_cached_logits_equal_uncached(pair: Pair):
-    """Whatever the pieces in which the tokens come: a prompt, one by one, several, up to the end of the context."""
-    ids = random_ids(pair.ours, 1, min(53, pair.ours.config.n_positions))
+    """Whatever the pieces in which the tokens come: a prompt, one by one, several at once."""
+    ids = random_ids(pair.ours, 3, pair.ours.config.n_positions)
     wanted = np.asarray(pair.ours(ids))[0]
-    cached = pair.ours.cached_logits(ids.shape[1])
-    for end in (5, 6, 7, 20, 21, ids.shape[1] - 1, ids.shape[1]):
+    cached = pair.ours.cached_logits(min(64, pair.ours.config.n_positions))
+    for end in (14, 15, 16, 31, 32, 48):
         np.testing.assert_allclose(cached(ids[0, :end].tolist()), wanted[end - 1], rtol=0, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def gpt2(small_readonly: Path) -> GPT2:
-    return GPT2.from_pretrained(small_readonly)
+@pytest.mark.parametrize("first", [1, 59])
+def test_cache_up_to_the_end_of_the_context(gpt2: GPT2, first: int):
+    """Padding is cut where the context ends, and moves nothing that was read before."""
+    ids = random_ids(gpt2, 1, 64)
+    cached = gpt2.cached_logits(64)
+    cached(ids[0, :first].tolist())
+    np.testing.assert_allclose(cached(ids[0].tolist()), gpt2(ids)[0, -1], rtol=0, atol=1e-4)
 
 
 def test_two_caches_do_not_disturb_each_other(gpt2: GPT2):
-    first, second = random_ids(gpt2, 1, 6)[0].tolist(), random_ids(gpt2, 1, 7)[0].tolist()
-    one, other = gpt2.cached_logits(10), gpt2.cached_logits(10)
-    one(first[:5])
-    other(second[:5])
-    np.testing.assert_allclose(one(first), gpt2([first])[0, -1], atol=1e-4)
-    np.testing.assert_allclose(other(second[:6]), gpt2([second[:6]])[0, -1], atol=1e-4)
+    ids = random_ids(gpt2, 1, 64)
+    first, second = ids, ids[:, ::-1]
+    one, other = gpt2.cached_logits(64), gpt2.cached_logits(64)
+    one(first[0, :5].tolist())
+    other(second[0, :7].tolist())
+    np.testing.assert_allclose(one(first[0, :6].tolist()), gpt2(first)[0, 5], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(other(second[0, :8].tolist()), gpt2(second)[0, 7], rtol=0, atol=1e-4)
 
 
 def test_later_tokens_change_nothing_before_them(gpt2: GPT2):
-    ids = random_ids(gpt2, 2, 12)
+    ids = random_ids(gpt2, 1, 64)
     changed = ids.copy()
-    changed[:, 7] += 1
-    before, after = np.asarray(gpt2(ids)), np.asarray(gpt2(changed % 300))
+    changed[:, 7] = (changed[:, 7] + 1) % 300
+    before, after = np.asarray(gpt2(ids)), np.asarray(gpt2(changed))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
 
 
 def test_logits_of_lists_and_arrays_of_jax(gpt2: GPT2):
-    ids = random_ids(gpt2, 2, 5)
+    ids = random_ids(gpt2, 1, 64)
     wanted = np.asarray(gpt2(ids))
     np.testing.assert_array_equal(wanted, np.asarray(gpt2(ids.tolist())))
     np.testing.assert_array_equal(wanted, np.asarray(gpt2(jnp.asarray(ids))))
@@ -126,16 +137,9 @@ def test_refuses_ids(gpt2: GPT2, ids: Any, part: str):
         gpt2(ids)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    first=st.sampled_from([0, 1, 4]),
-    time=st.sampled_from([1, 5]),
-    spare=st.sampled_from([0, 3]),
-    size=st.sampled_from([1, 6]),
-)
-def test_causal_attention_is_the_formula(batch: int, heads: int, first: int, time: int, spare: int, size: int):
+@pytest.mark.parametrize("batch, heads, time, size", [(1, 1, 1, 1), (2, 3, 5, 6)])
+@pytest.mark.parametrize("first, spare", [(0, 0), (0, 3), (4, 3)])
+def test_causal_attention_is_the_formula(batch: int, heads: int, time: int, size: int, first: int, spare: int):
     random = np.random.default_rng(0)
     q = random.normal(size=(batch, heads, time, size)).astype(np.float32)
     k, v = random.normal(size=(2, batch, heads, first + time + spare, size)).astype(np.float32)
@@ -144,4 +148,4 @@ def test_causal_attention_is_the_formula(batch: int, heads: int, first: int, tim
         seen = first + t + 1
         e = np.exp(k[b, h, :seen] @ q[b, h, t] / np.sqrt(size))
         wanted[b, h, t] = e / e.sum() @ v[b, h, :seen]
-    np.testing.assert_allclose(np.asarray(causal_attention(q, k, v, first)), wanted, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(jax.jit(causal_attention)(q, k, v, first)), wanted, atol=1e-5)

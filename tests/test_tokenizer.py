@@ -26,7 +26,7 @@ def ours() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def theirs() -> GPT2TokenizerFast:
-    return GPT2TokenizerFast(vocab=str(REAL_TOKENIZER / "vocab.json"), merges=str(REAL_TOKENIZER / "merges.txt"))
+    return GPT2TokenizerFast.from_pretrained(REAL_TOKENIZER)
 
 
 @needs_real

@@ -133,9 +133,7 @@ def _check_tensors(directory: Path, found: Shapes, wanted: Shapes) -> None:
     """One line for the first thing wrong: a misshapen tensor, a missing one, one too many."""
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
-            raise CheckpointError(
-                f"{directory}: tensor {name} has shape {found[name]}, wanted {shape} by config.json"
-            )
+            raise CheckpointError(f"{directory}: tensor {name} has shape {found[name]}, wanted {shape} by config.json")
     missing = [name for name in wanted if name not in found]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

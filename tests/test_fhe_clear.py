@@ -1,0 +1,300 @@
+"""The interface, the tables, the caches and the clear backend: everything of `fhe` that needs no Concrete."""
+
+import dataclasses
+import json
+import logging
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fhe
+from fhe import cache, clear, wire
+
+RNG = np.random.default_rng(0)
+SQUARE = fhe.Table.build(lambda v: v * v, -8, 7)
+PARAMS = {
+    "weight": RNG.integers(-3, 4, (4, 4)),
+    "quarter": fhe.Table.build(lambda v: v / 4, -6, 5, shift=2),
+    "square": SQUARE,
+}
+INPUTSET = [(RNG.integers(-4, 4, (3, 4)),) for _ in range(20)]
+
+
+def small_head(ops, params, x):
+    """Every operation of `Ops` once."""
+    with ops.tag("query"):
+        q = ops.lookup(params["quarter"], ops.matmul(x, params["weight"]))  # (3, 4)
+    with ops.tag("scores"):
+        scores = ops.matmul(q, q.transpose((1, 0)))  # (3, 3)
+    with ops.tag("softmax"):
+        top = ops.max(scores, axis=-1, keepdims=True)  # (3, 1)
+        both = ops.concatenate((q[:, :1] * q[:, 1:2], top), axis=1)  # (3, 2)
+    return both, scores.sum(axis=-1, keepdims=False).reshape((1, 3))
+
+
+def compiled(**changes):
+    return fhe.get_backend("clear").compile(small_head, PARAMS, INPUTSET, fhe.Settings(**changes))
+
+
+@given(
+    values=st.lists(st.integers(-1000, 1000), min_size=1, max_size=40),
+    low=st.integers(-50, 50),
+    shift=st.integers(0, 6),
+    x=st.lists(st.integers(-5000, 5000), min_size=1, max_size=20),
+)
+def test_table_is_its_definition(values, low, shift, x):
+    table = fhe.Table(np.array(values), low, shift)
+    naive = []
+    for value in x:
+        rounded = int(np.floor(value / 2**shift + 0.5)) if shift else value
+        naive.append(values[min(max(rounded - low, 0), len(values) - 1)])
+    assert table(np.array(x)).tolist() == naive
+    assert table(np.array(x)).dtype == np.int64
+
+
+def test_table_build():
+    table = fhe.Table.build(lambda v: v / 8, -2, 2, shift=2)
+    assert table.values.tolist() == [-1, 0, 0, 0, 1]  # of -8, -4, 0, 4, 8: halves to even
+    assert table.values.dtype == np.int32
+    assert (table.low, table.shift) == (-2, 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "low", "high", "shift", "message"),
+    [
+        (np.log, 0, 3, 0, "table of input 0 is -inf"),
+        (lambda v: v * 1e9, 0, 3, 0, "not an int32"),
+        (lambda v: v, 3, 2, 0, "low <= high"),
+        (lambda v: v, 0, 2, -1, "shift >= 0"),
+        (lambda v: v[:1], 0, 2, 0, "keep the shape"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_table_build_refuses(function, low, high, shift, message):
+    with pytest.raises(ValueError, match=message):
+        fhe.Table.build(function, low, high, shift)
+
+
+@pytest.mark.parametrize("changes", [{"p_error": 0.0}, {"p_error": 1.0}, {"rounding": "up"}])
+def test_settings_refuse(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        fhe.Settings(**changes)
+
+
+@settings(max_examples=200)
+@given(
+    low=st.integers(-200, 200),
+    span=st.integers(0, 300),
+    shift=st.integers(0, 5),
+    rounding=st.sampled_from(["exact", "approximate", "none"]),
+)
+def test_a_lookup_has_room_for_its_range_and_its_rounding(low, span, shift, rounding):
+    high = low + span
+    first, bits = clear.lookup_slots(low, high, shift, rounding)
+    step = 1 if rounding == "none" else 1 << shift
+    assert low - first * step >= 0  # laid out unsigned
+    last = ((1 << bits) - 1) * step
+    assert high - first * step <= last if rounding == "approximate" else high - first * step < last + (step + 1) // 2
+    assert 1 << bits <= max(2, 2 * (span // step + 2))  # and no more than twice what is needed
+
+
+def test_max_and_products_are_numpys():
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3, 6, 7):
+        x = rng.integers(-50, 50, (4, size))
+        observer = clear.observe(lambda ops, _, x: (ops.max(x, axis=1), ops.max(x, axis=-2, keepdims=True)), None, [(x,)])
+        assert sum(site.count for site in observer.sites) == 4 * (size - 1) + 3 * size
+
+        def function(ops, _, x):
+            return ops.max(x, axis=1), ops.max(x, axis=-2, keepdims=True)
+
+        results = function(clear.Observer(), None, x)
+        assert np.array_equal(results[0], x.max(1))
+        assert np.array_equal(results[1], x.max(0, keepdims=True))
+
+
+def test_report_counts_by_stage():
+    report = compiled().report
+    counts = {stage: sum(widths.values()) for stage, widths in report.pbs_by_stage.items()}
+    # query: 12 lookups and 2 bits rounded away; scores: 2 for each of 9 x 4 products; softmax: 3 x 2 comparisons
+    # and 3 products.
+    assert counts == {"query": 12 * 3, "scores": 72, "softmax": 12}
+    assert report.pbs_count == sum(counts.values()) == sum(report.pbs_by_bit_width.values())
+    assert report.max_bit_width == max(report.pbs_by_bit_width)
+    assert compiled(rounding="approximate").report.pbs_count == report.pbs_count - 24
+    assert report.estimated_run_seconds > 0
+
+
+def test_report_survives_json():
+    report = compiled().report
+    data = json.loads(json.dumps(report.to_json()))
+    assert fhe.Report.from_json(data) == report
+    assert {"pbs_count", "max_bit_width", "complexity", "p_error", "evaluation_key_bytes", "pbs_by_stage"} <= set(data)
+
+
+def test_round_trip():
+    circuit = compiled()
+    keys = circuit.make_keys()
+    for sample in INPUTSET[:3]:
+        expected = small_head(fhe.NumpyOps(), PARAMS, *sample)
+        decrypted = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, *sample), keys.evaluation))
+        for results in (circuit.simulate(*sample), decrypted):
+            assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_inputs_and_input_sets_are_checked():
+    with pytest.raises(ValueError, match="shapes"):
+        compiled().simulate(np.zeros((2, 4), int))
+    with pytest.raises(ValueError, match="input set is empty"):
+        fhe.get_backend("clear").compile(small_head, PARAMS, [], fhe.Settings())
+    with pytest.raises(ValueError, match="mixes shapes"):
+        fhe.get_backend("clear").compile(small_head, PARAMS, [*INPUTSET, (np.zeros((2, 4), int),)], fhe.Settings())
+
+
+def test_keys_belong_to_one_circuit(tmp_path):
+    circuit, other = compiled(), fhe.get_backend("clear").compile(small_head, PARAMS | {"a": 1}, INPUTSET, fhe.Settings())
+    keys, stranger = circuit.make_keys(), circuit.make_keys()
+    ciphertexts = circuit.encrypt(keys, *INPUTSET[0])
+    with pytest.raises(fhe.KeyMismatch, match="circuit"):
+        other.encrypt(keys, *INPUTSET[0])
+    with pytest.raises(fhe.KeyMismatch, match="keys"):
+        circuit.run(ciphertexts, stranger.evaluation)
+    with pytest.raises(fhe.KeyMismatch, match="keys"):
+        circuit.decrypt(stranger, circuit.run(ciphertexts, keys.evaluation))
+    keys.save(tmp_path / "keys")
+    with pytest.raises(fhe.KeyMismatch, match="circuit"):
+        other.load_keys(tmp_path / "keys")
+
+
+def test_key_files_are_private_and_whole(tmp_path):
+    circuit = compiled()
+    path = tmp_path / "keys"
+    keys = circuit.make_keys()
+    keys.save(path)
+    keys.save(path)  # again, over the old one
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["keys"]
+    assert circuit.load_keys(path) == keys
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(fhe.CircuitFormatError, match="damaged or cut short"):
+        circuit.load_keys(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(fhe.CircuitFormatError, match="do not begin with"):
+        circuit.load_keys(path)
+    with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
+        circuit.load_keys(tmp_path / "absent")
+
+
+@given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_any_flipped_byte_is_noticed(position, flip):
+    data = bytearray(wire.pack("results", "circuit", "keys", [b"one", b"", b"three"]))
+    assert wire.unpack(bytes(data), "results", "circuit", "keys") == ("keys", [b"one", b"", b"three"])
+    data[position % len(data)] ^= flip
+    with pytest.raises(fhe.CircuitFormatError):
+        wire.unpack(bytes(data), "results", "circuit", "keys")
+
+
+def test_saved_circuit(tmp_path):
+    circuit = compiled()
+    circuit.save(tmp_path / "circuit")
+    loaded = fhe.get_backend("clear").load(tmp_path / "circuit")
+    assert (loaded.id, loaded.report) == (circuit.id, circuit.report)
+    assert np.array_equal(loaded.simulate(*INPUTSET[0])[0], circuit.simulate(*INPUTSET[0])[0])
+    with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
+        fhe.get_backend("clear").load(tmp_path)
+
+
+class CountingBackend(clear.ClearBackend):
+    """A backend from outside, which notes how often it compiles."""
+
+    name = "counting"
+    compilations = 0
+
+    def compile(self, *arguments):
+        self.compilations += 1
+        return super().compile(*arguments)
+
+
+def test_a_third_backend(monkeypatch):
+    monkeypatch.setattr(fhe.backend._registry, "factories", dict(fhe.backend._registry.factories))
+    fhe.register_backend("counting", CountingBackend)
+    assert fhe.backends() == ("clear", "concrete", "counting")
+    assert isinstance(fhe.get_backend("counting"), CountingBackend)
+    with pytest.raises(ValueError, match="exists already"):
+        fhe.register_backend("counting", CountingBackend)
+    fhe.register_backend("counting", CountingBackend, replace=True)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend 'seal'; known: clear, concrete"):
+        fhe.get_backend("seal")
+
+
+def test_circuits_are_cached(tmp_path, caplog):
+    backend = CountingBackend()
+
+    def make(params=PARAMS, inputset=INPUTSET, settings=fhe.Settings(), function=small_head):
+        return fhe.compile_cached(backend, function, params, inputset, settings, tmp_path)
+
+    first = make()
+    assert make().id == first.id
+    assert backend.compilations == 1
+    make(params=PARAMS | {"weight": PARAMS["weight"] + 1})
+    make(params=PARAMS | {"square": dataclasses.replace(SQUARE, low=-7)})
+    make(inputset=INPUTSET[1:])
+    make(settings=fhe.Settings(rounding="none"))
+    assert backend.compilations == 5
+    assert len(list(tmp_path.iterdir())) == 5  # nothing unfinished is left
+    for entry in tmp_path.glob("*/circuit.bin"):
+        entry.write_bytes(entry.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING, logger="fhe.cache"):
+        make()
+    assert "compiling again" in caplog.text
+    make()
+    assert backend.compilations == 6
+
+
+def test_what_a_function_closes_over_is_hashed():
+    def make(factor):
+        return lambda ops, params, x: (x * factor,)
+
+    def fingerprint(function):
+        return cache.fingerprint(CountingBackend(), function, None, INPUTSET, fhe.Settings())
+
+    assert fingerprint(make(2)) == fingerprint(make(2)) != fingerprint(make(3))
+    with pytest.raises(TypeError, match="cannot hash a object"):
+        fingerprint(make(object()))
+
+
+def test_keys_are_cached(tmp_path, caplog):
+    circuit = compiled()
+    directory = tmp_path / "keys"
+    keys = fhe.cached_keys(circuit, directory)
+    assert fhe.cached_keys(circuit, directory) == keys
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    (path,) = directory.iterdir()
+    path.write_bytes(b"")
+    assert fhe.cached_keys(circuit, directory) != keys
+    assert "making new keys" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import fhe; print('concrete' in sys.modules)", "False"),
+        (
+            "sys.modules['concrete'] = None\nimport fhe\ntry: fhe.get_backend('concrete')\n"
+            "except fhe.BackendUnavailable as error: print(error)",
+            "pip install jaxgpt2[fhe]",
+        ),
+    ],
+)
+def test_concrete_is_optional(code, expected):
+    result = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True, check=True)
+    assert expected in result.stdout
+    assert result.stdout.count("\n") == 1
