@@ -3,6 +3,8 @@
 Importing this package imports no library of encryption; `get_backend(name)` does.
 """
 
+import warnings
+
 from .backend import (
     MILLISECONDS_PER_LOOKUP,
     Backend,
@@ -53,7 +55,9 @@ def _clear() -> Backend:
 
 def _concrete() -> Backend:
     try:
-        from .concrete import ConcreteBackend
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # concrete-python 2.11.0
+            from .concrete import ConcreteBackend
     except ImportError as error:
         raise BackendUnavailable(
             f"the backend 'concrete' needs concrete-python ({error}); install it with: pip install jaxgpt2[fhe]"

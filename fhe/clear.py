@@ -19,7 +19,7 @@ import numpy as np
 
 from . import wire
 from .backend import IntegerFunction, Keys, Report, Settings, Table, check_inputset
-from .errors import CircuitFormatError, KeyMismatch
+from .errors import CircuitFormatError, CompilationError, KeyMismatch
 
 UNTAGGED = "untagged"
 
@@ -49,15 +49,15 @@ class Site:
     """One operation of a function, as an input set saw it.
 
     kind: "lookup", "product" of two encrypted arrays, or "join" (a concatenation, which costs nothing); count: how
-    many elements or products; low, high: the least and the greatest input (of a product: of a + b and of a - b);
-    shift: bits a lookup rounds away first.
+    many elements or products; inputs: the least and the greatest input (of a product: of a + b and of a - b);
+    results: the least and the greatest result (of a lookup); shift: bits a lookup rounds away first.
     """
 
     kind: str
     stage: str
     count: int
-    low: int
-    high: int
+    inputs: tuple[int, int]
+    results: tuple[int, int] = (0, 0)
     shift: int = 0
 
 
@@ -73,6 +73,7 @@ class _Encrypted(np.ndarray):
         if ufunc in (np.multiply, np.matmul) and all(isinstance(value, _Encrypted) for value in inputs):
             assert self.observer is not None
             self.observer.product(ufunc, np.asarray(inputs[0]), np.asarray(inputs[1]))
+        kwargs.pop("out", None)  # x += y names a new array, as it does for tracers
         plain = [np.asarray(value) if isinstance(value, _Encrypted) else value for value in inputs]
         result = getattr(ufunc, method)(*plain, **kwargs)
         return self.observer.mark(result) if self.observer is not None else result
@@ -94,7 +95,7 @@ class Observer(NumpyOps):
     def mark(self, x: Any) -> Any:
         """x as an encrypted array."""
         x = np.asarray(x)
-        self.largest = max(self.largest, signed_bits(int(x.min()), int(x.max())))
+        self.largest = max(self.largest, signed_bits(*_range(x)))
         x = x.view(_Encrypted)
         x.observer = self
         return x
@@ -107,20 +108,21 @@ class Observer(NumpyOps):
         if not isinstance(x, _Encrypted):
             return function(x)
         x = np.asarray(x)
-        self._note("lookup", x.size, int(x.min()), int(x.max()), shift)
-        return self.mark(function(x))
+        results = function(x)
+        self._note("lookup", x.size, _range(x), _range(results), shift)
+        return self.mark(results)
 
     def product(self, ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> None:
         """Note a * b or a @ b of encrypted arrays."""
         size = ufunc(a, b).size * (a.shape[-1] if ufunc is np.matmul else 1)
-        self._note("product", size, *product_range((a.min(), a.max()), (b.min(), b.max())))
+        self._note("product", size, product_range(_range(a), _range(b)))
 
     def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
         return maximum_by_lookups(self, x, axis, keepdims)
 
     def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
         joined = np.concatenate([np.asarray(array) for array in arrays], axis=axis)
-        self._note("join", joined.size, int(joined.min()), int(joined.max()))
+        self._note("join", joined.size, _range(joined))
         return self.mark(joined)
 
     @contextmanager
@@ -131,15 +133,25 @@ class Observer(NumpyOps):
         finally:
             self._stages.pop()
 
-    def _note(self, kind: str, count: int, low: int, high: int, shift: int = 0) -> None:
+    def _note(
+        self, kind: str, count: int, inputs: tuple[int, int], results: tuple[int, int] = (0, 0), shift: int = 0
+    ) -> None:
         stage = ".".join(self._stages) or UNTAGGED
         if self._next == len(self.sites):
-            self.sites.append(Site(kind, stage, count, low, high, shift))
+            self.sites.append(Site(kind, stage, count, inputs, results, shift))
         site = self.sites[self._next]
         if (site.kind, site.stage, site.count) != (kind, stage, count):
             raise ValueError(f"stage {stage}: the function takes another path for another input")
-        site.low, site.high = min(site.low, low), max(site.high, high)
+        site.inputs, site.results = _hull(site.inputs, inputs), _hull(site.results, results)
         self._next += 1
+
+
+def _range(x: np.ndarray) -> tuple[int, int]:
+    return int(x.min()), int(x.max())
+
+
+def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return min(a[0], b[0]), max(a[1], b[1])
 
 
 def observe(function: IntegerFunction, params: Any, samples: list[tuple[np.ndarray, ...]]) -> Observer:
@@ -205,9 +217,9 @@ def count_lookups(sites: Iterable[Site], rounding: str) -> dict[str, dict[int, i
 
     for site in sites:
         if site.kind == "product":
-            add(site.stage, signed_bits(site.low, site.high), 2 * site.count)
+            add(site.stage, signed_bits(*site.inputs), 2 * site.count)
         elif site.kind == "lookup":
-            add(site.stage, lookup_slots(site.low, site.high, site.shift, rounding)[1], site.count)
+            add(site.stage, lookup_slots(*site.inputs, site.shift, rounding)[1], site.count)
             if rounding == "exact" and site.shift:
                 add(site.stage, 1, site.count * site.shift)
     return stages
@@ -267,7 +279,10 @@ class ClearCircuit:
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        content = pickle.dumps((self.report, self.function, self.params, self.shapes))
+        try:
+            content = pickle.dumps((self.report, self.function, self.params, self.shapes))
+        except (pickle.PicklingError, AttributeError) as error:
+            raise CompilationError(f"a clear circuit is saved with its function's name: {error}") from error
         (directory / "circuit.bin").write_bytes(wire.pack("clear circuit", "", "", [self.id.encode(), content]))
 
     def _id_of(self, keys: Keys) -> str:
@@ -306,9 +321,10 @@ class ClearBackend:
             noise="none: nothing is encrypted, and rounding is exact",
             compile_seconds=time.perf_counter() - start,
         )
-        # pickle refers to a function by name: one that has none (a lambda) can run, but not be saved.
-        identity = hashlib.sha256(pickle.dumps((function.__module__, function.__qualname__, params))).hexdigest()
-        return ClearCircuit(identity, report, function, params, tuple(value.shape for value in samples[0]))
+        shapes = tuple(value.shape for value in samples[0])
+        name = getattr(function, "__qualname__", repr(function))
+        identity = hashlib.sha256(pickle.dumps((name, params, shapes, settings))).hexdigest()
+        return ClearCircuit(identity, report, function, params, shapes)
 
     def load(self, directory: str | Path) -> ClearCircuit:
         data = wire.read_file(Path(directory) / "circuit.bin", "clear circuit")

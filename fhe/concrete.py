@@ -66,21 +66,22 @@ class ConcreteOps:
         site = next(self._sites)
         if self._rounding == "none":
             shift = 0
-        first, bits = lookup_slots(site.low, site.high, shift, self._rounding)
+        first, bits = lookup_slots(*site.inputs, shift, self._rounding)
         if bits > MAX_LOOKUP_BITS:
             raise CompilationError(
-                f"stage {site.stage}: a lookup on {bits} bits, and Concrete's limit is {MAX_LOOKUP_BITS}: use fewer bits"
-                " for inputs or weights, or round more of them away"
+                f"stage {site.stage}: a lookup on {bits} bits, and Concrete's limit is {MAX_LOOKUP_BITS}:"
+                " use fewer bits for inputs or weights, or round more of them away"
             )
         origin = first << shift
-        x = x - origin if origin else x
+        x = x - origin  # 0 or not: the hint must hold for this lookup only
         fhe.hint(x, bit_width=bits + shift)
         if shift:
             approximate = self._rounding == "approximate"
             exactness = fhe.Exactness.APPROXIMATE if approximate else fhe.Exactness.EXACT
             # The layout has room for rounding up; Concrete's protection against overflow would cost a bit or a lookup.
             x = fhe.round_bit_pattern(x, shift, overflow_protection=False, exactness=exactness)
-        return fhe.univariate(lambda value: function(value + origin))(x)
+        # An entry that only noise can reach is made to fit the type of the results, which has just the bits they need.
+        return fhe.univariate(lambda value: np.clip(function(value + origin), *site.results))(x)
 
     def matmul(self, a: Any, b: Any) -> Any:
         return np.matmul(a, b)
@@ -90,7 +91,7 @@ class ConcreteOps:
 
     def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
         # Concrete cannot join a signed to an unsigned array: both move to where they are unsigned, and back.
-        origin = min(0, next(self._sites).low)
+        origin = min(0, next(self._sites).inputs[0])
         return np.concatenate(tuple(array - origin for array in arrays), axis=axis) + origin
 
     def tag(self, name: str) -> AbstractContextManager[Any]:
@@ -372,9 +373,9 @@ def _explain(error: RuntimeError, sites: list[Site], settings: Settings) -> str:
     if reasons:
         return f"Concrete cannot compile this: {'; '.join(reasons)}"
     widths = {
-        site.stage: lookup_slots(site.low, site.high, site.shift, settings.rounding)[1]
+        site.stage: lookup_slots(*site.inputs, site.shift, settings.rounding)[1]
         if site.kind == "lookup"
-        else signed_bits(site.low, site.high)
+        else signed_bits(*site.inputs)
         for site in sites
     }
     if "NoParametersFound" in str(error) and widths:

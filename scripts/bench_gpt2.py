@@ -1,4 +1,4 @@
-"""Times GPT-2 beside Hugging Face transformers: the same random weights of the 124M shape, the same cores, the same run.
+"""Times GPT-2 beside Hugging Face transformers: the same random weights of the 124M shape, the same cores, one run.
 
     python scripts/bench_gpt2.py            # a table
     python scripts/bench_gpt2.py --json     # one JSON object
@@ -83,7 +83,8 @@ class Theirs:
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int) -> list[int]:
         prompt = torch.tensor([ids])
-        text = self.model.generate(
+        model: Any = self.model
+        text = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
         return text[0, len(ids) :].tolist()
@@ -135,6 +136,7 @@ def measure(theirs: Theirs, ours: Ours, prompt: int, context: int, new_tokens: i
         "decoding": (new_tokens, lambda side: side.decode(start, new_tokens)[1]),
     }
     sides = {"transformers": theirs, "jaxgpt2": ours}
+    print("comparing", file=sys.stderr)
     first: dict[str, dict[str, float]] = {}
     for job, (_, run) in jobs.items():
         first[job] = {name: seconds(lambda run=run, side=side: run(side)) for name, side in sides.items()}

@@ -49,7 +49,7 @@ def random_checkpoint(
     larger still, so that greedy text does not repeat one token.
     """
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SMALL, **config}))
+    model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SMALL, **config}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0

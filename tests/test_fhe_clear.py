@@ -6,6 +6,7 @@ import logging
 import stat
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def small_head(ops, params, x):
     return both, scores.sum(axis=-1, keepdims=False).reshape((1, 3))
 
 
-def compiled(**changes):
+def compiled(**changes: Any) -> Any:
     return fhe.get_backend("clear").compile(small_head, PARAMS, INPUTSET, fhe.Settings(**changes))
 
 
@@ -103,19 +104,13 @@ def test_a_lookup_has_room_for_its_range_and_its_rounding(low, span, shift, roun
     assert 1 << bits <= max(2, 2 * (span // step + 2))  # and no more than twice what is needed
 
 
-def test_max_and_products_are_numpys():
-    rng = np.random.default_rng(1)
-    for size in (1, 2, 3, 6, 7):
-        x = rng.integers(-50, 50, (4, size))
-        observer = clear.observe(lambda ops, _, x: (ops.max(x, axis=1), ops.max(x, axis=-2, keepdims=True)), None, [(x,)])
-        assert sum(site.count for site in observer.sites) == 4 * (size - 1) + 3 * size
-
-        def function(ops, _, x):
-            return ops.max(x, axis=1), ops.max(x, axis=-2, keepdims=True)
-
-        results = function(clear.Observer(), None, x)
-        assert np.array_equal(results[0], x.max(1))
-        assert np.array_equal(results[1], x.max(0, keepdims=True))
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
+def test_a_maximum_is_one_lookup_per_comparison(size):
+    x = np.random.default_rng(size).integers(-50, 50, (4, size))
+    observer = clear.Observer()
+    assert np.array_equal(observer.max(observer.mark(x), axis=1), x.max(1))
+    assert np.array_equal(observer.max(observer.mark(x), axis=-2, keepdims=True), x.max(0, keepdims=True))
+    assert sum(site.count for site in observer.sites if site.kind == "lookup") == 4 * (size - 1) + 3 * size
 
 
 def test_report_counts_by_stage():
@@ -157,7 +152,8 @@ def test_inputs_and_input_sets_are_checked():
 
 
 def test_keys_belong_to_one_circuit(tmp_path):
-    circuit, other = compiled(), fhe.get_backend("clear").compile(small_head, PARAMS | {"a": 1}, INPUTSET, fhe.Settings())
+    circuit = compiled()
+    other = fhe.get_backend("clear").compile(small_head, PARAMS | {"a": 1}, INPUTSET, fhe.Settings())
     keys, stranger = circuit.make_keys(), circuit.make_keys()
     ciphertexts = circuit.encrypt(keys, *INPUTSET[0])
     with pytest.raises(fhe.KeyMismatch, match="circuit"):
@@ -207,6 +203,9 @@ def test_saved_circuit(tmp_path):
     assert np.array_equal(loaded.simulate(*INPUTSET[0])[0], circuit.simulate(*INPUTSET[0])[0])
     with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
         fhe.get_backend("clear").load(tmp_path)
+    nameless = fhe.get_backend("clear").compile(lambda ops, params, x: (x,), None, INPUTSET, fhe.Settings())
+    with pytest.raises(fhe.CompilationError, match="saved with its function's name"):
+        nameless.save(tmp_path)
 
 
 class CountingBackend(clear.ClearBackend):
@@ -215,9 +214,9 @@ class CountingBackend(clear.ClearBackend):
     name = "counting"
     compilations = 0
 
-    def compile(self, *arguments):
+    def compile(self, function, params, inputset, settings):
         self.compilations += 1
-        return super().compile(*arguments)
+        return super().compile(function, params, inputset, settings)
 
 
 def test_a_third_backend(monkeypatch):
@@ -238,8 +237,8 @@ def test_unknown_backend():
 def test_circuits_are_cached(tmp_path, caplog):
     backend = CountingBackend()
 
-    def make(params=PARAMS, inputset=INPUTSET, settings=fhe.Settings(), function=small_head):
-        return fhe.compile_cached(backend, function, params, inputset, settings, tmp_path)
+    def make(params=PARAMS, inputset=INPUTSET, rounding: Any = "exact"):
+        return fhe.compile_cached(backend, small_head, params, inputset, fhe.Settings(rounding=rounding), tmp_path)
 
     first = make()
     assert make().id == first.id
@@ -247,7 +246,7 @@ def test_circuits_are_cached(tmp_path, caplog):
     make(params=PARAMS | {"weight": PARAMS["weight"] + 1})
     make(params=PARAMS | {"square": dataclasses.replace(SQUARE, low=-7)})
     make(inputset=INPUTSET[1:])
-    make(settings=fhe.Settings(rounding="none"))
+    make(rounding="none")
     assert backend.compilations == 5
     assert len(list(tmp_path.iterdir())) == 5  # nothing unfinished is left
     for entry in tmp_path.glob("*/circuit.bin"):

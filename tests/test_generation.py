@@ -26,7 +26,7 @@ def frequencies(sampling: Sampling, logits: np.ndarray = LOGITS) -> np.ndarray:
     return np.bincount(drawn, minlength=len(logits)) / DRAWS
 
 
-# --- one token ---------------------------------------------------------------------------------------------------------
+# --- one token --------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_takes_the_most_likely_and_the_first_of_equals():
@@ -105,7 +105,7 @@ def test_sampling_refuses(values: dict[str, Any], name: str):
         Sampling(**values)
 
 
-# --- many tokens -------------------------------------------------------------------------------------------------------
+# --- many tokens ------------------------------------------------------------------------------------------------------
 
 
 def counting(tokens: list[int]) -> np.ndarray:
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_text():
     assert text(1) != text(2)
 
 
-# --- a model -----------------------------------------------------------------------------------------------------------
+# --- a model ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_repeats_itself_with_a_seed_only(gpt2: GPT2):

@@ -17,7 +17,7 @@ from jaxgpt2.gpt2 import GPT2, PromptError
 from jaxgpt2.model import causal_attention
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "odd heads": {"n_head": 3, "n_embd": 39, "n_layer": 3},
+    "odd heads": {"n_head": 3, "n_embd": 39},
     "one head, one layer, wide inside": {"n_head": 1, "n_embd": 24, "n_layer": 1, "n_inner": 200},
     "heads of width 2, narrow inside": {"n_head": 7, "n_embd": 14, "n_inner": 5, "vocab_size": 257, "n_layer": 1},
     "separate head, exact gelu": {
@@ -43,7 +43,7 @@ class Pair(NamedTuple):
     ours: GPT2
 
 
-@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     directory = tmp_path_factory.mktemp("model")
     return Pair(random_checkpoint(directory, **request.param), GPT2.from_pretrained(directory))
@@ -63,7 +63,8 @@ def test_logits_equal_transformers(pair: Pair):
 def test_greedy_tokens_equal_transformers(pair: Pair):
     prompt = random_ids(pair.ours, 1, min(14, pair.ours.config.n_positions - NEW_TOKENS))
     ids = torch.tensor(prompt)
-    generated = pair.theirs.generate(
+    theirs: Any = pair.theirs
+    generated = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
     )
     wanted = generated[0, ids.shape[1] :].tolist()

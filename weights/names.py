@@ -13,7 +13,7 @@ _WEIGHT = {"kernel", "scale", "embedding"}
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def huggingface_name(path: Sequence[str | int]) -> str:
+def huggingface_name(path: Sequence[object]) -> str:
     """('h', 0, 'attn', 'c_attn', 'kernel') -> 'h.0.attn.c_attn.weight'."""
     *module, parameter = map(str, path)
     return ".".join([*module, "weight" if parameter in _WEIGHT else parameter])
