@@ -104,9 +104,7 @@ def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
     return jnp.sum((contributions - reference) ** 2 * weight), jnp.sum(reference**2 * weight)
 
 
-def evaluate(
-    hybrid: HybridGPT2, passages: Sequence[str], engine: Engine, ks: Sequence[int] = (1, 5, 10)
-) -> Evaluation:
+def evaluate(hybrid: HybridGPT2, passages: Sequence[str], engine: Engine, ks: Sequence[int] = (1, 5, 10)) -> Evaluation:
     """Compares a hybrid model with its float model on every token of every passage, in one pass.
 
     Args:

@@ -100,7 +100,6 @@ def _piece(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return functools.partial(jax.jit, static_argnames=("graph", *static))
 
 
-
 @_piece()
 def _embed(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
     """(B, T) -> (B, T, C)."""

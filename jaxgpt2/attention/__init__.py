@@ -14,8 +14,10 @@ from jaxgpt2.attention.formula import (
     get,
     register,
 )
+from jaxgpt2.attention.lowrank import LOWRANK
 from jaxgpt2.attention.softmax import SOFTMAX
 
 register(SOFTMAX)
+register(LOWRANK)
 
 __all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "formulas", "get", "register"]

@@ -18,6 +18,7 @@ import numpy as np
 from fhe import Ops, Table
 from fhe.clear import NumpyOps
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
+from jaxgpt2.attention.projection import Projection, project, requantization, unsigned_table
 from jaxgpt2.quantize import (
     Bits,
     check_accumulator,
@@ -26,19 +27,6 @@ from jaxgpt2.quantize import (
     quantize_weight,
     scale_for,
 )
-
-# Accumulators of texts unlike the calibration's may be this many times as large before they saturate.
-HEADROOM = 2
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Projection:
-    """x @ weight + bias, requantized. weight (C, D), bias (D,)."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-    requantize: Table
 
 
 @jax.tree_util.register_dataclass
@@ -65,11 +53,6 @@ class SoftmaxParams:
 
 class Scale(NamedTuple):
     scale: np.ndarray  # (): real value of one step of an output
-
-
-def project(ops: Ops, projection: Projection, x: Any) -> Any:
-    """(T, C) -> (T, D)."""
-    return ops.lookup(projection.requantize, ops.matmul(x, projection.weight) + projection.bias)
 
 
 def attention_weights(ops: Ops, params: WeightsParams, q: Any, k: Any) -> Any:
@@ -99,33 +82,6 @@ def run_head(ops: Ops, params: SoftmaxParams, x: Any) -> tuple[Any]:
         return (ops.lookup(params.output, ops.matmul(weights, v)),)  # (T, D)
 
 
-def requantization(stage: str, scale_in: float, scale_out: float, bits: int, seen: int, bound: int, lookup: int | None):
-    """The lookup that takes accumulators of one scale to levels of another.
-
-    Args:
-        seen: largest magnitude that calibration saw; the table covers HEADROOM times it.
-        bound: largest magnitude that is possible at all.
-        lookup: top bits that the lookup sees, None for all.
-    """
-    check_accumulator(stage, bound)
-    limit, reach = largest_level(bits), max(1, min(bound, HEADROOM * seen))
-    return symmetric_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), reach, lookup)
-
-
-def symmetric_table(function: Any, reach: int, lookup: int | None) -> Table:
-    """A table of `function` over -reach ... reach, of which it sees the top `lookup` bits."""
-    width = int(reach).bit_length() + 1  # with the sign
-    shift = 0 if lookup is None else max(0, width - lookup)
-    steps = -(-reach >> shift) if shift else reach
-    return Table.build(function, -steps, steps, shift)
-
-
-def unsigned_table(function: Any, reach: int, lookup: int | None) -> Table:
-    """A table of `function` over 0 ... reach, of which it sees the top `lookup` bits."""
-    shift = 0 if lookup is None else max(0, int(reach).bit_length() - lookup)
-    return Table.build(function, 0, -(-reach >> shift), shift)
-
-
 def calibrate_projection(
     stage: str, weight: np.ndarray, bias: np.ndarray, x: np.ndarray, input_scale: float, bits: Bits
 ) -> tuple[Projection, np.ndarray, float]:
@@ -136,9 +92,7 @@ def calibrate_projection(
     sums = x @ integers + integer_bias
     output_scale = scale_for(sums * scale, bits.activations)
     bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
-    table = requantization(
-        stage, scale, output_scale, bits.activations, int(np.abs(sums).max()), bound, bits.lookup
-    )
+    table = requantization(stage, scale, output_scale, bits.activations, int(np.abs(sums).max()), bound, bits.lookup)
     return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), output_scale
 
 
@@ -153,13 +107,9 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
     input_scale = scale_for(x, bits.inputs)
     x = np.rint(x / input_scale).astype(np.int64)
     starts = np.cumsum([len(passage) for passage in inputs])[:-1]
-    query, q, query_scale = calibrate_projection(
-        "query", weights.query, weights.query_bias, x, input_scale, bits
-    )
+    query, q, query_scale = calibrate_projection("query", weights.query, weights.query_bias, x, input_scale, bits)
     key, k, key_scale = calibrate_projection("key", weights.key, weights.key_bias, x, input_scale, bits)
-    value, v, value_scale = calibrate_projection(
-        "value", weights.value, weights.value_bias, x, input_scale, bits
-    )
+    value, v, value_scale = calibrate_projection("value", weights.value, weights.value_bias, x, input_scale, bits)
     passages = list(zip(np.split(q, starts), np.split(k, starts), np.split(v, starts), strict=True))
 
     products = [a @ b.T for a, b, _ in passages]  # (T, T) each

@@ -1,0 +1,57 @@
+"""What formulas share: projections with requantization, and the tables that do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fhe import Ops, Table
+from jaxgpt2.quantize import check_accumulator, largest_level
+
+# Accumulators of texts unlike the calibration's may be this many times as large before they saturate.
+HEADROOM = 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Projection:
+    """x @ weight + bias, requantized. weight (C, D), bias (D,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    requantize: Table
+
+
+def project(ops: Ops, projection: Projection, x: Any) -> Any:
+    """(T, C) -> (T, D)."""
+    return ops.lookup(projection.requantize, ops.matmul(x, projection.weight) + projection.bias)
+
+
+def requantization(stage: str, scale_in: float, scale_out: float, bits: int, seen: int, bound: int, lookup: int | None):
+    """The lookup that takes accumulators of one scale to levels of another.
+
+    Args:
+        seen: largest magnitude that calibration saw; the table covers HEADROOM times it.
+        bound: largest magnitude that is possible at all.
+        lookup: top bits that the lookup sees, None for all.
+    """
+    check_accumulator(stage, bound)
+    limit, reach = largest_level(bits), max(1, min(bound, HEADROOM * seen))
+    return symmetric_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), reach, lookup)
+
+
+def symmetric_table(function: Any, reach: int, lookup: int | None) -> Table:
+    """A table of `function` over -reach ... reach, of which it sees the top `lookup` bits."""
+    width = int(reach).bit_length() + 1  # with the sign
+    shift = 0 if lookup is None else max(0, width - lookup)
+    steps = -(-reach >> shift) if shift else reach
+    return Table.build(function, -steps, steps, shift)
+
+
+def unsigned_table(function: Any, reach: int, lookup: int | None) -> Table:
+    """A table of `function` over 0 ... reach, of which it sees the top `lookup` bits."""
+    shift = 0 if lookup is None else max(0, int(reach).bit_length() - lookup)
+    return Table.build(function, 0, -(-reach >> shift), shift)
