@@ -21,7 +21,14 @@ from .backend import (
 )
 from .cache import cached_keys, compile_cached
 from .clear import NumpyOps
-from .errors import BackendUnavailable, CircuitFormatError, CompilationError, FHEError, KeyMismatch
+from .errors import (
+    BackendUnavailable,
+    CircuitFormatError,
+    CompilationError,
+    FHEError,
+    KeyMismatch,
+    UnknownBackend,
+)
 
 __all__ = [
     "MILLISECONDS_PER_LOOKUP",
@@ -39,6 +46,7 @@ __all__ = [
     "Report",
     "Settings",
     "Table",
+    "UnknownBackend",
     "backends",
     "cached_keys",
     "compile_cached",

@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from .errors import UnknownBackend
+
 Rounding = Literal["exact", "approximate", "none"]
 
 
@@ -309,9 +311,9 @@ def register_backend(name: str, factory: Callable[[], Backend], replace: bool = 
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of a name. ValueError if unknown, BackendUnavailable if its library is not installed."""
+    """The backend of a name. UnknownBackend, or BackendUnavailable if its library is not installed."""
     if name not in _registry.factories:
-        raise ValueError(f"unknown backend {name!r}; known: {', '.join(backends())}")
+        raise UnknownBackend(f"unknown backend {name!r}; known: {', '.join(backends())}")
     return _registry.factories[name]()
 
 

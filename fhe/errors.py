@@ -5,6 +5,10 @@ class FHEError(Exception):
     """Base of the errors of this package."""
 
 
+class UnknownBackend(FHEError):
+    """No backend of that name is registered."""
+
+
 class BackendUnavailable(FHEError):
     """The library a backend needs is not installed; the message says what to install."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,25 @@ from jaxgpt2.progress import note, seconds, step
 MODES = ("float", "quantized", "simulate", "encrypted")
 
 
-class OneLine(click.ClickException):
-    """What a person gets instead of a traceback."""
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that input causes become one line on standard error and exit status 2."""
+    from fhe import FHEError
+    from weights import CheckpointError
 
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"jaxgpt2: {self.message}", err=True)
+    try:
+        yield
+    except (InputError, CheckpointError, FHEError) as error:
+        click.echo(f"jaxgpt2: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
 
 
 class Commands(click.Group):
-    """Turns the errors that input causes into one line and exit status 2."""
+    """A group of commands with `one_line_errors`."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from fhe import FHEError
-        from weights import CheckpointError
-
-        try:
+        with one_line_errors():
             return super().invoke(ctx)
-        except (InputError, CheckpointError, FHEError) as error:
-            raise OneLine(" ".join(str(error).split())) from None
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:

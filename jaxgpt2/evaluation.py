@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import PromptError
-from jaxgpt2.hybrid import Engine, HybridGPT2
+from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
     return jnp.sum((contributions - reference) ** 2 * weight), jnp.sum(reference**2 * weight)
 
 
-def evaluate(hybrid: HybridGPT2, passages: Sequence[str], engine: Engine, ks: Sequence[int] = (1, 5, 10)) -> Evaluation:
+def evaluate(
+    hybrid: HybridGPT2, passages: Sequence[str], engine: Engine | Baseline, ks: Sequence[int] = (1, 5, 10)
+) -> Evaluation:
     """Compares a hybrid model with its float model on every token of every passage, in one pass.
 
     Args:

@@ -31,10 +31,15 @@ from jaxgpt2.generation import GREEDY, Sampling, generate_tokens
 from jaxgpt2.gpt2 import GPT2, PromptError
 from jaxgpt2.model import Transformer
 from jaxgpt2.ops import JaxOps
+from jaxgpt2.parameters import disassemble
 from jaxgpt2.quantize import Bits, CalibrationError
 
 Mode = Literal["float", "quantized", "simulate", "encrypted"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+# A circuit has room for the values that its input set reaches, and beyond them it is wrong without notice. So the
+# calibration inputs go into it a second time, this much larger.
+STRETCH = 1.25
 
 
 class HeadError(InputError):
@@ -83,16 +88,26 @@ def parse_heads(text: str, config: GPT2Config) -> tuple[Unit, ...]:
 
 def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
     """A head's own weights, cut out of its block."""
-    block, size = model.h[layer].attn, model.config.head_dim
-    kernel, bias = (np.asarray(p[...], np.float64) for p in (block.c_attn.kernel, block.c_attn.bias))
-    width = model.config.n_embd
-    columns = [slice(part * width + head * size, part * width + (head + 1) * size) for part in range(3)]
-    rows = slice(head * size, (head + 1) * size)
-    parts = [array for column in columns for array in (kernel[:, column], bias[column])]
-    return HeadWeights(*parts, np.asarray(block.c_proj.kernel[...], np.float64)[rows])
+    tensors = disassemble(model)
+
+    def tensor(name: str) -> np.ndarray:
+        return np.asarray(tensors[f"h.{layer}.attn.{name}"], np.float64)
+
+    width, size = model.config.n_embd, model.config.head_dim
+    query, key, value = (slice(start, start + size) for start in range(head * size, 3 * width, width))
+    kernel, bias = tensor("c_attn.weight"), tensor("c_attn.bias")
+    return HeadWeights(
+        query=kernel[:, query],
+        query_bias=bias[query],
+        key=kernel[:, key],
+        key_bias=bias[key],
+        value=kernel[:, value],
+        value_bias=bias[value],
+        output=tensor("c_proj.weight")[query],
+    )
 
 
-# --- the float model, cut in pieces ------------------------------------------------------------------------------------
+# --- the float model, cut in pieces -------------------------------------------------------------
 
 
 def _piece(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -166,10 +181,13 @@ def _decode(program: Program, decoding: Any, outputs: tuple[jax.Array, ...]) -> 
     return jax.vmap(lambda *row: program.decode(decoding, row))(*outputs)
 
 
-# --- the hybrid model ----------------------------------------------------------------------------------------------------
+# --- the hybrid model ---------------------------------------------------------------------------
 
 # A unit and its input integers (B, T, C) -> its output integers, B first.
 Engine = Callable[[Unit, jax.Array], tuple[Any, ...]]
+
+# What an engine is compared with: the heads as GPT-2 computes them, and the model without them.
+Baseline = Literal["float", "ablated"]
 
 
 @dataclass(frozen=True)
@@ -229,10 +247,10 @@ class HybridGPT2:
     def _heads(self, unit: Unit) -> tuple[int, ...]:
         return tuple(range(self.gpt2.config.n_head)) if unit.head is None else (unit.head,)
 
-    # Calibration ---------------------------------------------------------------------------------------------------------
+    # Calibration ---------------------------------------------------------------------------------
 
     def head_inputs(self, passages: Sequence[str], max_tokens: int) -> dict[int, list[np.ndarray]]:
-        """What reaches the protected layers' heads in the float model: layer to (T, C) float64 arrays, one a passage."""
+        """What reaches the protected layers' heads in the float model: layer to (T, C) float64 arrays."""
         graph, state = self.gpt2.graph, self.gpt2.state
         inputs: dict[int, list[np.ndarray]] = {unit.layer: [] for unit in self.units}
         for batch, lengths in self.batches(passages, max_tokens):
@@ -287,7 +305,7 @@ class HybridGPT2:
             raise NotReady(f"head {unit} is not calibrated: call calibrate(passages, max_tokens) first")
         return self.calibrated[unit]
 
-    # Compilation ---------------------------------------------------------------------------------------------------------
+    # Compilation ---------------------------------------------------------------------------------
 
     def compile(
         self,
@@ -324,9 +342,11 @@ class HybridGPT2:
                 raise NotReady(f"calibrated for {calibrated.max_tokens} tokens, cannot be compiled for {seq_len}")
             inputset = []
             for x in inputs[unit.layer]:
-                padded = np.zeros((seq_len, x.shape[1]))
+                padded = np.zeros((seq_len, x.shape[1]), np.float32)
                 padded[: len(x)] = x
-                inputset.append((np.asarray(_quantize_input(calibrated, jnp.asarray(padded, jnp.float32)), np.int64),))
+                for stretch in (1.0, STRETCH):
+                    levels = _quantize_input(calibrated, jnp.asarray(padded * np.float32(stretch)))
+                    inputset.append((np.asarray(levels, np.int64),))
             run = self._program(unit).run
             if cache is None:
                 circuits[unit] = engine.compile(run, calibrated.params, inputset, settings)
@@ -334,9 +354,9 @@ class HybridGPT2:
                 circuits[unit] = fhe.compile_cached(engine, run, calibrated.params, inputset, settings, cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
-    # Running -------------------------------------------------------------------------------------------------------------
+    # Running -------------------------------------------------------------------------------------
 
-    def trace(self, tokens: np.ndarray, engine: Engine | Literal["float", "ablated"]) -> Trace:
+    def trace(self, tokens: np.ndarray, engine: Engine | Baseline) -> Trace:
         """A forward pass over token ids (B, T).
 
         Args:

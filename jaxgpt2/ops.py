@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ class JaxOps:
     def max(self, x: jax.Array, axis: int, keepdims: bool = False) -> jax.Array:
         return jnp.max(x, axis=axis, keepdims=keepdims)
 
-    def concatenate(self, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
-        return jnp.concatenate(arrays, axis=axis)
+    def concatenate(self, arrays: Iterable[jax.Array], axis: int) -> jax.Array:
+        return jnp.concatenate(tuple(arrays), axis=axis)
 
-    def tag(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def tag(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return jax.named_scope(name)

@@ -21,7 +21,7 @@ def seconds(value: float) -> str:
 
 
 def note(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from itertools import chain
 from multiprocessing import Pool
 from pathlib import Path
 
-from lxml import etree, html
+from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 SEPARATOR = "<|endoftext|>"
@@ -139,7 +139,8 @@ DROPPED_CLASSES = set(
         "sphinxsidebar related footer navheader navfooter navigation toc tocset navsettop navsetbottom contents "
         "toctree-wrapper headerlink highlight literal-block programlisting screen synopsis index indextable copyright "
         "legalnotice revhistory breadcrumbs breadcrumb sidebar sidebar-wrapper page_header nav-wrapper "
-        "mobile-nav-chapters admonition-todo math MathJax versionmodified field-list SIntrapara-code verbatim example smallexample "
+        "mobile-nav-chapters admonition-todo math MathJax versionmodified field-list SIntrapara-code verbatim "
+        "example smallexample "
         "display lisp versionlabel refcontent pageheader pagefooter bottomnav topnav parentlinks backlinks "
         "releaseinfo refsynopsisdiv funcsynopsis titlepage bibliography"
     )
@@ -209,11 +210,7 @@ def normalise(text: str) -> str:
 
 def is_prose(text: str) -> bool:
     """Tell a paragraph a person wrote to be read from code, lists, menus, other languages and legal text."""
-    if (
-        not 60 <= len(text) <= 4000
-        or not re.search(r"[.!?][\"')\]]*$", text)
-        or not re.match(r"[A-Z\"'(]", text)
-    ):
+    if not 60 <= len(text) <= 4000 or not re.search(r"[.!?][\"')\]]*$", text) or not re.match(r"[A-Z\"'(]", text):
         return False
     words = re.findall(r"[A-Za-z']+", text)
     if len(words) < 10 or max(map(len, text.split())) > 32 or BOILERPLATE.search(text):
@@ -324,9 +321,7 @@ def read_file(package: str, path: str, data: bytes) -> Iterator[Document]:
         data, path = bz2.decompress(data), path[:-4]
     if path.endswith(".dict"):
         name = Path(path).stem
-        entries = [
-            kept for e in dictionary_entries(data.decode("utf-8", "replace"), name) if (kept := clean(e))
-        ]
+        entries = [kept for e in dictionary_entries(data.decode("utf-8", "replace"), name) if (kept := clean(e))]
         for start in range(0, len(entries), ENTRIES_PER_DOCUMENT):
             group = list(chain.from_iterable(entries[start : start + ENTRIES_PER_DOCUMENT]))
             yield Document(package, f"{path}#{start // ENTRIES_PER_DOCUMENT}", group)
@@ -358,9 +353,7 @@ def licence_names(copyright_text: str) -> str:
     """Name the licences a package's copyright file states, commonest first, at most four."""
     names = re.findall(r"^License: *(\S[^\n]{0,40})$", copyright_text, re.MULTILINE)
     names = names or re.findall(r"/common-licenses/([A-Za-z]+-?[\d.]*\d|[A-Za-z]+)", copyright_text)
-    names = names or re.findall(
-        r"\b(GFDL|L?GPL|Artistic|Apache|BSD|MIT|[Pp]ublic [Dd]omain)\b", copyright_text
-    )
+    names = names or re.findall(r"\b(GFDL|L?GPL|Artistic|Apache|BSD|MIT|[Pp]ublic [Dd]omain)\b", copyright_text)
     ordered = sorted(set(names), key=lambda n: (-names.count(n), n))
     return ", ".join(ordered[:4]) or "see the package's copyright file"
 
@@ -391,9 +384,7 @@ def fingerprints(paragraph: str) -> tuple[int, int]:
     words = re.findall(r"[a-z]+", paragraph.lower())
     if ": " in paragraph[:40] and len(words) > 14:  # one definition may stand under two headwords
         words = re.findall(r"[a-z]+", paragraph.partition(": ")[2].lower()) or words
-    digests = (
-        hashlib.blake2b(" ".join(part).encode(), digest_size=8).digest() for part in (words[:10], words[-10:])
-    )
+    digests = (hashlib.blake2b(" ".join(part).encode(), digest_size=8).digest() for part in (words[:10], words[-10:]))
     first, last = (int.from_bytes(digest, "big") for digest in digests)
     return first, last ^ 1
 
@@ -442,15 +433,14 @@ def cap_packages(documents: list[Document]) -> list[Document]:
     return kept
 
 
-def manifest_of(
-    packages: list[PackageResult], documents: list[Document], texts: dict[str, str]
-) -> dict[str, object]:
+def manifest_of(packages: list[PackageResult], documents: list[Document], texts: dict[str, str]) -> dict[str, object]:
     """State what went in and what came out, so that a rebuilt corpus can be compared byte for byte."""
     rows = []
     for package in packages:
         own = [d for d in documents if d.package == package.name]
         rows.append({"name": package.name, "version": package.version, "licence": package.licence,
-                     "documents": len(own), "bytes": sum(d.size for d in own), "deb_sha256": package.sha256})  # fmt: skip
+                     "documents": len(own), "bytes": sum(d.size for d in own),
+                     "deb_sha256": package.sha256})  # fmt: skip
     splits = {
         name: {"documents": sum(split_of(d) == name for d in documents), "bytes": len(text.encode()),
                "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -462,9 +452,7 @@ def manifest_of(
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the target and rename: a reader sees the old file or the new one, never half of one."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False
-    ) as file:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
@@ -478,9 +466,7 @@ def fetch(names: list[str], cache: Path) -> list[tuple[str, str, Path]]:
         command = ["apt-get", "download", *options, *arguments]
         done = subprocess.run(command, cwd=where, text=True, capture_output=True, check=False)
         if done.returncode:
-            errors = [line[3:] for line in done.stderr.splitlines() if line.startswith("E: ")] or [
-                "apt-get failed"
-            ]
+            errors = [line[3:] for line in done.stderr.splitlines() if line.startswith("E: ")] or ["apt-get failed"]
             raise CorpusError(f"cannot get the packages (did you run apt-get update?): {errors[0]}")
         return done.stdout
 
@@ -512,15 +498,11 @@ def build(out: Path, manifest: Path, cache: Path, min_megabytes: float, workers:
     jobs.sort(key=lambda job: -job[2].stat().st_size)
     with Pool(workers) as pool:
         results = pool.imap_unordered(read_package, jobs)
-        packages = sorted(
-            tqdm(results, total=len(jobs), unit="package", file=sys.stderr), key=lambda p: p.name
-        )
+        packages = sorted(tqdm(results, total=len(jobs), unit="package", file=sys.stderr), key=lambda p: p.name)
     documents = cap_packages(list(deduplicate(d for package in packages for d in package.documents)))
     total = sum(document.size for document in documents)
     if total < min_megabytes * 1e6:
-        raise CorpusError(
-            f"only {total / 1e6:.1f} MB of prose, fewer than the {min_megabytes:g} MB asked for"
-        )
+        raise CorpusError(f"only {total / 1e6:.1f} MB of prose, fewer than the {min_megabytes:g} MB asked for")
     documents.sort(key=identity)
     joiner = f"\n{SEPARATOR}\n"
     texts = {name: joiner.join(d.text for d in documents if split_of(d) == name) + "\n" for name in SPLITS}
@@ -539,16 +521,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     here = Path(__file__).resolve().parent
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxgpt2-debs"
-    parser.add_argument(
-        "--out", type=Path, default=Path("corpus"), help="directory to write to (%(default)s)"
-    )
-    parser.add_argument(
-        "--manifest", type=Path, default=here / "corpus_manifest.json", help="where to write it"
-    )
+    parser.add_argument("--out", type=Path, default=Path("corpus"), help="directory to write to (%(default)s)")
+    parser.add_argument("--manifest", type=Path, default=here / "corpus_manifest.json", help="where to write it")
     parser.add_argument("--cache", type=Path, default=cache, help="directory for downloaded packages")
-    parser.add_argument(
-        "--min-megabytes", type=float, default=40, help="refuse a smaller corpus (%(default)s)"
-    )
+    parser.add_argument("--min-megabytes", type=float, default=40, help="refuse a smaller corpus (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that read packages (%(default)s)")
     args = parser.parse_args(argv)
     try:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
 
 import click
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
 from train import TrainingError, read_documents
 
 from weights.checkpoint import write_atomically

@@ -1,6 +1,6 @@
 """Continues a prompt twice, in float and with one attention head computed on ciphertexts, and says what it cost.
 
-    python scripts/demo.py "Cryptography is a"
+    python scripts/demo.py "Privacy is"
 
 This is what `make demo` runs. `jaxgpt2 generate --mode encrypted` does the same with every setting free.
 """
@@ -8,57 +8,66 @@ This is what `make demo` runs. `jaxgpt2 generate --mode encrypted` does the same
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import click
-import platformdirs
 
 import fhe
-from jaxgpt2.cli import announce_run, calibration_passages
+from jaxgpt2.cli import announce_run, cache_directory, calibration_passages, compiled, make_keys, one_line_errors
+from jaxgpt2.evaluation import evaluate, longest_passage, read_passages
 from jaxgpt2.hybrid import HybridGPT2
 from jaxgpt2.progress import note, seconds, step
+from jaxgpt2.quantize import Bits
+from weights.checkpoint import TINY
 
-CACHE = Path(platformdirs.user_cache_dir("jaxgpt2"))
+HEAD = "0.1"
+BITS = Bits.of(4, lookup=6)
 
 
 @click.command(help=__doc__)
-@click.argument("prompt", default="Cryptography is a")
-@click.option("--head", default="0.1", show_default=True)
-@click.option("--bits", default=3, show_default=True)
-@click.option("--new-tokens", default=1, show_default=True, help="How many tokens to compute encrypted.")
-@click.option("--p-error", default=1e-4, show_default=True)
-def main(prompt: str, head: str, bits: int, new_tokens: int, p_error: float) -> None:
+@click.argument("prompt")
+@click.option("--new-tokens", default=2, show_default=True, help="How many tokens to compute encrypted.")
+def demo(prompt: str, new_tokens: int) -> None:
     with step("loading the model"):
-        hybrid = HybridGPT2.from_pretrained("tiny", head, bits)
-    gpt2 = hybrid.gpt2
+        hybrid = HybridGPT2.from_pretrained("tiny", HEAD, BITS, "lowrank")
+    gpt2, passages, evaluation = hybrid.gpt2, calibration_passages(None), read_passages(TINY / "eval.txt")
     seq_len = len(gpt2.encode(prompt, room=new_tokens)) + new_tokens - 1
-    passages = calibration_passages(None)
-    with step("calibrating"):
-        hybrid = hybrid.calibrate(passages, seq_len)
-    with step(f"compiling head {head} for {seq_len} tokens"):
-        hybrid = hybrid.compile(passages, seq_len, fhe.Settings(p_error, "none"), "concrete", CACHE / "circuits")
-    with step("making keys (kept for the next run)"):
-        keys = hybrid.make_keys(CACHE / "keys")
+    with step("measuring what quantization does to the head"):
+        calibrated = hybrid.calibrate(passages, longest_passage(hybrid, evaluation))
+        measured = evaluate(calibrated, evaluation, calibrated.engine("quantized"))
+    hybrid = hybrid.calibrate(passages, seq_len)
+    hybrid = compiled(hybrid, passages, seq_len, fhe.Settings(1e-4, "exact"), "concrete", None)
+    keys = make_keys(hybrid, None)
     announce_run(hybrid, new_tokens)
 
-    click.echo(f"\nfloat      {prompt}{gpt2.text(list(hybrid.generate(prompt, new_tokens, 'float')))}")
+    in_float = list(hybrid.generate(prompt, new_tokens, "float"))
     quantized = list(hybrid.generate(prompt, new_tokens, "quantized"))
-    click.echo(f"quantized  {prompt}{gpt2.text(quantized)}")
-    started = time.monotonic()
-    with step(f"computing head {head} on ciphertexts"):
-        encrypted = list(hybrid.generate(prompt, new_tokens, "encrypted", keys=keys))
+    click.echo(f"\nfloat      {prompt}{gpt2.text(in_float)}")
+    click.echo(f"encrypted  {prompt}", nl=False)
+    started, stream = time.monotonic(), gpt2.stream()
+    encrypted = []
+    for token in hybrid.generate(prompt, new_tokens, "encrypted", keys=keys):
+        encrypted.append(token)
+        click.echo(stream(token), nl=False)
     took = time.monotonic() - started
-    click.echo(f"encrypted  {prompt}{gpt2.text(encrypted)}\n")
+    click.echo("\n")
     (report,) = (circuit.report for circuit in hybrid.circuits.values())
-    click.echo(f"head {head}, {bits} bits, {seq_len} tokens: {seconds(took / new_tokens)} a token on ciphertexts")
-    click.echo(f"{report.pbs_count:,} lookups of up to {report.max_bit_width} bits, error {report.p_error:g} each")
+    click.echo(f"Head {HEAD} read {seq_len} tokens as ciphertexts: {seconds(took / len(encrypted))} a token.")
     click.echo(
-        f"{report.input_ciphertext_bytes / 1e6:.2f} MB of ciphertexts in, {report.output_ciphertext_bytes / 1e6:.2f} MB "
-        f"out, {report.evaluation_key_bytes / 1e6:.0f} MB of evaluation keys once"
+        f"{report.pbs_count:,} lookups of up to {report.max_bit_width} bits, each wrong with p={report.p_error:g}."
+    )
+    click.echo(
+        f"{report.input_ciphertext_bytes / 1e6:.2f} MB of ciphertexts in, "
+        f"{report.output_ciphertext_bytes / 1e6:.2f} MB out; evaluation keys once, "
+        f"{report.evaluation_key_bytes / 1e6:,.0f} MB, kept in {cache_directory(None)}."
+    )
+    click.echo(
+        f"On {measured.passages} passages the quantized head agrees with the float model on {measured.top_k[1]:.1%} of "
+        f"tokens ({measured.top_k_ablated[1]:.1%} without the head) and recovers {measured.recovered_kl:.1%} of its KL."
     )
     if encrypted != quantized:
-        note("the encrypted text differs from the quantized one: a lookup went wrong, as p_error allows")
+        note("The encrypted text differs from the quantized one: a lookup went wrong, as p_error allows.")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        demo()

@@ -11,13 +11,11 @@ import csv
 import dataclasses
 import json
 import lzma
-import sys
 from pathlib import Path
 
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
 from the_post import environment
 from train import Data, Recipe, TrainingError, bits_per_byte, read_documents
 
@@ -53,8 +51,8 @@ in Hugging Face's format; `transformers` loads them too, with the same logits.
 | this model | {bits_per_byte:.3f} |
 | `xz -9` on the same text | {xz:.3f} |
 
-Measured on the held-out {evaluation_documents:,} documents ({evaluation_bytes:,} bytes) that no training text repeats, \
-by `scripts/model_card.py`;
+Measured on the held-out {evaluation_documents:,} documents ({evaluation_bytes:,} bytes) that no training text \
+repeats, by `scripts/model_card.py`;
 each token is predicted from at least {half} tokens before it where there are so many. {environment}.
 
 ![Loss over tokens](../../docs/figures/training.svg)
@@ -64,8 +62,8 @@ each token is predicted from at least {half} tokens before it where there are so
 `scripts/build_corpus.py`, then `scripts/train.py --steps {steps}`, then `scripts/cut_passages.py` and
 `scripts/model_card.py`. Muon for the matrices inside the blocks, AdamW for the rest; learning rate {learning_rate} \
 after {warmup_steps} steps of
-warm-up, falling linearly to nothing over the last {decay_percent:.0f}%; {batch_size} windows of {n_positions} tokens a \
-step. {tokens:,} tokens seen of
+warm-up, falling linearly to nothing over the last {decay_percent:.0f}%; {batch_size} windows of {n_positions} \
+tokens a step. {tokens:,} tokens seen of
 {train_tokens:,}, in {hours:.1f} hours on two cores of an AMD EPYC beside other work (the rate in `log.csv` is what it \
 got), seed {seed}.
 
@@ -164,9 +162,7 @@ def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path
         package_count=len(packages),
         corpus_bytes=listed["totals"]["bytes_of_prose"],
         corpus_documents=listed["totals"]["documents"],
-        packages="\n".join(
-            f"| {p['name']} | {p['version']} | {p['licence']} | {p['bytes']:,} |" for p in packages
-        ),
+        packages="\n".join(f"| {p['name']} | {p['version']} | {p['licence']} | {p['bytes']:,} |" for p in packages),
         max_new_tokens=max_new_tokens,
         continuations=continuations(gpt2, max_new_tokens),
     )

@@ -69,7 +69,9 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
     check_disjoint(calibration, passages)
     rows = []
     click.echo(f"head {head} of {model}, {len(passages)} passages; {environment()}")
-    click.echo(f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}")
+    click.echo(
+        f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
+    )
     for bits in range(2, 10):
         hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), bits=Bits.of(bits))
         hybrid = hybrid.calibrate(calibration, longest_passage(hybrid, passages))
@@ -99,7 +101,9 @@ def draw(rows, head: str, model: str, figure: Path) -> None:
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(bits, [row[1].top_k[1] for row in rows], marker="o", label=f"head {head} of {model}")
     left.axhline(rows[0][1].top_k_ablated[1], color="grey", linestyle="--", label="the same model without the head")
-    left.plot(list(POST_AGREEMENT), list(POST_AGREEMENT.values()), marker="s", alpha=0.5, label="the post, OpenAI's GPT-2")
+    left.plot(
+        list(POST_AGREEMENT), list(POST_AGREEMENT.values()), marker="s", alpha=0.5, label="the post, OpenAI's GPT-2"
+    )
     left.set(xlabel="bits", ylabel="top-1 agreement with the float model")
     left.legend()
     right.plot(bits, [row[1].recovered_kl for row in rows], marker="o")

@@ -71,7 +71,7 @@ class Recipe:
         )
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------
 
 
 def read_documents(path: Path) -> list[str]:
@@ -132,7 +132,7 @@ def prepare_data(corpus: Path, out: Path, vocab_size: int) -> Data:
     write_atomically(tokenizer_path, lambda path: tokenizer.save(path))
 
     def save(path: str) -> None:
-        with open(path, "wb") as file:
+        with Path(path).open("wb") as file:
             np.savez(file, train=data.train, evaluation=data.evaluation, evaluation_bytes=data.evaluation_bytes)
 
     write_atomically(encoded, save)
@@ -159,7 +159,7 @@ def batches(tokens: np.ndarray, recipe: Recipe, first_step: int) -> Iterator[np.
         step += 1
 
 
-# --- optimisation ------------------------------------------------------------------------------------------------------
+# --- optimisation -------------------------------------------------------------------------------
 
 
 def schedule(recipe: Recipe, steps: int) -> optax.Schedule:
@@ -189,7 +189,7 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     muon = optax.contrib.muon(
         schedule(recipe, steps),
         weight_decay=recipe.weight_decay,
-        muon_weight_dimension_numbers=is_block_matrix,
+        muon_weight_dimension_numbers=is_block_matrix,  # pyright: ignore[reportArgumentType]
         consistent_rms=0.2,
         adam_b2=0.95,
     )
@@ -240,7 +240,7 @@ def bits_per_byte(tensors, data: Data, config: GPT2Config, limit: int | None = N
     return nats / math.log(2) * (len(tokens) / scored) / (data.evaluation_bytes * fraction)
 
 
-# --- a run -------------------------------------------------------------------------------------------------------------
+# --- a run --------------------------------------------------------------------------------------
 
 
 def check_recipe(out: Path, recipe: Recipe) -> None:
@@ -326,7 +326,9 @@ def train(recipe: Recipe, data: Data, out: Path, steps: int, save_every: int) ->
 @click.option("--learning-rate", default=3e-3, show_default=True)
 @click.option("--weight-decay", default=0.05, show_default=True)
 @click.option("--warmup-steps", default=100, show_default=True)
-@click.option("--decay-fraction", default=0.4, show_default=True, help="Last part of the steps, in which the rate falls.")
+@click.option(
+    "--decay-fraction", default=0.4, show_default=True, help="Last part of the steps, in which the rate falls."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=200, show_default=True, help="Steps between saved states; a multiple of 20.")
 @click.option("--export", type=click.Path(path_type=Path), help="Write the checkpoint here when done.")
@@ -346,7 +348,9 @@ def main(corpus: Path, out: Path, steps: int, context: int, width: int, layers: 
             dataclasses.asdict(recipe.model()) | {"bos_token_id": 0},
             {name: np.asarray(tensor) for name, tensor in tensors.items()},
         )
-        write_atomically(export / "tokenizer.json", lambda path: Path(path).write_bytes((out / "tokenizer.json").read_bytes()))
+        write_atomically(
+            export / "tokenizer.json", lambda path: Path(path).write_bytes((out / "tokenizer.json").read_bytes())
+        )
         generation = json.dumps({"bos_token_id": 0, "eos_token_id": 0}, indent=2) + "\n"
         write_atomically(export / "generation_config.json", lambda path: Path(path).write_text(generation))
 

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("lxml")
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "build_corpus.py"
-spec = importlib.util.spec_from_file_location("build_corpus", SCRIPT)
-assert spec is not None and spec.loader is not None
-bc = importlib.util.module_from_spec(spec)
-sys.modules["build_corpus"] = bc
-spec.loader.exec_module(bc)
+import build_corpus as bc
 
-PROSE = (
-    "The key that opens the box is kept by the person who sent it, and nobody else may use it before noon."
-)
-OTHER = (
-    "When the rain had stopped, they walked down to the river and waited there for the boat that was late."
-)
+PROSE = "The key that opens the box is kept by the person who sent it, and nobody else may use it before noon."
+OTHER = "When the rain had stopped, they walked down to the river and waited there for the boat that was late."
 PAGE = f"""<html><head><title>A title which is long enough to be taken for a sentence of the text.</title></head><body>
 <div class="sphinxsidebar"><p>{PROSE.replace("key", "sidebar")}</p></div>
 <nav><p>{PROSE.replace("key", "navigation")}</p></nav>
@@ -36,7 +26,7 @@ PAGE = f"""<html><head><title>A title which is long enough to be taken for a sen
 <div class="footer"><p>{PROSE.replace("key", "footer")}</p></div></body></html>"""
 
 
-def document(package: str, number: int, *paragraphs: str) -> object:
+def document(package: str, number: int, *paragraphs: str) -> bc.Document:
     return bc.Document(package, f"/file{number}", list(paragraphs))
 
 
@@ -93,9 +83,7 @@ def test_game_files_give_only_their_story() -> None:
 
 
 def test_mallard_page_is_read() -> None:
-    page = (
-        f'<page xmlns="http://projectmallard.org/1.0/"><info><desc>{OTHER}</desc></info><p>{PROSE}</p></page>'
-    )
+    page = f'<page xmlns="http://projectmallard.org/1.0/"><info><desc>{OTHER}</desc></info><p>{PROSE}</p></page>'
     (found,) = bc.read_file("p", "/a.page", page.encode())
     assert found.paragraphs == [PROSE]
 
@@ -110,9 +98,7 @@ def test_dictionary_senses_begin_with_the_headword() -> None:
 
 def test_deduplicate_drops_equal_and_nearly_equal_paragraphs_everywhere() -> None:
     first, near = unique(1), unique(1).replace("home", "away", 12)
-    kept = list(
-        bc.deduplicate([document("a", 1, first), document("b", 1, near, unique(2)), document("c", 1, first)])
-    )
+    kept = list(bc.deduplicate([document("a", 1, first), document("b", 1, near, unique(2)), document("c", 1, first)]))
     assert [(d.package, d.paragraphs) for d in kept] == [("a", [first]), ("b", [unique(2)])]
 
 
@@ -141,7 +127,7 @@ def test_manifest_sums_and_names_no_host_or_path() -> None:
     documents = [document(name, i, unique(i)) for name in ("a", "b") for i in range(300)]
     texts = {name: "\n".join(d.text for d in documents if bc.split_of(d) == name) for name in bc.SPLITS}
     packages = [bc.PackageResult(name, "1.0-1", "ab" * 32, "GPL-2") for name in ("a", "b")]
-    facts = bc.manifest_of(packages, documents, texts)
+    facts: dict[str, Any] = bc.manifest_of(packages, documents, texts)
     rows, totals, splits = facts["packages"], facts["totals"], facts["splits"]
     assert sum(row["bytes"] for row in rows) == totals["bytes_of_prose"] == sum(d.size for d in documents)
     assert sum(row["documents"] for row in rows) == sum(s["documents"] for s in splits.values()) == 600
@@ -157,9 +143,7 @@ def test_licences_are_read_from_the_copyright_file() -> None:
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    status = bc.main(
-        ["--out", str(blocked / "out"), "--cache", str(tmp_path / "c"), "--manifest", str(tmp_path / "m")]
-    )
+    status = bc.main(["--out", str(blocked / "out"), "--cache", str(tmp_path / "c"), "--manifest", str(tmp_path / "m")])
     assert status == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -168,9 +152,6 @@ def test_too_little_prose_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bc, "fetch", lambda names, cache: [])
-    assert (
-        bc.main(["--out", str(tmp_path), "--cache", str(tmp_path / "c"), "--manifest", str(tmp_path / "m")])
-        == 2
-    )
+    assert bc.main(["--out", str(tmp_path), "--cache", str(tmp_path / "c"), "--manifest", str(tmp_path / "m")]) == 2
     assert "fewer than the 40 MB" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.txt")) and not (tmp_path / "m").exists()

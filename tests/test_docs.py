@@ -6,7 +6,7 @@ from pathlib import Path
 
 import helpers
 
-from jaxgpt2 import attention
+from jaxgpt2.attention import formula
 from jaxgpt2.hybrid import HybridGPT2
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -26,4 +26,4 @@ def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
                  ("quantized", "simulate", "encrypted")]  # fmt: skip
         assert texts[0] == texts[1] == texts[2]
     finally:
-        attention.formula._FORMULAS.pop("mean")
+        formula._FORMULAS.pop("mean")

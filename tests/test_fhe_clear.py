@@ -230,7 +230,7 @@ def test_a_third_backend(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'seal'; known: clear, concrete"):
+    with pytest.raises(fhe.UnknownBackend, match="unknown backend 'seal'; known: clear, concrete"):
         fhe.get_backend("seal")
 
 

@@ -1,13 +1,11 @@
 """The training script: it learns, goes on where it was stopped, and refuses what would spoil a run."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 pytest.importorskip("optax", reason="the train extra is not installed")
 import cut_passages
 import train

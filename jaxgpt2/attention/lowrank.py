@@ -109,8 +109,9 @@ def rotation(size: int, seed: int) -> np.ndarray:
 def factor_scores(q: np.ndarray, k: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Maps P, Q (D, rank) such that (q P) (k Q)^T is the best approximation of q k^T / sqrt(D) of that rank.
 
-    Best in the mean square over the activations q and k (N, D) taken independently: with S_q, S_k the square roots of
-    their second moments, S_q S_k / sqrt(D) = U s V^T is truncated, P = S_q^-1 U s^1/2, Q = S_k^-1 V s^1/2, both rotated.
+    Best in the mean square over the activations q and k (N, D) taken independently: with S_q, S_k the square roots
+    of their second moments, S_q S_k / sqrt(D) = U s V^T is truncated, P = S_q^-1 U s^1/2 and
+    Q = S_k^-1 V s^1/2, both rotated.
     """
     root_q, inverse_q = square_root(q.T @ q / len(q))
     root_k, inverse_k = square_root(k.T @ k / len(k))
@@ -252,7 +253,7 @@ def best_offset(scores: list[np.ndarray], below: list[np.ndarray], largest_weigh
             total += float(((got - wanted)[1:] ** 2).sum())
         return total
 
-    return min(np.linspace(-3.0, 4.0, 29), key=error)
+    return min(np.linspace(-3.0, 8.0, 45), key=error)
 
 
 def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Array:

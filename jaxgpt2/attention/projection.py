@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 
 from fhe import Ops, Table
-from jaxgpt2.quantize import check_accumulator, largest_level
+from jaxgpt2.quantize import CalibrationError, check_accumulator, largest_level
 
 # Accumulators of texts unlike the calibration's may be this many times as large before they saturate.
 HEADROOM = 2
+
+MAX_ENTRIES = 2**22  # of a lookup table: 16 MB
 
 
 @jax.tree_util.register_dataclass
@@ -43,15 +46,29 @@ def requantization(stage: str, scale_in: float, scale_out: float, bits: int, see
     return symmetric_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), reach, lookup)
 
 
-def symmetric_table(function: Any, reach: int, lookup: int | None) -> Table:
+def symmetric_table(function: Callable[[np.ndarray], np.ndarray], reach: int, lookup: int | None) -> Table:
     """A table of `function` over -reach ... reach, of which it sees the top `lookup` bits."""
     width = int(reach).bit_length() + 1  # with the sign
     shift = 0 if lookup is None else max(0, width - lookup)
-    steps = -(-reach >> shift) if shift else reach
-    return Table.build(function, -steps, steps, shift)
+    steps = -(-reach >> shift)
+    return build_table(function, -steps, steps, shift)
 
 
-def unsigned_table(function: Any, reach: int, lookup: int | None) -> Table:
+def unsigned_table(function: Callable[[np.ndarray], np.ndarray], reach: int, lookup: int | None) -> Table:
     """A table of `function` over 0 ... reach, of which it sees the top `lookup` bits."""
     shift = 0 if lookup is None else max(0, int(reach).bit_length() - lookup)
-    return Table.build(function, 0, -(-reach >> shift), shift)
+    return build_table(function, 0, -(-reach >> shift), shift)
+
+
+def build_table(function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int) -> Table:
+    """`Table.build`, within reason.
+
+    Raises:
+        CalibrationError: more than MAX_ENTRIES entries.
+    """
+    if high - low >= MAX_ENTRIES:
+        raise CalibrationError(
+            f"a lookup table of {high - low + 1:,} entries is too large (limit {MAX_ENTRIES:,}): "
+            "use fewer bits, or set the lookup bits"
+        )
+    return Table.build(function, low, high, shift)

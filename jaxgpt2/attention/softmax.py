@@ -1,8 +1,9 @@
 """The attention of "Towards Encrypted Large Language Models with FHE" (Zama and Hugging Face, 2023), in integers.
 
 Every step of softmax(q k^T / sqrt(D)) v is done under encryption: row maximum, subtraction, exponential, sum,
-reciprocal, product. After each the result is requantized by a lookup. Nothing is shared or skipped: it is the
-yardstick that cheaper formulas are measured against.
+reciprocal, product. As in the post's framework every operation's result is requantized by a lookup, also where the
+levels stay what they are. Nothing is shared, fused or skipped: it is the yardstick that cheaper formulas are measured
+against.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class WeightsParams:
     """From queries and keys to attention weights."""
 
     scores: Table  # q k^T -> score level
-    exponential: Table  # row maximum - score level -> exp, unsigned
+    scaled: Table  # the score divided by sqrt(D), and the row maximum: levels that stay what they are
+    below: Table  # row maximum - score level, unsigned: likewise
+    exponential: Table  # that -> exp, unsigned
     reciprocal: Table  # row sum of exponentials -> its reciprocal, unsigned
     normalize: Table  # exponential * reciprocal -> attention weight, unsigned
     lowest: int  # what a masked score is set to: no score level is below it
@@ -60,10 +63,12 @@ def attention_weights(ops: Ops, params: WeightsParams, q: Any, k: Any) -> Any:
     tokens = q.shape[0]
     causal = np.tri(tokens, dtype=np.int64)  # 1 where a query may look
     with ops.tag("scores"):
-        scores = ops.lookup(params.scores, ops.matmul(q, k.transpose()))
+        scores = ops.lookup(params.scores, ops.matmul(q, k.transpose((1, 0))))
+        scores = ops.lookup(params.scaled, scores)
     with ops.tag("softmax"):
         scores = scores * causal + params.lowest * (1 - causal)
-        below = ops.max(scores, axis=1, keepdims=True) - scores  # 0 at the row's maximum
+        largest = ops.lookup(params.scaled, ops.max(scores, axis=1, keepdims=True))  # (T, 1)
+        below = ops.lookup(params.below, largest - scores)  # 0 at the row's maximum
         exponentials = ops.lookup(params.exponential, below) * causal
         sums = exponentials.sum(axis=1).reshape((tokens, 1))
         return ops.lookup(params.normalize, exponentials * ops.lookup(params.reciprocal, sums))
@@ -133,7 +138,15 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
     )
     normalize = unsigned_table(lambda product: product / unsigned, unsigned * unsigned, bits.lookup)
 
-    attention = WeightsParams(scores, exponential, reciprocal, normalize, -levels)
+    attention = WeightsParams(
+        scores=scores,
+        scaled=Table.build(lambda level: level, -levels, levels),
+        below=Table.build(lambda level: level, 0, 2 * levels),
+        exponential=exponential,
+        reciprocal=reciprocal,
+        normalize=normalize,
+        lowest=-levels,
+    )
     sums = np.concatenate([attention_weights(ops, attention, a, b) @ c for a, b, c in passages])
     output_scale = scale_for(sums * (value_scale / unsigned), bits.activations)
     output = requantization(
