@@ -13,11 +13,7 @@ disturbs both. Reported are medians. Compilation is no part of them, it is repor
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,6 +30,7 @@ from tokenizers import Tokenizer, models
 
 from jaxgpt2.generation import generate_tokens
 from jaxgpt2.gpt2 import GPT2
+from machine import environment
 
 PARITY_TOKENS = 50
 TOLERANCE = 1e-4
@@ -118,14 +115,6 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def measure(theirs: Theirs, ours: Ours, prompt: int, context: int, new_tokens: int, repeats: int) -> dict[str, Any]:
     """Every number of the report."""
     text = np.random.default_rng(0).integers(0, 50257, prompt).tolist()
@@ -167,18 +156,6 @@ def measure(theirs: Theirs, ours: Ours, prompt: int, context: int, new_tokens: i
     }
 
 
-def machine() -> dict[str, Any]:
-    packages = ("jax", "flax", "numpy", "torch", "transformers")
-    return {
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
-        "load_before": os.getloadavg()[0],
-        "torch_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def table(report: dict[str, Any]) -> str:
     what = {
         "prefill": f"prefill, {report['prefill_tokens']} tokens",
@@ -187,8 +164,7 @@ def table(report: dict[str, Any]) -> str:
     }
     lines = [
         "GPT-2, 124M shape, float32, batch 1, random weights",
-        f"{report['machine']}, load {report['load_before']:.1f} before; {report['date']}",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        report["environment"],
         f"largest difference of logits {report['max_logit_difference']:.1e}; {report['greedy_tokens']} greedy tokens "
         f"{'identical' if report['greedy_tokens_equal'] else 'DIFFERENT'} "
         f"({report['distinct_greedy_tokens']} distinct)",
@@ -214,7 +190,7 @@ def table(report: dict[str, Any]) -> str:
 def main(prompt: int, context: int, new_tokens: int, repeats: int, as_json: bool) -> None:
     """Compares speed and results with transformers; exit status 1 where the results differ."""
     transformers.utils.logging.disable_progress_bar()
-    report = machine()
+    report: dict[str, Any] = {"environment": environment("jax", "flax", "numpy", "torch", "transformers")}
     with tempfile.TemporaryDirectory() as folder:
         theirs = Theirs(save_random_model(Path(folder)))
         ours = Ours(GPT2.from_pretrained(folder))

@@ -16,7 +16,6 @@ import click
 from tokenizers import Tokenizer
 
 from train import TrainingError, read_documents
-
 from weights.checkpoint import write_atomically
 
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+(?=[A-Z])")

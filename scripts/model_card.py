@@ -16,12 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from the_post import environment
-from train import Data, Recipe, TrainingError, bits_per_byte, read_documents
-
 from jaxgpt2.generation import Sampling
 from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.parameters import disassemble, parameter_shapes
+from machine import environment
+from train import Data, Recipe, TrainingError, bits_per_byte, read_documents
 from weights.checkpoint import write_atomically
 
 PROMPTS = [
@@ -153,7 +152,7 @@ def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path
         evaluation_documents=listed["splits"]["evaluation"]["documents"],
         evaluation_bytes=data.evaluation_bytes,
         half=gpt2.config.n_positions // 2,
-        environment=environment(),
+        environment=environment("jax", "numpy"),
         steps=log[-1]["step"],
         decay_percent=100 * recipe.decay_fraction,
         tokens=int(log[-1]["tokens"]),

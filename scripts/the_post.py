@@ -11,10 +11,7 @@ random model of one layer in GPT-2's shape: what a circuit costs depends on its 
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import resource
 import tempfile
 import time
@@ -32,6 +29,7 @@ from jaxgpt2.hybrid import HybridGPT2, parse_heads
 from jaxgpt2.parameters import parameter_shapes
 from jaxgpt2.progress import seconds, step
 from jaxgpt2.quantize import Bits
+from machine import environment
 from weights import save_checkpoint
 from weights.checkpoint import TINY
 
@@ -39,17 +37,7 @@ from weights.checkpoint import TINY
 POST_AGREEMENT = {2: 0.7217, 3: 0.7217, 4: 0.9586, 6: 0.9783, 7: 0.9854, 8: 0.9949, 9: 0.9981}
 POST_LOOKUPS = 11_622
 
-
-def environment() -> str:
-    """Where numbers were measured: one line."""
-    from importlib.metadata import version
-
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy", "concrete-python"))
-    return f"{datetime.date.today()}, {os.cpu_count()} cores of {model}, Python {platform.python_version()}, {packages}"
+PACKAGES = ("jax", "numpy", "concrete-python")
 
 
 @click.group(cls=Commands, help=__doc__)
@@ -68,7 +56,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
     passages, calibration = read_passages(text), calibration_passages(None)
     check_disjoint(calibration, passages)
     rows = []
-    click.echo(f"head {head} of {model}, {len(passages)} passages; {environment()}")
+    click.echo(f"head {head} of {model}, {len(passages)} passages; {environment(*PACKAGES)}")
     click.echo(
         f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
     )
@@ -183,7 +171,7 @@ def lookups(as_json: bool, **shape) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
-    click.echo(environment())
+    click.echo(environment(*PACKAGES))
     click.echo("\n".join(cost_lines(result)))
     click.echo(f"\nthe post: {POST_LOOKUPS:,}; here {result['pbs_count'] / POST_LOOKUPS - 1:+.1%}")
 
@@ -218,7 +206,7 @@ def run(as_json: bool, **shape) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
-    click.echo(environment())
+    click.echo(environment(*PACKAGES))
     click.echo("\n".join(cost_lines(result)))
     click.echo(
         f"\nkeys made in {seconds(result['key_seconds'])}, one run {seconds(result['run_seconds'])}, "

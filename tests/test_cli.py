@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import helpers
 import pytest
 from click.testing import CliRunner, Result
 
+import helpers
 from jaxgpt2.cli import main
 
 CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import transformers
-from helpers import one_line
 
+from helpers import one_line
 from jaxgpt2.config import ConfigError, GPT2Config
 
 

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import helpers
-
 from jaxgpt2.attention import formula
 from jaxgpt2.hybrid import HybridGPT2
 

@@ -1,10 +1,10 @@
 """The measures of DESIGN: agreement, KL, the ablated head's KL, recovered KL, head error."""
 
-import helpers
 import numpy as np
 import pytest
 import scipy.special
 
+import helpers
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
 from jaxgpt2.gpt2 import GPT2, PromptError

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import END_OF_TEXT, one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import END_OF_TEXT, one_line
 from jaxgpt2.generation import GREEDY, Sampling, choose, generate_tokens
 from jaxgpt2.gpt2 import GPT2, PromptError
 

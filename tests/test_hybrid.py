@@ -2,12 +2,12 @@
 
 import dataclasses
 
-import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fhe
+import helpers
 from jaxgpt2 import attention
 from jaxgpt2.attention.formula import float_head
 from jaxgpt2.gpt2 import GPT2

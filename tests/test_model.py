@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import one_line, random_checkpoint, torch_logits
 
+from helpers import one_line, random_checkpoint, torch_logits
 from jaxgpt2.generation import generate_tokens
 from jaxgpt2.gpt2 import GPT2, PromptError
 from jaxgpt2.model import causal_attention

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import END_OF_TEXT, REAL_TOKENIZER, one_line, save_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import GPT2Tokenizer
 
+from helpers import END_OF_TEXT, REAL_TOKENIZER, one_line, save_byte_tokenizer
 from jaxgpt2.tokenizer import TokenizerError, load_tokenizer
 
 GPT2_VOCAB = 50257

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import edit_json, one_line, random_checkpoint, rewrite_tensors, torch_logits
 from safetensors.numpy import load_file, save_file
 
+from helpers import edit_json, one_line, random_checkpoint, rewrite_tensors, torch_logits
 from jaxgpt2.config import ConfigError, GPT2Config
 from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.parameters import assemble, disassemble, parameter_shapes
