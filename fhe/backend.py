@@ -127,7 +127,8 @@ MILLISECONDS_PER_LOOKUP = {1: 6.0, 2: 6.0, 3: 5.9, 4: 7.8, 5: 11.7, 6: 20.9, 7: 
 class Report:
     """What a circuit costs. Sizes are in bytes; 0 or None where a backend cannot know.
 
-    pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups.
+    pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups. A stage
+    "compiler" holds, at 0 bits, what the engine's compiler added or, negative, merged away, so that all add up.
     max_bit_width: bits of the widest lookup input; max_integer_bits: of the widest integer anywhere.
     evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
     (what a client sends).

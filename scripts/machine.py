@@ -20,4 +20,5 @@ def processor() -> str:
 def environment(*packages: str) -> str:
     """Date, cores, processor, versions of Python and of these packages: one line."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{datetime.date.today()}, {os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {versions}"
+    cores = f"{os.cpu_count()} cores of {processor()}"
+    return f"{datetime.date.today()}, {cores}, Python {platform.python_version()}, {versions}"

@@ -37,7 +37,7 @@ class WeightsParams:
 
     scores: Table  # q k^T -> score level
     scaled: Table  # the score divided by sqrt(D), and the row maximum: levels that stay what they are
-    below: Table  # row maximum - score level, unsigned: likewise
+    below: Table  # score level - row maximum, 0 and less: likewise
     exponential: Table  # that -> exp, unsigned
     reciprocal: Table  # row sum of exponentials -> its reciprocal, unsigned
     normalize: Table  # exponential * reciprocal -> attention weight, unsigned
@@ -68,7 +68,7 @@ def attention_weights(ops: Ops, params: WeightsParams, q: Any, k: Any) -> Any:
     with ops.tag("softmax"):
         scores = scores * causal + params.lowest * (1 - causal)
         largest = ops.lookup(params.scaled, ops.max(scores, axis=1, keepdims=True))  # (T, 1)
-        below = ops.lookup(params.below, largest - scores)  # 0 at the row's maximum
+        below = ops.lookup(params.below, scores - largest)  # 0 at the row's maximum
         exponentials = ops.lookup(params.exponential, below) * causal
         sums = exponentials.sum(axis=1).reshape((tokens, 1))
         return ops.lookup(params.normalize, exponentials * ops.lookup(params.reciprocal, sums))
@@ -130,7 +130,7 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
         check_accumulator("scores", head_dim * levels**2),
         bits.lookup,
     )
-    exponential = unsigned_table(lambda below: unsigned * np.exp(-below * score_scale), 2 * levels, None)
+    exponential = Table.build(lambda below: unsigned * np.exp(below * score_scale), -2 * levels, 0)
     # The row's maximum contributes `unsigned` to its sum, so that sum / unsigned is 1 to max_tokens.
     largest_sum = check_accumulator("softmax", unsigned * max_tokens)
     reciprocal = unsigned_table(
@@ -141,7 +141,7 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
     attention = WeightsParams(
         scores=scores,
         scaled=Table.build(lambda level: level, -levels, levels),
-        below=Table.build(lambda level: level, 0, 2 * levels),
+        below=Table.build(lambda level: level, -2 * levels, 0),
         exponential=exponential,
         reciprocal=reciprocal,
         normalize=normalize,
