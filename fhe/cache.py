@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -125,9 +126,21 @@ def _update(digest: Any, value: Any) -> None:
         _update(digest, (value.func, value.args, value.keywords))
     elif inspect.isfunction(value):
         module = inspect.getmodule(value)
-        source = inspect.getsource(module if module is not None else value)
-        _update(digest, (value.__module__, value.__qualname__, source, value.__defaults__, value.__kwdefaults__))
+        sources = {"": inspect.getsource(value)} if module is None else {}
+        if module is not None:
+            _collect_sources(module, sources)
+        _update(digest, (value.__module__, value.__qualname__, sources, value.__defaults__, value.__kwdefaults__))
         for cell in value.__closure__ or ():
             _update(digest, cell.cell_contents)
     else:
         raise TypeError(f"cannot hash a {type(value).__qualname__} for the cache of circuits")
+
+
+def _collect_sources(module: ModuleType, sources: dict[str, str]) -> None:
+    """The source of a module, and of what it imports functions and classes from within its own package."""
+    sources[module.__name__] = inspect.getsource(module)
+    package = module.__name__.partition(".")[0]
+    for value in vars(module).values():
+        other = inspect.getmodule(value) if inspect.isfunction(value) or inspect.isclass(value) else None
+        if other is not None and other.__name__.partition(".")[0] == package and other.__name__ not in sources:
+            _collect_sources(other, sources)
