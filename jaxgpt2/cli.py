@@ -325,6 +325,7 @@ def compile_result(hybrid: Any, heads: str, formula: str) -> dict[str, Any]:
         "rounding": everything[0].rounding,
         "noise": everything[0].noise,
         "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in everything),
+        "evaluation_key_source": everything[0].evaluation_key_source,
         "input_ciphertext_bytes": sum(report.input_ciphertext_bytes for report in everything),
         "output_ciphertext_bytes": sum(report.output_ciphertext_bytes for report in everything),
         "compile_seconds": sum(report.compile_seconds for report in everything),
@@ -353,7 +354,8 @@ def cost_lines(cost: dict[str, Any]) -> list[str]:
         f"complexity            {cost['complexity']:.3g}",
         f"error per lookup      {cost['p_error']:g}",
         f"rounding              {cost['rounding']}" + (f" ({cost['noise']})" if cost["noise"] else ""),
-        f"evaluation keys       {cost['evaluation_key_bytes'] / megabyte:,.1f} MB",
+        f"evaluation keys       {cost['evaluation_key_bytes'] / megabyte:,.1f} MB"
+        + (" in memory; sent compressed" if cost["evaluation_key_source"] == "compiler" else ""),
         f"ciphertexts           {cost['input_ciphertext_bytes'] / megabyte:,.2f} MB in, "
         f"{cost['output_ciphertext_bytes'] / megabyte:,.2f} MB out",
         f"compiled in           {seconds(cost['compile_seconds'])}",

@@ -31,6 +31,9 @@ from jaxgpt2.quantize import Bits, check_accumulator, largest_level, projection_
 # Scores are summed this many times finer than their products' step, so that the row shift can be subtracted finely.
 SHIFT_STEPS = 4
 
+# The exponential sees at least and at most so many bits of a score: there are few of them, and beyond 16 nothing changes.
+EXPONENTIAL_BITS = (7, 16)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def make_calibrate(score_rank: int, value_rank: int):
         exponential = symmetric_table(
             lambda s: np.minimum(largest_weight, np.rint(largest_weight * np.exp(np.minimum(s * step - offset, 0.0)))),
             min(reach, bound),
-            bits.lookup and max(bits.lookup, 7),
+            EXPONENTIAL_BITS[1] if bits.lookup is None else max(bits.lookup, EXPONENTIAL_BITS[0]),
         )
         check_accumulator("output", max_tokens * 2 * largest_weight * levels)
         params = LowRankParams(
