@@ -53,12 +53,12 @@ model_options = options(
 head_options = options(
     click.option("--head", "heads", default="0.0", show_default=True, metavar="L.H[,L.H...]",
                  help="Protected heads: layer.head from 0, or L.all for a whole block."),
-    click.option("--attention", "formula", default="softmax", show_default=True, help="Attention formula; see info."),
+    click.option("--attention", "formula", default="lowrank", show_default=True, help="Attention formula; see info."),
     click.option("--bits", default=4, show_default=True, help="Bits of inputs, weights and activations."),
     click.option("--input-bits", type=int, help="Bits of inputs, instead of --bits."),
     click.option("--weight-bits", type=int, help="Bits of weights, instead of --bits."),
     click.option("--activation-bits", type=int, help="Bits of activations, instead of --bits."),
-    click.option("--lookup-bits", type=int, help="Top bits of an accumulator that a lookup sees.  [default: all]"),
+    click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees.  [default: activation bits + 2]"),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
                  help="Text to calibrate on, one passage a line.  [default: bundled]"),
 )  # fmt: skip
@@ -80,7 +80,8 @@ def make_hybrid(model: str, heads: str, formula: str, bits: int, input_bits: int
     from jaxgpt2.hybrid import HybridGPT2
     from jaxgpt2.quantize import Bits
 
-    widths = Bits(input_bits or bits, weight_bits or bits, activation_bits or bits, lookup_bits)
+    activations = activation_bits or bits
+    widths = Bits(input_bits or bits, weight_bits or bits, activations, lookup_bits or activations + 2)
     return HybridGPT2.from_pretrained(model, heads, widths, formula)
 
 

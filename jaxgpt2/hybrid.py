@@ -213,7 +213,7 @@ class HybridGPT2:
 
     gpt2: GPT2
     units: tuple[Unit, ...]
-    formula: str = "softmax"
+    formula: str = "lowrank"
     bits: Bits = Bits.of(4)
     calibrated: Mapping[Unit, Calibrated] = dataclasses.field(default_factory=dict)
     circuits: Mapping[Unit, fhe.Circuit] = dataclasses.field(default_factory=dict)
@@ -229,11 +229,14 @@ class HybridGPT2:
         name: str | os.PathLike[str] = "tiny",
         heads: str = "0.0",
         bits: Bits | int = 4,
-        formula: str = "softmax",
+        formula: str = "lowrank",
     ) -> HybridGPT2:
-        """A model by name (see `GPT2.from_pretrained`) with protected heads, as `"0.3"`, `"0.0,1.2"` or `"0.all"`."""
+        """A model by name (see `GPT2.from_pretrained`) with protected heads, as `"0.3"`, `"0.0,1.2"` or `"0.all"`.
+
+        `bits` as a number stands for inputs, weights and activations, with lookups that see two bits more.
+        """
         gpt2 = GPT2.from_pretrained(name)
-        widths = bits if isinstance(bits, Bits) else Bits.of(bits)
+        widths = bits if isinstance(bits, Bits) else Bits.of(bits, lookup=bits + 2)
         return cls(gpt2, parse_heads(heads, gpt2.config), formula, widths)
 
     def _program(self, unit: Unit) -> Program:

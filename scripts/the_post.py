@@ -61,7 +61,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
         f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
     )
     for bits in range(2, 10):
-        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), bits=Bits.of(bits))
+        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), "softmax", Bits.of(bits))
         hybrid = hybrid.calibrate(calibration, longest_passage(hybrid, passages))
         measured = evaluate(hybrid, passages, hybrid.engine("quantized"))
         rows.append((bits, measured))
@@ -112,7 +112,7 @@ def demonstration(model: str, head: str, prompt: str, max_new_tokens: int) -> No
     length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens
     click.echo(f"{'float':>9}  {prompt}{gpt2.text(list(gpt2.generate(prompt, max_new_tokens)))}")
     for bits in (2, 3, 4, 6, 8):
-        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), bits=Bits.of(bits))
+        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), "softmax", Bits.of(bits))
         hybrid = hybrid.calibrate(calibration_passages(None), length)
         text = gpt2.text(list(hybrid.generate(prompt, max_new_tokens, "quantized")))
         click.echo(f"{bits:>2} bits    {prompt}{text}")
@@ -155,7 +155,7 @@ def with_shape(function):
 def compile_yardstick(width: int, heads: int, tokens: int, bits: int, lookup_bits: int, rounding: str, p_error: float):
     with tempfile.TemporaryDirectory() as directory:
         gpt2 = GPT2.from_pretrained(random_model(Path(directory), width, heads))
-    hybrid = HybridGPT2(gpt2, parse_heads("0.0", gpt2.config), bits=Bits.of(bits, lookup_bits))
+    hybrid = HybridGPT2(gpt2, parse_heads("0.0", gpt2.config), "softmax", Bits.of(bits, lookup_bits))
     passages = calibration_passages(None)
     hybrid = hybrid.calibrate(passages, tokens)
     with step(f"compiling for {tokens} tokens"):

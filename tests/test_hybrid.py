@@ -1,7 +1,5 @@
 """The hybrid model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +25,8 @@ def gpt2(tmp_path_factory) -> GPT2:
 
 
 def hybrid_of(gpt2: GPT2, heads: str, bits: int = 8, max_tokens: int = 8) -> HybridGPT2:
-    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), bits=Bits.of(bits))
+    formula = "softmax" if "all" in heads else "lowrank"  # the one that has a whole-block form
+    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), formula, Bits.of(bits))
     return hybrid.calibrate(CALIBRATION, max_tokens)
 
 
@@ -37,7 +36,7 @@ def token_ids(gpt2: GPT2, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("heads", ["0.0", "1.2", "0.1,1.0", "0.all", "1.all,0.2", "0.0,0.1,0.2"])
 def test_float_engine_gives_the_float_model(gpt2, heads):
-    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config))
+    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), "softmax")
     tokens = token_ids(gpt2, "on a mat")
     assert np.allclose(hybrid.trace(tokens, "float").logits, gpt2(tokens), atol=1e-5)
 
@@ -59,7 +58,7 @@ def test_enough_bits_come_close_to_float(gpt2, heads):
     reference = hybrid.trace(tokens, "float")
     quantized = hybrid.trace(tokens, hybrid.engine("quantized"))
     difference = np.linalg.norm(quantized.contributions - reference.contributions)
-    assert difference < 0.05 * np.linalg.norm(reference.contributions)
+    assert difference < 0.1 * np.linalg.norm(reference.contributions)
 
 
 @pytest.mark.parametrize("heads", ["1.1", "0.0,1.2", "0.all"])
@@ -109,21 +108,20 @@ def test_calibrating_again_forgets_the_circuits(gpt2):
     assert not compiled.calibrate(CALIBRATION, 6).circuits
 
 
-def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2):
+def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
     class NoLookups:
         name = "approximate-only"
         offers = frozenset({"approximate"})
 
-    fhe.register_backend("approximate-only", NoLookups, replace=True)  # pyright: ignore[reportArgumentType]
-    message = "'softmax' needs integers, lookup, which backend 'approximate-only' lacks; formulas that fit it: none"
+    monkeypatch.setitem(fhe.backend._registry.factories, "approximate-only", NoLookups)
+    message = "'lowrank' needs integers, lookup, which backend 'approximate-only' lacks; formulas that fit it: none"
     with pytest.raises(attention.FormulaError, match=message):
         hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")
 
 
 def test_a_formula_without_a_block_is_refused_for_a_block(gpt2):
-    attention.register(dataclasses.replace(attention.get("softmax"), name="head-only", block=None), replace=True)
-    with pytest.raises(attention.FormulaError, match="'head-only' has no whole-block form"):
-        HybridGPT2(gpt2, (Unit(0, None),), "head-only")
+    with pytest.raises(attention.FormulaError, match="'lowrank' has no whole-block form"):
+        HybridGPT2(gpt2, (Unit(0, None),), "lowrank")
 
 
 def test_heads_are_read_in_order(gpt2):

@@ -31,7 +31,7 @@ from jaxgpt2.quantize import Bits, check_accumulator, largest_level, projection_
 # Scores are summed this many times finer than their products' step, so that the row shift can be subtracted finely.
 SHIFT_STEPS = 4
 
-# The exponential sees at least and at most so many bits of a score: there are few of them, and beyond 16 nothing changes.
+# The exponential sees at least and at most so many bits of a score: it is looked up rarely, and 16 bits are plenty.
 EXPONENTIAL_BITS = (7, 16)
 
 
