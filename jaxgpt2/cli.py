@@ -58,7 +58,7 @@ head_options = options(
     click.option("--input-bits", type=int, help="Bits of inputs, instead of --bits."),
     click.option("--weight-bits", type=int, help="Bits of weights, instead of --bits."),
     click.option("--activation-bits", type=int, help="Bits of activations, instead of --bits."),
-    click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees.  [default: activation bits + 2]"),
+    click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees.  [default: activations + 2]"),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
                  help="Text to calibrate on, one passage a line.  [default: bundled]"),
 )  # fmt: skip

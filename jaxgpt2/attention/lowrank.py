@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fhe import NumpyOps, Ops, Table
+from fhe import Ops, Table
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
-from jaxgpt2.attention.projection import HEADROOM, Projection, project, requantization, symmetric_table
-from jaxgpt2.quantize import Bits, check_accumulator, largest_level, projection_bound, quantize_weight, scale_for
+from jaxgpt2.attention.projection import HEADROOM, Projection, calibrate_projection, project, symmetric_table
+from jaxgpt2.quantize import Bits, check_accumulator, largest_level, projection_bound, scale_for
 
 # Scores are summed this many times finer than their products' step, so that the row shift can be subtracted finely.
 SHIFT_STEPS = 4
@@ -157,19 +157,6 @@ def best_scale(values: np.ndarray, bits: int) -> float:
     return min((largest * factor for factor in np.linspace(0.3, 1.0, 29)), key=error)
 
 
-def calibrate_projection(
-    stage: str, weight: np.ndarray, bias: np.ndarray, x: np.ndarray, bits: Bits
-) -> tuple[Projection, np.ndarray, float]:
-    """Inputs x (N, C) in integers through a real weight that takes them: projection, levels (N, R), step of a level."""
-    integers, scale = quantize_weight(weight, bits.weights)
-    integer_bias = np.rint(bias / scale).astype(np.int64)
-    sums = x @ integers + integer_bias
-    step = best_scale(sums * scale, bits.activations)
-    bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
-    table = requantization(stage, scale, step, bits.activations, int(np.abs(sums).max()), bound, bits.lookup)
-    return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), step
-
-
 def make_calibrate(score_rank: int, value_rank: int):
     """A `calibrate` for these ranks; a head_dim below them bounds them."""
 
@@ -194,10 +181,12 @@ def make_calibrate(score_rank: int, value_rank: int):
         # Integer projections. The input scales go into the weights.
         scaled = input_scale[:, None]
         query, q, q_step = calibrate_projection(
-            "query", scaled * weights.query @ p_query, weights.query_bias @ p_query, x, bits
+            "query", scaled * weights.query @ p_query, weights.query_bias @ p_query, x, bits, best_scale
         )
-        key, k, k_step = calibrate_projection("key", scaled * weights.key @ p_key, -k_mean @ p_key, x, bits)
-        value, _, v_step = calibrate_projection("value", scaled * weights.value @ p_value, -v_mean @ p_value, x, bits)
+        key, k, k_step = calibrate_projection("key", scaled * weights.key @ p_key, -k_mean @ p_key, x, bits, best_scale)
+        value, _, v_step = calibrate_projection(
+            "value", scaled * weights.value @ p_value, -v_mean @ p_value, x, bits, best_scale
+        )
 
         # Scores in steps of 2 q k, the predicted row maximum in SHIFT_STEPS-ths of them.
         step = q_step * k_step / 2 / SHIFT_STEPS

@@ -9,8 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from fhe import Ops, Table
-from jaxgpt2.quantize import CalibrationError, check_accumulator, largest_level
+from fhe import NumpyOps, Ops, Table
+from jaxgpt2.quantize import (
+    Bits,
+    CalibrationError,
+    check_accumulator,
+    largest_level,
+    projection_bound,
+    quantize_weight,
+)
 
 # Accumulators of texts unlike the calibration's may be this many times as large before they saturate.
 HEADROOM = 2
@@ -72,3 +79,32 @@ def build_table(function: Callable[[np.ndarray], np.ndarray], low: int, high: in
             "use fewer bits, or set the lookup bits"
         )
     return Table.build(function, low, high, shift)
+
+
+def calibrate_projection(
+    stage: str,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    x: np.ndarray,
+    bits: Bits,
+    choose_scale: Callable[[np.ndarray, int], float],
+) -> tuple[Projection, np.ndarray, float]:
+    """A real projection in integers.
+
+    Args:
+        stage: for error messages.
+        weight: (C, D), takes integer inputs: the real weight times the inputs' scales.
+        bias: (D,).
+        x: (N, C) integer inputs, the calibration's.
+        choose_scale: from the real outputs and their bits, the real value of one level.
+
+    Returns:
+        the projection, its output levels (N, D), and the real value of one of them.
+    """
+    integers, scale = quantize_weight(weight, bits.weights)
+    integer_bias = np.rint(bias / scale).astype(np.int64)
+    sums = x @ integers + integer_bias
+    step = choose_scale(sums * scale, bits.activations)
+    bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
+    table = requantization(stage, scale, step, bits.activations, int(np.abs(sums).max()), bound, bits.lookup)
+    return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), step

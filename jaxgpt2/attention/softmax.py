@@ -19,13 +19,17 @@ import numpy as np
 from fhe import Ops, Table
 from fhe.clear import NumpyOps
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
-from jaxgpt2.attention.projection import Projection, project, requantization, unsigned_table
+from jaxgpt2.attention.projection import (
+    Projection,
+    calibrate_projection,
+    project,
+    requantization,
+    unsigned_table,
+)
 from jaxgpt2.quantize import (
     Bits,
     check_accumulator,
     largest_level,
-    projection_bound,
-    quantize_weight,
     scale_for,
 )
 
@@ -87,20 +91,6 @@ def run_head(ops: Ops, params: SoftmaxParams, x: Any) -> tuple[Any]:
         return (ops.lookup(params.output, ops.matmul(weights, v)),)  # (T, D)
 
 
-def calibrate_projection(
-    stage: str, weight: np.ndarray, bias: np.ndarray, x: np.ndarray, input_scale: float, bits: Bits
-) -> tuple[Projection, np.ndarray, float]:
-    """A projection of inputs x (N, C) in integers, its outputs (N, D), and the real value of one of their steps."""
-    integers, weight_scale = quantize_weight(weight, bits.weights)
-    scale = input_scale * weight_scale
-    integer_bias = np.rint(bias / scale).astype(np.int64)
-    sums = x @ integers + integer_bias
-    output_scale = scale_for(sums * scale, bits.activations)
-    bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
-    table = requantization(stage, scale, output_scale, bits.activations, int(np.abs(sums).max()), bound, bits.lookup)
-    return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), output_scale
-
-
 def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int) -> Calibrated:
     """Scales by the largest magnitude that the calibration inputs reach at every stage."""
     ops = NumpyOps()
@@ -112,9 +102,13 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
     input_scale = scale_for(x, bits.inputs)
     x = np.rint(x / input_scale).astype(np.int64)
     starts = np.cumsum([len(passage) for passage in inputs])[:-1]
-    query, q, query_scale = calibrate_projection("query", weights.query, weights.query_bias, x, input_scale, bits)
-    key, k, key_scale = calibrate_projection("key", weights.key, weights.key_bias, x, input_scale, bits)
-    value, v, value_scale = calibrate_projection("value", weights.value, weights.value_bias, x, input_scale, bits)
+    query, q, query_scale = calibrate_projection(
+        "query", input_scale * weights.query, weights.query_bias, x, bits, scale_for
+    )
+    key, k, key_scale = calibrate_projection("key", input_scale * weights.key, weights.key_bias, x, bits, scale_for)
+    value, v, value_scale = calibrate_projection(
+        "value", input_scale * weights.value, weights.value_bias, x, bits, scale_for
+    )
     passages = list(zip(np.split(q, starts), np.split(k, starts), np.split(v, starts), strict=True))
 
     products = [a @ b.T for a, b, _ in passages]  # (T, T) each
