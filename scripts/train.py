@@ -34,6 +34,7 @@ from tqdm import tqdm
 from jaxgpt2.config import GPT2Config
 from jaxgpt2.model import Transformer
 from jaxgpt2.parameters import assemble, disassemble
+from jaxgpt2.tokenizer import load_tokenizer
 from weights.checkpoint import save_checkpoint, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -118,6 +119,9 @@ def prepare_data(corpus: Path, out: Path, vocab_size: int) -> Data:
     """The corpus as tokens, made once and kept in the run directory."""
     tokenizer_path, encoded = out / "tokenizer.json", out / "encoded.npz"
     if encoded.exists():
+        found = load_tokenizer(out, vocab_size).get_vocab_size()
+        if found != vocab_size:
+            raise TrainingError(f"{tokenizer_path} has {found} tokens, the run wants {vocab_size}: it is another one's")
         with np.load(encoded) as arrays:
             return Data(arrays["train"], arrays["evaluation"], int(arrays["evaluation_bytes"]))
     train, evaluation = read_documents(corpus / "train.txt"), read_documents(corpus / "evaluation.txt")

@@ -116,3 +116,10 @@ def test_a_corpus_that_is_missing_or_too_small_is_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"characters, wanted 1,000,000 at least"):
         train.prepare_data(write_corpus(tmp_path / "small", 3), tmp_path, 280)
     assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_run_with_another_runs_tokenizer_is_refused(corpus, tmp_path):
+    train.prepare_data(corpus, tmp_path, 280)
+    train.train_tokenizer(train.read_documents(corpus / "train.txt"), 270).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TrainingError, match="has 270 tokens, the run wants 280"):
+        train.prepare_data(corpus, tmp_path, 280)
