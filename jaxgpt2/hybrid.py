@@ -402,7 +402,10 @@ class HybridGPT2:
 
         Raises:
             NotReady: the mode needs circuits or keys that are not there. No mode ever stands in for another.
+            InputError: there is no such mode.
         """
+        if mode not in MODES:
+            raise InputError(f"no mode {mode!r}, there are: {', '.join(MODES)}")
         if mode == "float":
             return "float"
         if mode == "quantized":

@@ -8,6 +8,7 @@ import fhe
 import helpers
 from jaxgpt2 import attention
 from jaxgpt2.attention.formula import float_head
+from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads
 from jaxgpt2.quantize import Bits
@@ -101,6 +102,12 @@ def test_no_mode_stands_in_for_another(gpt2):
         list(compiled.generate(PROMPT, 4, "simulate"))
     with pytest.raises(NotReady, match="calibrated for 8 tokens"):
         calibrated.compile(CALIBRATION, 9, backend="clear")
+
+
+def test_an_unknown_mode_is_no_mode(gpt2):
+    compiled = hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="clear")
+    with pytest.raises(InputError, match="no mode 'encripted', there are: float, quantized, simulate, encrypted"):
+        compiled.generate(PROMPT, 2, "encripted", keys=compiled.make_keys())  # pyright: ignore[reportArgumentType]
 
 
 def test_calibrating_again_forgets_the_circuits(gpt2):
