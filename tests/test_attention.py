@@ -154,7 +154,7 @@ def concrete():
 @by_name
 @pytest.mark.parametrize(
     ("seed", "width", "head_dim", "tokens", "bits"),
-    [(0, 3, 1, 1, 2), (1, 4, 2, 2, 2), (2, 3, 2, 3, 2), (3, 5, 1, 2, 3)],
+    [(0, 3, 1, 1, 2), (2, 3, 2, 3, 2), (3, 5, 1, 2, 3)],
 )
 def test_numpy_equals_jax_equals_simulated_equals_decrypted(concrete, formula, seed, width, head_dim, tokens, bits):
     head = random_head(seed, width, head_dim)
