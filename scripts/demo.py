@@ -51,7 +51,7 @@ def demo(prompt: str, new_tokens: int) -> None:
     took = time.monotonic() - started
     click.echo("\n")
     (report,) = (circuit.report for circuit in hybrid.circuits.values())
-    click.echo(f"Head {HEAD} read {seq_len} tokens as ciphertexts: {seconds(took / len(encrypted))} a token.")
+    click.echo(f"Head {HEAD} read {seq_len} tokens as ciphertexts: {seconds(took / max(1, len(encrypted)))} a token.")
     click.echo(
         f"{report.pbs_count:,} lookups of up to {report.max_bit_width} bits, each wrong with p={report.p_error:g}."
     )

@@ -25,8 +25,8 @@ def gpt2(tmp_path_factory) -> GPT2:
     return GPT2.from_pretrained(directory)
 
 
-def hybrid_of(gpt2: GPT2, heads: str, bits: int = 8, max_tokens: int = 8) -> HybridGPT2:
-    formula = "softmax" if "all" in heads else "lowrank"  # the one that has a whole-block form
+def hybrid_of(gpt2: GPT2, heads: str, bits: int = 8, max_tokens: int = 8, formula: str | None = None) -> HybridGPT2:
+    formula = formula or ("softmax" if "all" in heads else "lowrank")  # softmax has a whole-block form
     hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), formula, Bits.of(bits))
     return hybrid.calibrate(CALIBRATION, max_tokens)
 
@@ -52,14 +52,18 @@ def test_contributions_are_the_heads_through_the_projection(gpt2):
     assert np.allclose(hybrid.trace(tokens, "float").contributions[0, 0], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("heads", ["0.0", "0.1,1.0", "0.all"])
-def test_enough_bits_come_close_to_float(gpt2, heads):
-    hybrid = hybrid_of(gpt2, heads, bits=9)
+@pytest.mark.parametrize(
+    ("formula", "heads", "bound"),
+    # lowrank predicts its row maxima from a calibration text that is tiny here.
+    [("softmax", "0.0", 0.05), ("softmax", "0.1,1.0", 0.05), ("softmax", "0.all", 0.05), ("lowrank", "0.1,1.0", 0.1)],
+)
+def test_enough_bits_come_close_to_float(gpt2, formula, heads, bound):
+    hybrid = hybrid_of(gpt2, heads, bits=9, formula=formula)
     tokens = token_ids(gpt2, "on a mat")
     reference = hybrid.trace(tokens, "float")
     quantized = hybrid.trace(tokens, hybrid.engine("quantized"))
     difference = np.linalg.norm(quantized.contributions - reference.contributions)
-    assert difference < 0.1 * np.linalg.norm(reference.contributions)
+    assert difference < bound * np.linalg.norm(reference.contributions)
 
 
 @pytest.mark.parametrize("heads", ["1.1", "0.0,1.2", "0.all"])

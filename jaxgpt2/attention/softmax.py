@@ -1,9 +1,9 @@
 """The attention of "Towards Encrypted Large Language Models with FHE" (Zama and Hugging Face, 2023), in integers.
 
 Every step of softmax(q k^T / sqrt(D)) v is done under encryption: row maximum, subtraction, exponential, sum,
-reciprocal, product. As in the post's framework every operation's result is requantized by a lookup, also where the
-levels stay what they are. Nothing is shared, fused or skipped: it is the yardstick that cheaper formulas are measured
-against.
+reciprocal, product. Every operation's result is requantized by a lookup, also where the levels stay what they
+are: such lookups (78 of 11,046 at 6 tokens) change no integer; they are a guess at how the post comes to its count.
+Nothing is shared or skipped: it is the yardstick that cheaper formulas are measured against.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
         score_scale,
         bits.activations,
         max(int(np.abs(product).max()) for product in products),
-        check_accumulator("scores", head_dim * levels**2),
+        head_dim * levels**2,
         bits.lookup,
     )
     exponential = Table.build(lambda below: unsigned * np.exp(below * score_scale), -2 * levels, 0)
@@ -149,7 +149,7 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
         output_scale,
         bits.activations,
         int(np.abs(sums).max()),
-        check_accumulator("output", unsigned * max_tokens * levels),
+        unsigned * max_tokens * levels,
         bits.lookup,
     )
     return Calibrated(
