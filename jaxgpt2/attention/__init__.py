@@ -11,6 +11,7 @@ from jaxgpt2.attention.formula import (
     FormulaError,
     HeadWeights,
     Program,
+    Recipe,
     formulas,
     get,
     register,
@@ -21,4 +22,4 @@ from jaxgpt2.attention.softmax import SOFTMAX
 register(SOFTMAX)
 register(LOWRANK)
 
-__all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "formulas", "get", "register"]
+__all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "Recipe", "formulas", "get", "register"]
