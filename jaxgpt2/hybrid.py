@@ -377,11 +377,11 @@ class HybridGPT2:
                 for stretch in (1.0, STRETCH):
                     levels = _quantize_input(calibrated, jnp.asarray(padded * np.float32(stretch)))
                     inputset.append((np.asarray(levels, np.int64),))
-            run = self._program(unit).run
+            functions = {"head": fhe.Function(self._program(unit).run, inputset)}
             if cache is None:
-                circuits[unit] = engine.compile(run, calibrated.params, inputset, settings)
+                circuits[unit] = engine.compile(functions, calibrated.params, settings)
             else:
-                circuits[unit] = fhe.compile_cached(engine, run, calibrated.params, inputset, settings, cache)
+                circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings, cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
     # Running -------------------------------------------------------------------------------------
@@ -441,13 +441,13 @@ class HybridGPT2:
         if missing:
             raise NotReady(f"mode {mode} needs compiled heads, and {', '.join(missing)} is not: call compile first")
         if mode == "simulate":
-            return self._each_text(lambda unit, x: self.circuits[unit].simulate(x))
+            return self._each_text(lambda unit, x: self.circuits[unit].simulate("head", x))
         if keys is None or any(unit not in keys for unit in self.units):
             raise NotReady("mode encrypted needs keys: call make_keys first")
 
         def encrypted(unit: Unit, x: np.ndarray) -> tuple[np.ndarray, ...]:
             circuit, key = self.circuits[unit], keys[unit]
-            return circuit.decrypt(key, circuit.run(circuit.encrypt(key, x), key.evaluation))
+            return circuit.decrypt(key, "head", circuit.run("head", circuit.encrypt(key, "head", x), key.evaluation))
 
         return self._each_text(encrypted)
 

@@ -190,12 +190,12 @@ def run(as_json: bool, **shape) -> None:
     result["key_seconds"] = time.monotonic() - started
     (calibrated,) = hybrid.calibrated.values()
     x = np.random.default_rng(1).integers(-3, 4, (shape["tokens"], shape["width"]))
-    ciphertexts = circuit.encrypt(keys, x)
+    ciphertexts = circuit.encrypt(keys, "head", x)
     started = time.monotonic()
     with step("running on ciphertexts", circuit.report.estimated_run_seconds):
-        outputs = circuit.run(ciphertexts, keys.evaluation)
+        outputs = circuit.run("head", ciphertexts, keys.evaluation)
     result["run_seconds"] = time.monotonic() - started
-    (decrypted,) = circuit.decrypt(keys, outputs)
+    (decrypted,) = circuit.decrypt(keys, "head", outputs)
     from fhe import NumpyOps
     from jaxgpt2 import attention
 

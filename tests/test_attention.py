@@ -164,14 +164,18 @@ def test_numpy_equals_jax_equals_simulated_equals_decrypted(concrete, formula, s
     calibrated = formula.head.calibrate(head, inputs, Bits.of(bits), tokens, **formula.options)
     inputset = [(integers(calibrated, x),) for x in inputs]
     circuit = concrete.compile(
-        formula.head.run, calibrated.params, inputset, fhe.Settings(p_error=1e-6, rounding="none")
+        {"head": fhe.Function(formula.head.run, inputset)},
+        calibrated.params,
+        fhe.Settings(p_error=1e-6, rounding="none"),
     )
     keys = circuit.make_keys()
     for (x,) in inputset[:3]:
         wanted = formula.head.run(NumpyOps(), calibrated.params, x)
         in_jax = formula.head.run(JaxOps(), calibrated.params, jnp.asarray(x, jnp.int32))
-        decrypted = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, x), keys.evaluation))
-        for exact, *others in zip(wanted, in_jax, circuit.simulate(x), decrypted, strict=True):
+        decrypted = circuit.decrypt(
+            keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation)
+        )
+        for exact, *others in zip(wanted, in_jax, circuit.simulate("head", x), decrypted, strict=True):
             assert all(np.array_equal(exact, other) for other in others)
 
 
@@ -180,10 +184,12 @@ def test_a_block_decrypts_to_its_integers(concrete):
     inputs = random_inputs(5, 40, 2, 4)
     calibrated = BLOCK.calibrate(heads, inputs, Bits.of(2), 2)
     inputset = [(integers(calibrated, x),) for x in inputs]
-    circuit = concrete.compile(BLOCK.run, calibrated.params, inputset, fhe.Settings(p_error=1e-6, rounding="none"))
+    circuit = concrete.compile(
+        {"head": fhe.Function(BLOCK.run, inputset)}, calibrated.params, fhe.Settings(p_error=1e-6, rounding="none")
+    )
     keys = circuit.make_keys()
     x = inputset[0][0]
-    (decrypted,) = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, x), keys.evaluation))
+    (decrypted,) = circuit.decrypt(keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation))
     assert np.array_equal(BLOCK.run(NumpyOps(), calibrated.params, x)[0], decrypted)
     assert "projection" not in circuit.report.pbs_by_stage  # clear weights cost no lookup
 
