@@ -31,6 +31,7 @@ from .errors import (
     KeyMismatch,
     UnknownBackend,
 )
+from .steps import Steps
 
 __all__ = [
     "MILLISECONDS_PER_LOOKUP",
@@ -49,6 +50,7 @@ __all__ = [
     "Output",
     "Report",
     "Settings",
+    "Steps",
     "Table",
     "UnknownBackend",
     "backends",

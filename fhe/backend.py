@@ -187,6 +187,23 @@ class Cost:
         return cls(**data)
 
 
+def total_cost(functions: Mapping[str, Cost], calls: Mapping[str, int]) -> Cost:
+    """What it takes to run functions so many times each, by name."""
+    costs = [(functions[name], times) for name, times in calls.items()]
+    stages: dict[str, dict[int, int]] = {}
+    for cost, times in costs:
+        for stage, widths in cost.pbs_by_stage.items():
+            total = stages.setdefault(stage, {})
+            for bits, count in widths.items():
+                total[bits] = total.get(bits, 0) + times * count
+    return Cost(
+        pbs_by_stage=stages,
+        max_integer_bits=max(cost.max_integer_bits for cost, _ in costs),
+        input_ciphertext_bytes=sum(times * cost.input_ciphertext_bytes for cost, times in costs),
+        output_ciphertext_bytes=sum(times * cost.output_ciphertext_bytes for cost, times in costs),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report(Cost):
     """What a circuit costs: its functions one by one, and, in the fields of a `Cost`, each of them run once.
@@ -213,20 +230,12 @@ class Report(Cost):
     @classmethod
     def of(cls, functions: dict[str, Cost], **facts: Any) -> "Report":
         """The report of a circuit of these functions; `facts` are the fields that are no sums."""
-        stages: dict[str, dict[int, int]] = {}
-        for cost in functions.values():
-            for stage, widths in cost.pbs_by_stage.items():
-                total = stages.setdefault(stage, {})
-                for bits, count in widths.items():
-                    total[bits] = total.get(bits, 0) + count
-        return cls(
-            functions=functions,
-            pbs_by_stage=stages,
-            max_integer_bits=max(cost.max_integer_bits for cost in functions.values()),
-            input_ciphertext_bytes=sum(cost.input_ciphertext_bytes for cost in functions.values()),
-            output_ciphertext_bytes=sum(cost.output_ciphertext_bytes for cost in functions.values()),
-            **facts,
-        )
+        once = total_cost(functions, dict.fromkeys(functions, 1))
+        return cls(functions=functions, **{name: getattr(once, name) for name in Cost.__dataclass_fields__}, **facts)
+
+    def cost_of(self, calls: Mapping[str, int]) -> Cost:
+        """What it takes to run functions so many times each, by name."""
+        return total_cost(self.functions, calls)
 
     def to_json(self) -> dict[str, Any]:
         functions = {name: cost.to_json() for name, cost in self.functions.items()}

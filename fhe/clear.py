@@ -146,6 +146,36 @@ class Observer(NumpyOps):
         self._next += 1
 
 
+class _Extremes(NumpyOps):
+    """`NumpyOps` that notes which rows hold the extremes of every lookup's input."""
+
+    def __init__(self):
+        self.rows: set[int] = set()
+
+    def note(self, x: np.ndarray) -> None:
+        for flat in (int(x.argmin()), int(x.argmax())):
+            self.rows.add(int(np.unravel_index(flat, x.shape)[0]))
+
+    def lookup(self, table: Table, x: Any) -> Any:
+        self.note(x)
+        return table(x)
+
+
+def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+    """An input set, out of very many samples, that reaches their extremes.
+
+    function: works on rows that do not meet (leading axis N); inputs: arrays (N, ...).
+
+    Returns samples (1, ...) that hold the least and the greatest of every input, of all that is looked up, and of
+    every result.
+    """
+    inputs = [np.asarray(x, np.int64) for x in inputs]
+    extremes = _Extremes()
+    for array in (*inputs, *function(extremes, params, *inputs)):
+        extremes.note(array)
+    return [tuple(x[row : row + 1] for x in inputs) for row in sorted(extremes.rows)]
+
+
 def _range(x: np.ndarray) -> tuple[int, int]:
     return int(x.min()), int(x.max())
 

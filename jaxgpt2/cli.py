@@ -56,11 +56,12 @@ head_options = options(
     click.option("--recipes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Formula, bits and options of every head, as tune writes them; instead of the options below."),
     click.option("--attention", "formula", help="Attention formula; see info.  [default: lowrank]"),
-    click.option("--bits", type=int, help="Bits of inputs, weights and activations.  [default: 4]"),
-    click.option("--input-bits", type=int, help="Bits of inputs, instead of --bits."),
-    click.option("--weight-bits", type=int, help="Bits of weights, instead of --bits."),
-    click.option("--activation-bits", type=int, help="Bits of activations, instead of --bits."),
-    click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees.  [default: activations + 2]"),
+    click.option("--bits", type=int,
+                 help="Bits of activations, and of all else what the formula has with them.  [default: 4]"),
+    click.option("--input-bits", type=int, help="Bits of inputs."),
+    click.option("--weight-bits", type=int, help="Bits of weights."),
+    click.option("--activation-bits", type=int, help="Bits of activations."),
+    click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
                  help="An option of the formula, as score_rank=8; may be repeated."),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
@@ -82,10 +83,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: str | None, bits: int | None,
                 input_bits: int | None, weight_bits: int | None, activation_bits: int | None, lookup_bits: int | None,
                 settings: tuple[str, ...]) -> Any:  # fmt: skip
+    from jaxgpt2 import attention
     from jaxgpt2.attention import Recipe
     from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.hybrid import HeadError, HybridGPT2, parse_heads, read_recipes
-    from jaxgpt2.quantize import Bits
 
     if recipes is not None:
         chosen = (formula, bits, input_bits, weight_bits, activation_bits, lookup_bits)
@@ -98,15 +99,12 @@ def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: st
             if unit not in known:
                 raise HeadError(f"{recipes} has no recipe for head {unit}; it has: {', '.join(map(str, known))}")
         return HybridGPT2(gpt2, {unit: known[unit] for unit in units})
-    bits = 4 if bits is None else bits
-    activations = bits if activation_bits is None else activation_bits
-    widths = Bits(
-        bits if input_bits is None else input_bits,
-        bits if weight_bits is None else weight_bits,
-        activations,
-        activations + 2 if lookup_bits is None else lookup_bits,
-    )
-    recipe = Recipe.of(formula or "lowrank", widths, parse_settings(settings))
+    formula = formula or "lowrank"
+    chosen = {"inputs": input_bits, "weights": weight_bits, "activations": activation_bits, "lookup": lookup_bits}
+    activations = next((n for n in (activation_bits, bits) if n is not None), 4)
+    widths = attention.get(formula).bits(activations)
+    widths = dataclasses.replace(widths, **{name: n for name, n in chosen.items() if n is not None})
+    recipe = Recipe.of(formula, widths, parse_settings(settings))
     return HybridGPT2.protect(GPT2.from_pretrained(model), heads or "0.0", recipe)
 
 
@@ -157,14 +155,14 @@ def make_keys(hybrid: Any, cache: Path | None) -> Any:
         return hybrid.make_keys(cache_directory(cache) / "keys")
 
 
-def announce_run(hybrid: Any, runs: int) -> None:
-    """Says in advance what an encrypted run will take."""
-    reports = [circuit.report for circuit in hybrid.circuits.values()]
-    each = sum(report.estimated_run_seconds for report in reports)
-    lookups = sum(report.pbs_count for report in reports)
+def announce_run(hybrid: Any, tokens: int) -> None:
+    """Says in advance what reading a text of so many tokens will take."""
+    costs = hybrid.costs(tokens).values()
+    lookups = sum(cost.pbs_count for cost in costs)
+    took = sum(cost.estimated_run_seconds for cost in costs)
     note(
-        f"{lookups:,} lookups of up to {max(report.max_bit_width for report in reports)} bits a token: "
-        f"about {seconds(each)} a token, {seconds(each * runs)} in all (2 cores of an AMD EPYC; yours will differ)"
+        f"{lookups:,} lookups of up to {max(cost.max_bit_width for cost in costs)} bits for {tokens} tokens: "
+        f"about {seconds(took)} (2 cores of an AMD EPYC; yours will differ)"
     )
 
 
@@ -233,7 +231,7 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_e
             result["reports"] = {str(unit): circuit.report.to_json() for unit, circuit in hybrid.circuits.items()}
         if mode == "encrypted":
             keys = make_keys(hybrid, cache)
-            announce_run(hybrid, max_new_tokens)
+            announce_run(hybrid, length)
         result |= heads_of(hybrid)
     tokens: list[int] = []
     stream = gpt2.stream()
@@ -297,7 +295,7 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error:
         hybrid = compiled(hybrid, calibrating, longest, settings, backend, cache)
     if mode == "encrypted":
         keys = make_keys(hybrid, cache)
-        announce_run(hybrid, len(passages))
+        announce_run(hybrid, longest)
     started = time.monotonic()
     with step(f"evaluating {len(passages)} passages"):
         measured = evaluation.evaluate(
@@ -359,33 +357,33 @@ def compile_command(calibration: Path | None, backend: str, p_error: float, roun
 
 def compile_result(hybrid: Any) -> dict[str, Any]:
     """The cost of all compiled units together, and each one's own report."""
-    reports = {str(unit): circuit.report for unit, circuit in hybrid.circuits.items()}
+    reports = [circuit.report for circuit in hybrid.circuits.values()]
+    costs = hybrid.costs(hybrid.seq_len)
     stages: dict[str, dict[str, int]] = {}
-    for report in reports.values():
-        for stage, widths in report.pbs_by_stage.items():
+    for cost in costs.values():
+        for stage, widths in cost.pbs_by_stage.items():
             for bits, count in widths.items():
                 total = stages.setdefault(stage, {})
                 total[str(bits)] = total.get(str(bits), 0) + count
-    everything = list(reports.values())
     return {
         **heads_of(hybrid),
         "seq_len": hybrid.seq_len,
-        "backend": everything[0].backend,
-        "pbs_count": sum(report.pbs_count for report in everything),
-        "max_bit_width": max(report.max_bit_width for report in everything),
-        "complexity": sum(report.complexity for report in everything),
-        "p_error": max(report.p_error for report in everything),
-        "rounding": everything[0].rounding,
-        "noise": everything[0].noise,
-        "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in everything),
-        "evaluation_key_source": everything[0].evaluation_key_source,
-        "input_ciphertext_bytes": sum(report.input_ciphertext_bytes for report in everything),
-        "output_ciphertext_bytes": sum(report.output_ciphertext_bytes for report in everything),
-        "compile_seconds": sum(report.compile_seconds for report in everything),
-        "estimated_run_seconds": sum(report.estimated_run_seconds for report in everything),
+        "backend": reports[0].backend,
+        "pbs_count": sum(cost.pbs_count for cost in costs.values()),
+        "max_bit_width": max(cost.max_bit_width for cost in costs.values()),
+        "complexity": sum(report.complexity for report in reports),
+        "p_error": max(report.p_error for report in reports),
+        "rounding": reports[0].rounding,
+        "noise": reports[0].noise,
+        "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in reports),
+        "evaluation_key_source": reports[0].evaluation_key_source,
+        "input_ciphertext_bytes": sum(cost.input_ciphertext_bytes for cost in costs.values()),
+        "output_ciphertext_bytes": sum(cost.output_ciphertext_bytes for cost in costs.values()),
+        "compile_seconds": sum(report.compile_seconds for report in reports),
+        "estimated_run_seconds": sum(cost.estimated_run_seconds for cost in costs.values()),
         "pbs_by_stage": stages,
-        "versions": everything[0].versions,
-        "heads": {name: report.to_json() for name, report in reports.items()},
+        "versions": reports[0].versions,
+        "heads": {str(unit): circuit.report.to_json() for unit, circuit in hybrid.circuits.items()},
     }
 
 

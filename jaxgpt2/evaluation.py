@@ -130,14 +130,13 @@ def evaluate(
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0
     for tokens, lengths in hybrid.batches(passages, limit):
-        if hybrid.seq_len is not None:  # circuits take one length, and rows of filling would cost as much as text
+        if hybrid.seq_len is not None:  # texts take their time one by one, rows of filling too
             count = np.count_nonzero(lengths)
-            tokens = np.pad(tokens[:count], ((0, 0), (0, hybrid.seq_len - tokens.shape[1])))
-            lengths = lengths[:count]
+            tokens, lengths = tokens[:count], lengths[:count]
         mask = jnp.asarray(np.arange(tokens.shape[1]) < lengths[:, None])
         reference = hybrid.trace(tokens, "float")
         ablated = hybrid.trace(tokens, "ablated")
-        quantized = hybrid.trace(tokens, engine)
+        quantized = hybrid.trace(tokens, engine, lengths)
         some, agree = _compare(ablated.logits, reference.logits, mask, ks)
         kl_ablated, agreement_ablated = kl_ablated + float(some), agreement_ablated + np.asarray(agree)
         some, agree = _compare(quantized.logits, reference.logits, mask, ks)

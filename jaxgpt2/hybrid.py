@@ -42,6 +42,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # calibration inputs go into it a second time, this much larger.
 STRETCH = 1.25
 
+# Sensitivities settle with few gradients, and those of a large model are dear.
+SENSITIVITY_PASSAGES = 128
+
 
 class HeadError(InputError):
     """A head that the model does not have, or a choice of heads that cannot be read."""
@@ -105,8 +108,13 @@ def read_recipes(path: str | os.PathLike[str], config: GPT2Config) -> dict[Unit,
     return dict(sorted(recipes.items()))
 
 
-def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
-    """A head's own weights, cut out of its block."""
+def head_weights(model: Transformer, layer: int, head: int, sensitivity: np.ndarray | None = None) -> HeadWeights:
+    """A head's own weights, cut out of its block.
+
+    Args:
+        sensitivity: (C, C), what an error of the residual stream after the block's attention costs; None counts its
+            square.
+    """
     tensors = disassemble(model)
 
     def tensor(name: str) -> np.ndarray:
@@ -115,6 +123,7 @@ def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
     width, size = model.config.n_embd, model.config.head_dim
     query, key, value = (slice(start, start + size) for start in range(head * size, 3 * width, width))
     kernel, bias = tensor("c_attn.weight"), tensor("c_attn.bias")
+    output = tensor("c_proj.weight")[query]
     return HeadWeights(
         query=kernel[:, query],
         query_bias=bias[query],
@@ -122,7 +131,8 @@ def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
         key_bias=bias[key],
         value=kernel[:, value],
         value_bias=bias[value],
-        output=tensor("c_proj.weight")[query],
+        output=output,
+        metric=output @ (np.eye(width) if sensitivity is None else sensitivity) @ output.T,
     )
 
 
@@ -186,6 +196,31 @@ def _unembed(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
     return nnx.merge(graph, state).unembed(h)
 
 
+@_piece("layer")
+def _gradients(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
+    """Gradients of the log probability of tokens that the model draws itself, at the residual stream after a block's
+    attention: h (B, T, C) before the block, mask (B, T) of the text -> (B, T, C)."""
+    model = nnx.merge(graph, state)
+    block = model.h[layer]
+    heads, _ = block.attn.heads(block.ln_1(h))
+    h = h + block.attn.project(heads)
+
+    def logits(error: jax.Array) -> jax.Array:
+        rest = h + error
+        rest = rest + block.mlp(block.ln_2(rest))
+        for later in model.h[layer + 1 :]:
+            rest, _ = later(rest)
+        return jax.nn.log_softmax(model.unembed(rest))
+
+    drawn = jax.random.categorical(jax.random.key(0), logits(jnp.zeros_like(h)))
+
+    def likelihood(error: jax.Array) -> jax.Array:
+        chosen = jnp.take_along_axis(logits(error), drawn[..., None], axis=-1)[..., 0]
+        return jnp.sum(chosen * mask)
+
+    return jax.grad(likelihood)(jnp.zeros_like(h))
+
+
 _quantize_input = jax.jit(quantize_input)
 
 
@@ -200,10 +235,88 @@ def _decode(program: Program, decoding: Any, outputs: tuple[jax.Array, ...]) -> 
     return jax.vmap(lambda *row: program.decode(decoding, row))(*outputs)
 
 
+# --- one text after the other through a circuit --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A circuit's functions on clear integers."""
+
+    circuit: fhe.Circuit
+
+    def encrypt(self, name: str, x: np.ndarray) -> Sequence[Any]:
+        return [x]
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        return self.circuit.simulate(name, *arrays)
+
+    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
+        return results
+
+
+@dataclass(frozen=True)
+class Encrypted:
+    """A circuit's functions on ciphertexts: client and server in one process."""
+
+    circuit: fhe.Circuit
+    keys: fhe.Keys
+
+    def encrypt(self, name: str, x: np.ndarray) -> Sequence[Any]:
+        return self.circuit.encrypt(self.keys, name, x)
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        return self.circuit.run(name, arrays, self.keys.evaluation)
+
+    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
+        return self.circuit.decrypt(self.keys, name, results)
+
+
+@dataclass(frozen=True)
+class WholeReader:
+    """Reads texts of integers (T, C) whole, padded to the circuit's length."""
+
+    party: Simulated | Encrypted
+    length: int
+
+    def read(self, x: np.ndarray) -> list[np.ndarray]:
+        """The results of all rows, (T, ...) each.
+
+        Raises:
+            NotReady: the text is longer than the circuit.
+        """
+        if len(x) > self.length:
+            raise NotReady(f"compiled for {self.length} tokens, got {len(x)}")
+        arrays = self.party.encrypt("head", np.pad(x, ((0, self.length - len(x)), (0, 0))))
+        return [part[: len(x)] for part in self.party.decrypt("head", self.party.run("head", arrays))]
+
+
+@dataclass
+class StepReader:
+    """Reads texts of integers (T, C) token by token. What it has read of the last text it does not read again."""
+
+    party: Simulated | Encrypted
+    steps: fhe.Steps
+    _seen: list[np.ndarray] = dataclasses.field(default_factory=list)
+    _state: list[Sequence[Any]] = dataclasses.field(default_factory=list)
+    _results: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
+
+    def read(self, x: np.ndarray) -> list[np.ndarray]:
+        """The results of all rows, (T, ...) each."""
+        known = len(self._seen)
+        if known > len(x) or any(not np.array_equal(old, new) for old, new in zip(self._seen, x, strict=False)):
+            self._seen, self._state, self._results, known = [], [], [], 0
+        for row in x[known:]:
+            sums = self.steps.advance(self.party.run, self._state, self.party.encrypt("project", row[None]))
+            decrypted = [self.party.decrypt(name, results) for name, results in sums]
+            self._results.append([np.sum(parts, axis=0) for parts in zip(*decrypted, strict=True)])
+            self._seen.append(row)
+        return [np.concatenate(parts) for parts in zip(*self._results, strict=True)]
+
+
 # --- the hybrid model ---------------------------------------------------------------------------
 
-# A unit and its input integers (B, T, C) -> its output integers, B first.
-Engine = Callable[[Unit, jax.Array], tuple[Any, ...]]
+# A unit, its input integers (B, T, C) and how many of the T are text (B,) -> its output integers, B first.
+Engine = Callable[[Unit, jax.Array, np.ndarray], tuple[Any, ...]]
 
 # What an engine is compared with: the heads as GPT-2 computes them, and the model without them.
 Baseline = Literal["float", "ablated"]
@@ -288,6 +401,28 @@ class HybridGPT2:
                 inputs[layer] += [np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True) if n]
         return inputs
 
+    def sensitivities(self, passages: Sequence[str], max_tokens: int) -> dict[int, np.ndarray]:
+        """What an error of the residual stream after a layer's attention costs, by protected layer: (C, C).
+
+        error @ sensitivity @ error is KL(float || model with that error at one position) to second order, in nats,
+        averaged over positions: half the Fisher information (Amari, "Natural gradient works efficiently in learning",
+        1998), from the gradients of tokens drawn from the model's own predictions. Errors at different positions
+        are taken as independent.
+        """
+        graph, state = self.gpt2.graph, self.gpt2.state
+        width = self.gpt2.config.n_embd
+        totals = {unit.layer: np.zeros((width, width)) for unit in self.units}
+        count = 0
+        for batch, lengths in self.batches(passages[:SENSITIVITY_PASSAGES], max_tokens):
+            mask = jnp.asarray(np.arange(batch.shape[1]) < lengths[:, None])
+            h, at = _embed(graph, state, batch), 0
+            for layer in sorted(totals):
+                h, at = _blocks(graph, state, h, at, layer), layer
+                gradients = np.asarray(_gradients(graph, state, h, mask, layer), np.float64)[np.asarray(mask)]
+                totals[layer] += gradients.T @ gradients
+            count += int(lengths.sum())
+        return {layer: total / (2 * count) for layer, total in totals.items()}
+
     def batches(
         self, passages: Sequence[str], max_tokens: int, size: int = 16
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -319,10 +454,12 @@ class HybridGPT2:
         if not 1 <= max_tokens <= self.gpt2.config.n_positions:
             raise CalibrationError(f"max_tokens must be 1 to {self.gpt2.config.n_positions}, got {max_tokens}")
         inputs = self.head_inputs(passages, max_tokens)
+        sensitivities = self.sensitivities(passages, max_tokens)
         model = self.gpt2.model
         calibrated = {}
         for unit in self.units:
-            parts = tuple(head_weights(model, unit.layer, head) for head in self._heads(unit))
+            sensitivity = sensitivities[unit.layer]
+            parts = tuple(head_weights(model, unit.layer, head, sensitivity) for head in self._heads(unit))
             weights = parts if unit.head is None else parts[0]
             recipe = self.recipes[unit]
             calibrated[unit] = self._program(unit).calibrate(
@@ -349,7 +486,7 @@ class HybridGPT2:
 
         Args:
             passages: calibration text; what it makes of the circuit's values decides their bit widths.
-            seq_len: tokens; shorter texts are padded, at the same cost.
+            seq_len: tokens; a formula without steps pads shorter texts, at the same cost.
             settings: error probability and rounding.
             backend: name of an FHE backend.
             cache: directory in which compiled circuits are kept; None compiles anew.
@@ -370,28 +507,44 @@ class HybridGPT2:
             calibrated = self._calibrated(unit)
             if seq_len > calibrated.max_tokens:
                 raise NotReady(f"calibrated for {calibrated.max_tokens} tokens, cannot be compiled for {seq_len}")
-            inputset = []
-            for x in inputs[unit.layer]:
-                padded = np.zeros((seq_len, x.shape[1]), np.float32)
-                padded[: len(x)] = x
-                for stretch in (1.0, STRETCH):
-                    levels = _quantize_input(calibrated, jnp.asarray(padded * np.float32(stretch)))
-                    inputset.append((np.asarray(levels, np.int64),))
-            functions = {"head": fhe.Function(self._program(unit).run, inputset)}
+            texts = [
+                np.asarray(_quantize_input(calibrated, jnp.asarray(x * stretch, jnp.float32)), np.int64)
+                for x in inputs[unit.layer]
+                for stretch in (1.0, STRETCH)
+            ]
+            program = self._program(unit)
+            if program.steps is None:
+                padded = [(np.pad(x, ((0, seq_len - len(x)), (0, 0))),) for x in texts]
+                functions = {"head": fhe.Function(program.run, padded)}
+            else:
+                functions = program.steps.functions(calibrated.params, texts)
             if cache is None:
                 circuits[unit] = engine.compile(functions, calibrated.params, settings)
             else:
                 circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings, cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
+    def costs(self, length: int) -> dict[Unit, fhe.Cost]:
+        """What the compiled units take to read a text of so many tokens, once."""
+        return {unit: circuit.report.cost_of(self._calls(unit, length)) for unit, circuit in self.circuits.items()}
+
+    def _calls(self, unit: Unit, length: int) -> Mapping[str, int]:
+        steps = self._program(unit).steps
+        return {"head": 1} if steps is None else steps.calls(length)
+
     # Running -------------------------------------------------------------------------------------
 
-    def trace(self, tokens: np.ndarray, engine: Engine | Baseline) -> Trace:
+    def trace(
+        self, tokens: np.ndarray, engine: Engine | Baseline, lengths: np.ndarray | Sequence[int] | None = None
+    ) -> Trace:
         """A forward pass over token ids (B, T).
 
         Args:
             engine: computes the protected units; "float" computes them as GPT-2 does, "ablated" leaves them out.
+            lengths: how many tokens of each row are text, (B,); what follows is filling, whose results mean nothing.
+                None: all of them.
         """
+        lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
         graph, state = self.gpt2.graph, self.gpt2.state
         h, at = _embed(graph, state, tokens), 0
         contributions: dict[Unit, jax.Array] = {}
@@ -406,16 +559,16 @@ class HybridGPT2:
                 elif engine == "float":
                     added = in_float.sum(axis=0) if unit.head is None else in_float[index]
                 else:
-                    added = self._contribution_of(unit, x, engine)
+                    added = self._contribution_of(unit, x, engine, lengths)
                 contributions[unit] = added
                 h = h + added
             h, at = _leave(graph, state, h, layer), layer + 1
         h = _blocks(graph, state, h, at, self.gpt2.config.n_layer)
         return Trace(_unembed(graph, state, h), jnp.stack([contributions[unit] for unit in self.units]))
 
-    def _contribution_of(self, unit: Unit, x: jax.Array, engine: Engine) -> jax.Array:
+    def _contribution_of(self, unit: Unit, x: jax.Array, engine: Engine, lengths: np.ndarray) -> jax.Array:
         calibrated = self._calibrated(unit)
-        outputs = engine(unit, _quantize_input(calibrated, x))
+        outputs = engine(unit, _quantize_input(calibrated, x), lengths)
         output = _decode(self._program(unit), calibrated.decoding, tuple(jnp.asarray(o, jnp.int32) for o in outputs))
         if unit.head is None:
             return output
@@ -436,29 +589,26 @@ class HybridGPT2:
         if mode == "float":
             return "float"
         if mode == "quantized":
-            return lambda unit, x: _run_in_jax(self._program(unit), self._calibrated(unit).params, x)
+            return lambda unit, x, _: _run_in_jax(self._program(unit), self._calibrated(unit).params, x)
         missing = [str(unit) for unit in self.units if unit not in self.circuits]
         if missing:
             raise NotReady(f"mode {mode} needs compiled heads, and {', '.join(missing)} is not: call compile first")
-        if mode == "simulate":
-            return self._each_text(lambda unit, x: self.circuits[unit].simulate("head", x))
-        if keys is None or any(unit not in keys for unit in self.units):
+        if mode == "encrypted" and (keys is None or any(unit not in keys for unit in self.units)):
             raise NotReady("mode encrypted needs keys: call make_keys first")
+        readers = {}
+        for unit, circuit in self.circuits.items():
+            party = Simulated(circuit) if mode == "simulate" else Encrypted(circuit, (keys or {})[unit])
+            steps = self._program(unit).steps
+            readers[unit] = WholeReader(party, self.seq_len or 0) if steps is None else StepReader(party, steps)
 
-        def encrypted(unit: Unit, x: np.ndarray) -> tuple[np.ndarray, ...]:
-            circuit, key = self.circuits[unit], keys[unit]
-            return circuit.decrypt(key, "head", circuit.run("head", circuit.encrypt(key, "head", x), key.evaluation))
-
-        return self._each_text(encrypted)
-
-    def _each_text(self, run: Callable[[Unit, np.ndarray], tuple[np.ndarray, ...]]) -> Engine:
-        """Circuits take one text at a time, padded to the length they were compiled for."""
-
-        def engine(unit: Unit, x: jax.Array) -> tuple[np.ndarray, ...]:
-            if x.shape[1] != self.seq_len:
-                raise NotReady(f"compiled for {self.seq_len} tokens, got {x.shape[1]}")
-            results = [run(unit, np.asarray(row, np.int64)) for row in x]
-            return tuple(np.stack(parts) for parts in zip(*results, strict=True))
+        def engine(unit: Unit, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+            """One text at a time; filling gives zeros."""
+            texts = np.asarray(x, np.int64)
+            results = [readers[unit].read(text[:length]) for text, length in zip(texts, lengths, strict=True)]
+            return tuple(
+                np.stack([np.pad(part, ((0, x.shape[1] - len(part)), (0, 0))) for part in parts])
+                for parts in zip(*results, strict=True)
+            )
 
         return engine
 
@@ -477,7 +627,9 @@ class HybridGPT2:
         sampling: Sampling = GREEDY,
         keys: Mapping[Unit, fhe.Keys] | None = None,
     ) -> Iterator[int]:
-        """Yields the tokens that continue a prompt; the protected heads read all of the text again for each.
+        """Yields the tokens that continue a prompt.
+
+        A protected head reads each token once, if its formula has steps, else all of the text again for each.
 
         Raises:
             NotReady: the mode needs `calibrate`, `compile` or keys, or was made for shorter texts.
@@ -498,6 +650,6 @@ class HybridGPT2:
         def next_logits(text: list[int]) -> np.ndarray:
             padded = np.zeros((1, length), np.int32)
             padded[0, : len(text)] = text
-            return np.asarray(self.trace(padded, engine).logits[0, len(text) - 1])
+            return np.asarray(self.trace(padded, engine, [len(text)]).logits[0, len(text) - 1])
 
         return generate_tokens(next_logits, tokens, max_new_tokens, sampling, self.gpt2.config.eos_token_id)

@@ -27,6 +27,7 @@ def random_head(seed: int, width: int, head_dim: int, sharpness: float = 1.0) ->
     def matrix(*shape: int) -> np.ndarray:
         return random.normal(size=shape) / np.sqrt(shape[0])
 
+    output = matrix(head_dim, width)
     return HeadWeights(
         query=matrix(width, head_dim) * sharpness,
         query_bias=random.normal(size=head_dim) * 0.1,
@@ -34,7 +35,8 @@ def random_head(seed: int, width: int, head_dim: int, sharpness: float = 1.0) ->
         key_bias=random.normal(size=head_dim) * 0.1,
         value=matrix(width, head_dim),
         value_bias=random.normal(size=head_dim) * 0.1,
-        output=matrix(head_dim, width),
+        output=output,
+        metric=output @ output.T,
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fhe import Ops
+from fhe import Ops, Steps
 from jaxgpt2.errors import InputError
 from jaxgpt2.quantize import Bits, quantize
 
@@ -29,6 +29,8 @@ class HeadWeights(NamedTuple):
     value: np.ndarray  # (C, D)
     value_bias: np.ndarray  # (D,)
     output: np.ndarray  # (D, C): the head's rows of c_proj
+    # (D, D): what an error of the head's output costs is error @ metric @ error, to second order and in nats.
+    metric: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,14 @@ class Program:
             `weights` is a HeadWeights for a head, a tuple of them for a block; `options` are all of the formula's.
         decode: `decode(decoding, outputs)`: the decrypted integers to reals, in JAX: the head's output (T, D), or
             for a block what it adds to the residual stream less the bias of its projection, (T, C).
+        steps: the same function token by token, with the state of earlier ones kept encrypted; None if there is none,
+            and then every text is run as a whole. Added up, its results are those of `run`.
     """
 
     run: Callable[[Ops, Any, Any], tuple[Any, ...]]
     calibrate: Callable[..., Calibrated]
     decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
+    steps: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Formula:
         block: computes all heads of a layer and their output projection; None if the formula has no such program.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
         options: what else may be chosen, such as ranks: names and default values.
+        bits: the widths that go with activations of so many bits.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Formula:
     block: Program | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
     options: Mapping[str, int] = field(default_factory=dict)
+    bits: Callable[[int], Bits] = lambda n: Bits.of(n, lookup=n + 2)
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,8 @@ class Recipe:
 
     @classmethod
     def of(cls, formula: str, bits: Bits | int, options: Mapping[str, int] | None = None) -> Recipe:
-        """`bits` as a number stands for inputs, weights and activations, with lookups that see two bits more."""
-        widths = bits if isinstance(bits, Bits) else Bits.of(bits, lookup=bits + 2)
+        """`bits` as a number: of activations, the other widths as the formula has them with it."""
+        widths = bits if isinstance(bits, Bits) else get(formula).bits(bits)
         return cls(formula, widths, tuple(sorted((options or {}).items())))
 
     @property

@@ -2,19 +2,27 @@
 
 What it does differently from the post's formula, each exact or fitted on calibration activations:
 
-- Only pairs j <= i exist, and row 0 attends to itself: no lookup for what causality forbids.
+- Only pairs j <= i exist, and the first token attends to itself: no lookup for what causality forbids.
 - Scores and values are of low rank (`factor_scores`, `factor_values`): truncated for least error on the activations.
-- Keys and values are centred: softmax does not see a shift of a row of scores, and weights that sum to one carry the
-  mean value through, which the client adds back.
-- The row maximum is predicted by a linear regression on the row's input, which is one more output of the projection.
-- 2xy = (x + y)^2 - x^2 - y^2: one lookup a product; the squares are shared by all products of a number.
+- Queries, keys and values are centred. Softmax does not see a shift of a row of scores, so the keys' mean is free to
+  go; the queries' mean is a term linear in the key's input, which costs one lookup a token; weights that sum to one
+  carry the mean value through, and the client adds it back.
+- 2xy = (x + y)^2 - x^2 - y^2: one lookup a product. The squares of keys and values are shared by all products of a
+  token; those of the query shift its whole row, and are never computed.
+- The row maximum is predicted by a linear function of the row's input: one lookup, and its error shifts a row.
 - The client divides: the server returns sum_j e_ij v_j and sum_j e_ij.
 - A random rotation of either space evens out the ranges of its axes, so that one scale wastes few levels.
-- Every input feature has its own scale, which the weights absorb.
+- Every input feature has its own scale, which the weights absorb. So do the steps of queries, keys and values, to the
+  effect that a level is a whole number of steps of the accumulator: rounding the low bits away gives the level, and a
+  lookup needs to see one bit more than the level has.
+- All of these numbers are then trained together (`refine`), through the rounding, for the least harm to the model.
+
+A text is read token by token: `project` once, `attend` to blocks of earlier tokens (see `fhe.Steps`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,17 +30,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from fhe import Ops, Table
-from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
-from jaxgpt2.attention.projection import HEADROOM, Projection, calibrate_projection, project, symmetric_table
-from jaxgpt2.quantize import Bits, check_accumulator, largest_level, projection_bound, scale_for
+from fhe import Ops, Steps, Table
+from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program, float_head
+from jaxgpt2.attention.projection import Projection, build_table, project
+from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
 
-# Scores are summed this many times finer than their products' step, so that the row shift can be subtracted finely.
-SHIFT_STEPS = 4
+# Bits of what is added to scores: the row's predicted maximum and the key's own term.
+TERM_BITS = 6
 
-# The exponential sees at least and at most so many bits of a score: it is looked up rarely, and 16 bits are plenty.
-EXPONENTIAL_BITS = (7, 16)
+# Accumulators of terms are so much finer than a step of the scores.
+TERM_STEPS = 2**6
+
+# Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
+BATCH = 40
+RATE = 0.03
 
 
 @jax.tree_util.register_dataclass
@@ -41,57 +54,86 @@ class LowRankParams:
     query: Projection  # (C, R)
     key: Projection  # (C, R)
     value: Projection  # (C, S)
-    shift_weight: np.ndarray  # (C, 1): the predicted row maximum, in steps of a score / SHIFT_STEPS
-    shift_bias: np.ndarray  # (1,)
-    level_square: Table  # a level -> its square
-    sum_square: Table  # the sum of two levels -> its square
+    shift: Projection  # (C, 1): the predicted row maximum, in `shift_step` steps of a score
+    term_weight: np.ndarray  # (C, 1): the key's own part of its scores
+    term_bias: np.ndarray  # (1,)
+    term: Table  # that, less the key's squares -> `term_step` steps of a score
+    level_square: Table  # a level -> a quarter of its square
+    sum_square: Table  # the sum of two levels -> a quarter of its square
     exponential: Table  # score - row shift -> attention weight, unnormalized
-    weight_square: Table  # attention weight -> its square
-    mixed_square: Table  # attention weight + level -> its square
-    largest_weight: int
+    weight_square: Table  # attention weight -> a quarter of its square
+    mixed_square: Table  # attention weight + level -> a quarter of its square
+    shift_step: int
+    term_step: int
 
 
 class LowRankDecoding(NamedTuple):
-    step: np.ndarray  # (): real value of one step of sum_j e_ij v_j / sum_j e_ij
-    basis: np.ndarray  # (S, D)
+    basis: np.ndarray  # (S, D): of one unit of sum_j e_ij v_j / sum_j e_ij
     mean: np.ndarray  # (D,): the mean value
 
 
 def run_head(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, Any]:
-    """(T, C) input integers -> 2 sum_j e_ij v_j (T, S) and sum_j e_ij (T, 1)."""
-    tokens = x.shape[0]
-    row, column = np.tril_indices(tokens)
-    row, column = row[1:], column[1:]  # row 0 attends to itself alone
-    # Choosing rows by a product with clear zeros and ones is free, and every namespace can do it.
-    of_row = (row[:, None] == np.arange(tokens)).astype(np.int64)  # (P, T), P pairs
-    of_column = (column[:, None] == np.arange(tokens)).astype(np.int64)  # (P, T)
+    """(T, C) input integers -> sum_j e_ij v_j / 2 (T, S) and sum_j e_ij (T, 1), all rows at once."""
+    q, shift, k, term, v, v_squares = run_project(ops, params, x)
+    tokens, rank, width = x.shape[0], q.shape[1], v.shape[1]
+    causal = np.tri(tokens, dtype=np.int64)
     first = (np.arange(tokens) == 0).astype(np.int64)[:, None]  # (T, 1)
+    sums = q.reshape((tokens, 1, rank)) + k.reshape((1, tokens, rank))  # (T, T, R)
+    scores = ops.lookup(params.sum_square, sums).sum(axis=2) + term.reshape((1, tokens)) * params.term_step
+    e = ops.lookup(params.exponential, scores - shift * params.shift_step) * causal  # (T, T)
+    mixed = ops.lookup(params.mixed_square, e.reshape((tokens, tokens, 1)) + v.reshape((1, tokens, width)))
+    products = mixed - ops.lookup(params.weight_square, e).reshape((tokens, tokens, 1))
+    products = products - v_squares.reshape((1, tokens, width))  # (T, T, S): e v / 2
+    numerators = (products * causal.reshape((tokens, tokens, 1))).sum(axis=1)  # (T, S)
+    denominators = e.sum(axis=1).reshape((tokens, 1))
+    return numerators * (1 - first) + v * first, denominators * (1 - first) + 2 * first
+
+
+def run_project(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
+    """(N, C) integers -> query (N, R), shift (N, 1); key (N, R), term (N, 1), value (N, S), its squares (N, S)."""
     with ops.tag("query"):
-        q = project(ops, params.query, x)  # (T, R)
-        shift = ops.matmul(x, params.shift_weight) + params.shift_bias  # (T, 1)
+        q = project(ops, params.query, x)
+        shift = project(ops, params.shift, x)
     with ops.tag("key"):
-        k = project(ops, params.key, x)  # (T, R)
+        k = project(ops, params.key, x)
+        squares = ops.matmul(ops.lookup(params.level_square, k), np.ones((k.shape[1], 1), np.int64))  # (N, 1)
+        term = ops.matmul(x, params.term_weight) + params.term_bias - squares * TERM_STEPS
+        term = ops.lookup(params.term, term)
     with ops.tag("value"):
-        v = project(ops, params.value, x)  # (T, S)
-    if tokens == 1:
-        return v * (2 * params.largest_weight), first * params.largest_weight + (v * 0).sum(axis=1).reshape((1, 1))
+        v = project(ops, params.value, x)
+        v_squares = ops.lookup(params.level_square, v)
+    return q, shift, k, term, v, v_squares
+
+
+def run_first(ops: Ops, params: LowRankParams, v: Any) -> tuple[Any, Any]:
+    """The first token attends to itself."""
+    return v, v[:, :1] * 0 + 2
+
+
+def run_attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any) -> tuple[Any, Any]:
+    """A row's (N, ...) sums over a block of B tokens: numerators (N, S), denominators (N, 1)."""
+    keys, terms, values, squares = (state[part::4] for part in range(4))
+    block, rank, width = len(keys), q.shape[1], values[0].shape[1]
+    # The tokens of a block stand side by side, so that each lookup is one of many at a time.
+    of_key = np.kron(np.eye(block, dtype=np.int64), np.ones((rank, 1), np.int64))  # (B R, B)
+    of_value = np.kron(np.eye(block, dtype=np.int64), np.ones((1, width), np.int64))  # (B, B S)
+    of_block = np.kron(np.ones((block, 1), np.int64), np.eye(width, dtype=np.int64))  # (B S, S)
+    ones = np.ones((block, 1), np.int64)
+
+    def beside(arrays: Sequence[Any]) -> Any:
+        return arrays[0] if block == 1 else ops.concatenate(arrays, axis=1)
+
     with ops.tag("scores"):
-        ones = np.ones((q.shape[1], 1), np.int64)
-        q_squares = ops.matmul(ops.lookup(params.level_square, q), ones)  # (T, 1)
-        k_squares = ops.matmul(ops.lookup(params.level_square, k), ones)  # (T, 1)
-        sums = ops.matmul(of_row, q) + ops.matmul(of_column, k)  # (P, R)
-        products = ops.matmul(ops.lookup(params.sum_square, sums), ones)
-        products = products - ops.matmul(of_row, q_squares) - ops.matmul(of_column, k_squares)  # (P, 1): 2 q k
+        sums = beside([q + k for k in keys])  # (N, B R)
+        scores = ops.matmul(ops.lookup(params.sum_square, sums), of_key)  # (N, B)
+        scores = scores + beside(terms) * params.term_step - shift * params.shift_step
     with ops.tag("softmax"):
-        e = ops.lookup(params.exponential, products * SHIFT_STEPS - ops.matmul(of_row, shift))  # (P, 1)
-        denominators = ops.matmul(of_row.T, e) + first * params.largest_weight  # (T, 1)
+        e = ops.lookup(params.exponential, scores)  # (N, B)
     with ops.tag("output"):
-        v_squares = ops.lookup(params.level_square, v)  # (T, S)
-        e_squares = ops.lookup(params.weight_square, e)  # (P, 1)
-        mixed = ops.lookup(params.mixed_square, ops.matmul(of_column, v) + e)  # (P, S)
-        products = mixed - e_squares - ops.matmul(of_column, v_squares)  # (P, S): 2 e v
-        numerators = ops.matmul(of_row.T, products) + v * first * (2 * params.largest_weight)  # (T, S)
-    return numerators, denominators
+        mixed = ops.lookup(params.mixed_square, ops.matmul(e, of_value) + beside(values))  # (N, B S)
+        e_squares = ops.matmul(ops.lookup(params.weight_square, e), ones)  # (N, 1)
+        numerators = ops.matmul(mixed, of_block) - e_squares - sum(squares)  # (N, S)
+    return numerators, ops.matmul(e, ones)
 
 
 def square_root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,86 +199,79 @@ def best_scale(values: np.ndarray, bits: int) -> float:
     return min((largest * factor for factor in np.linspace(0.3, 1.0, 29)), key=error)
 
 
-def calibrate(
-    weights: HeadWeights,
-    inputs: Sequence[np.ndarray],
-    bits: Bits,
-    max_tokens: int,
-    score_rank: int,
-    value_rank: int,
-) -> Calibrated:
-    """The head in integers; a head_dim below the ranks bounds them."""
-    levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
-    head_dim = weights.query.shape[1]
-    rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
-    real = np.concatenate(inputs)
-    starts = np.cumsum([len(passage) for passage in inputs])[:-1]
-    input_scale = np.array([best_scale(feature, bits.inputs) for feature in real.T])
-    limit = largest_level(bits.inputs)
-    x = np.clip(np.rint(real / input_scale), -limit, limit).astype(np.int64)
+class Reals(NamedTuple):
+    """The head in reals, before its numbers become integers. Levels are the unit of query, key and value."""
 
-    # Float factors, from float activations.
+    query: Any  # (C, R)
+    query_bias: Any  # (R,)
+    key: Any  # (C, R)
+    key_bias: Any  # (R,)
+    value: Any  # (C, S)
+    value_bias: Any  # (S,)
+    nats: Any  # (): of one product of levels
+    term: Any  # (C,): nats
+    term_bias: Any  # ()
+    shift: Any  # (C,): nats
+    shift_bias: Any  # ()
+    basis: Any  # (S, D)
+    mean: Any  # (D,)
+
+
+class Widths(NamedTuple):
+    """What the rounding of a head in reals depends on."""
+
+    levels: Any  # largest level
+    largest_weight: Any
+    term_step: Any  # steps of a score
+    shift_step: Any
+    cell: Any  # steps of a score that the exponential sees as one
+
+
+def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bits, rank: int, width: int) -> Reals:
+    """The head by the closed formulas above; real (N, C) holds the inputs of all texts."""
     q = real @ weights.query + weights.query_bias
-    k = real @ weights.key  # its bias shifts whole rows of scores
-    v = real @ weights.value
-    k_mean, v_mean = k.mean(axis=0), v.mean(axis=0)
-    p_query, p_key = factor_scores(q, k - k_mean, rank)
-    p_value, basis = factor_values(v - v_mean, weights.output, width)
-
-    # Integer projections. The input scales go into the weights.
-    scaled = input_scale[:, None]
-    query, q, q_step = calibrate_projection(
-        "query", scaled * weights.query @ p_query, weights.query_bias @ p_query, x, bits, best_scale
+    k, v = real @ weights.key, real @ weights.value
+    q_mean, k_mean, v_mean = q.mean(axis=0), k.mean(axis=0), v.mean(axis=0)
+    p_query, p_key = factor_scores(q - q_mean, k - k_mean, rank)
+    p_value, basis = factor_values(v - v_mean, square_root(weights.metric)[0], width)
+    q, k, v = (q - q_mean) @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
+    q_step, k_step, v_step = (best_scale(part, bits.activations) for part in (q, k, v))
+    nats = q_step * k_step
+    # The row shift stands for the row maximum and for the squares that are not subtracted; the key's term, centred,
+    # for the scores of the mean query.
+    term = weights.key @ q_mean / np.sqrt(len(q_mean))
+    term_bias = -float((real @ term).mean()) + nats / 2 * float(((k / k_step) ** 2).sum(axis=1).mean())
+    q_squares = nats / 2 * ((q / q_step) ** 2).sum(axis=1)
+    own = real @ term + term_bias
+    scores = [np.where(np.tri(t.stop - t.start, dtype=bool), q[t] @ k[t].T + own[t], -np.inf) for t in texts]
+    maxima = np.concatenate([s.max(axis=1) for s in scores])
+    shift, shift_bias = predict_row_maxima(real, maxima + q_squares)
+    predicted = real @ shift + shift_bias - q_squares
+    offset = best_offset(scores, [s - predicted[t][:, None] for s, t in zip(scores, texts, strict=True)], bits)
+    return Reals(
+        query=weights.query @ p_query / q_step,
+        query_bias=(weights.query_bias - q_mean) @ p_query / q_step,
+        key=weights.key @ p_key / k_step,
+        key_bias=-k_mean @ p_key / k_step,
+        value=weights.value @ p_value / v_step,
+        value_bias=-v_mean @ p_value / v_step,
+        nats=np.asarray(nats),
+        term=term,
+        term_bias=np.asarray(term_bias),
+        shift=shift,
+        shift_bias=np.asarray(shift_bias + offset),
+        basis=basis * v_step,
+        mean=v_mean + weights.value_bias,
     )
-    key, k, k_step = calibrate_projection("key", scaled * weights.key @ p_key, -k_mean @ p_key, x, bits, best_scale)
-    value, _, v_step = calibrate_projection(
-        "value", scaled * weights.value @ p_value, -v_mean @ p_value, x, bits, best_scale
-    )
-
-    # Scores in steps of 2 q k, the predicted row maximum in SHIFT_STEPS-ths of them.
-    step = q_step * k_step / 2 / SHIFT_STEPS
-    scores = [2 * SHIFT_STEPS * (a @ b.T) for a, b in zip(np.split(q, starts), np.split(k, starts), strict=True)]
-    causal = [np.where(np.tri(len(s), dtype=bool), s * step, -np.inf) for s in scores]
-    maxima = np.concatenate([s.max(axis=1) for s in causal])
-    shift_weight, shift_bias = predict_row_maxima(x * input_scale, maxima)
-    integer_shift = np.rint(shift_weight * input_scale / step).astype(np.int64)[:, None]
-    integer_bias = np.rint([shift_bias / step]).astype(np.int64)
-    shifts = x @ integer_shift + integer_bias  # (N, 1)
-    below = [s - m for s, m in zip(scores, np.split(shifts, starts), strict=True)]
-    lower = np.concatenate([b[np.tri(len(b), dtype=bool)] for b in below])
-    reach = max(1, min(HEADROOM * int(np.abs(lower).max()), 2**30))
-    bound = 2 * SHIFT_STEPS * rank * levels**2 + projection_bound(integer_shift, integer_bias, limit)
-    check_accumulator("softmax", bound)
-    offset = best_offset(causal, [b * step for b in below], largest_weight)
-    exponential = symmetric_table(
-        lambda s: np.minimum(largest_weight, np.rint(largest_weight * np.exp(np.minimum(s * step - offset, 0.0)))),
-        min(reach, bound),
-        EXPONENTIAL_BITS[1] if bits.lookup is None else max(bits.lookup, EXPONENTIAL_BITS[0]),
-    )
-    check_accumulator("output", max_tokens * 2 * largest_weight * levels)
-    params = LowRankParams(
-        query=query,
-        key=key,
-        value=value,
-        shift_weight=integer_shift,
-        shift_bias=integer_bias,
-        level_square=Table.build(np.square, -levels, levels),
-        sum_square=Table.build(np.square, -2 * levels, 2 * levels),
-        exponential=exponential,
-        weight_square=Table.build(np.square, 0, largest_weight),
-        mixed_square=Table.build(np.square, -levels, levels + largest_weight),
-        largest_weight=largest_weight,
-    )
-    decoding = LowRankDecoding(np.asarray(v_step / 2), basis, v_mean + weights.value_bias)
-    return Calibrated(params, input_scale, decoding, bits, max_tokens)
 
 
-def best_offset(scores: list[np.ndarray], below: list[np.ndarray], largest_weight: int) -> float:
+def best_offset(scores: list[np.ndarray], below: list[np.ndarray], bits: Bits) -> float:
     """Where the exponential's table saturates: the offset (nats above the predicted maximum) of least weight error.
 
     Args:
         scores: (T, T) real scores, -inf where j > i; below: the same less the predicted row maximum.
     """
+    largest_weight = 2**bits.activations - 1
 
     def error(offset: float) -> float:
         total = 0.0
@@ -248,7 +283,260 @@ def best_offset(scores: list[np.ndarray], below: list[np.ndarray], largest_weigh
             total += float(((got - wanted)[1:] ** 2).sum())
         return total
 
-    return min(np.linspace(-3.0, 8.0, 45), key=error)
+    return min(np.linspace(-3.0, 8.0, 23), key=error)
+
+
+def straight_through(smooth: jax.Array, exact: jax.Array) -> jax.Array:
+    """The value of `exact` with the gradient of `smooth` (Bengio et al., 2013)."""
+    return smooth + jax.lax.stop_gradient(exact - smooth)
+
+
+def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
+    """The head (B, T, C) -> (B, T, D) with the rounding of its integers, but differentiable."""
+
+    def levels(weight: jax.Array, bias: jax.Array) -> jax.Array:
+        clipped = jnp.clip(x @ weight + bias, -widths.levels, widths.levels)
+        return straight_through(clipped, jnp.rint(clipped))
+
+    def term(value: jax.Array, step: Any) -> jax.Array:
+        cells = jnp.clip(value / step, -(2 ** (TERM_BITS - 1)), 2 ** (TERM_BITS - 1) - 1)
+        return straight_through(cells, jnp.rint(cells)) * step
+
+    q, k, v = (
+        levels(weight, bias)
+        for weight, bias in (
+            (reals.query, reals.query_bias),
+            (reals.key, reals.key_bias),
+            (reals.value, reals.value_bias),
+        )
+    )
+    unit = 2 * reals.nats  # of one step of a score: q k / 2 and quarters of squares
+    of_key = term((x @ reals.term + reals.term_bias) / unit - jnp.sum(k * k, axis=-1) / 4, widths.term_step)
+    of_row = term((x @ reals.shift + reals.shift_bias) / unit, widths.shift_step)
+    squares = jnp.sum(q * q, axis=-1)[:, :, None] + jnp.sum(k * k, axis=-1)[:, None, :]
+    scores = jnp.einsum("btr,bsr->bts", q, k) / 2 + squares / 4 + of_key[:, None, :] - of_row[:, :, None]
+    scores = straight_through(scores, jnp.rint(scores / widths.cell) * widths.cell) * unit
+    e = widths.largest_weight * jnp.exp(jnp.minimum(scores, 0.0))
+    # Saturated weights still feel which way they should go.
+    above = jnp.maximum(scores, 0.0)
+    e = e + 0.05 * widths.largest_weight * (above - jax.lax.stop_gradient(above))
+    tokens = x.shape[1]
+    e = straight_through(e, jnp.rint(e)) * jnp.tri(tokens)
+    e = jnp.where((jnp.arange(tokens) == 0)[:, None] * (jnp.arange(tokens) == 0), 1.0, e)
+    average = e @ v / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1.0)
+    return average @ reals.basis + reals.mean
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def refine(
+    reals: Reals, widths: Widths, x: jax.Array, wanted: jax.Array, mask: jax.Array, metric: jax.Array, steps: int
+) -> Reals:
+    """Trains a head in reals, through its rounding, for the least error of its output.
+
+    Args:
+        x: (B, T, C) quantized inputs; wanted: (B, T, D) the float head's outputs; mask: (B, T), 1 where there is text.
+        metric: (D, D), see `HeadWeights`.
+        steps: of Adam (Kingma and Ba, 2014), its rate a share of each array's own size and falling to 0 as a cosine.
+    """
+    # Biases of levels count in levels, those of scores in nats.
+    size = jax.tree.map(lambda a: jnp.where(jnp.ndim(a) == 2, jnp.sqrt(jnp.mean(a * a)), 1.0), reals)
+    linear = jnp.maximum(jnp.sqrt(jnp.mean(reals.shift**2)), jnp.sqrt(jnp.mean(reals.term**2)))
+    size = size._replace(nats=reals.nats, term=linear, shift=linear, mean=jnp.sqrt(jnp.mean(reals.mean**2)))
+    size = jax.tree.map(lambda a: jnp.maximum(a, 1e-9), size)
+
+    def loss(shares: Reals, x: jax.Array, wanted: jax.Array, mask: jax.Array) -> jax.Array:
+        error = rounded_head(jax.tree.map(jnp.multiply, shares, size), widths, x) - wanted
+        return jnp.sum(jnp.sum((error @ metric) * error, axis=-1) * mask) / jnp.sum(mask) * scale
+
+    scale = jnp.sum(mask) / jnp.maximum(jnp.sum(jnp.sum((wanted @ metric) * wanted, axis=-1) * mask), 1e-30)
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps), b2=0.99)
+    batch = min(BATCH, len(x))
+    epochs = -(-steps * batch // len(x))
+    order = jnp.concatenate([jax.random.permutation(jax.random.key(epoch), len(x)) for epoch in range(epochs)])
+
+    def step(carry: Any, chosen: jax.Array) -> Any:
+        shares, state = carry
+        gradients = jax.grad(loss)(shares, x[chosen], wanted[chosen], mask[chosen])
+        updates, state = optimizer.update(gradients, state)
+        return (optax.apply_updates(shares, updates), state), None
+
+    shares = jax.tree.map(jnp.divide, reals, size)
+    (shares, _), _ = jax.lax.scan(step, (shares, optimizer.init(shares)), order[: steps * batch].reshape(steps, batch))
+    return jax.tree.map(jnp.multiply, shares, size)
+
+
+def step_for(largest: float, bits: int) -> int:
+    """The power of two in which numbers of up to that magnitude fit into so many signed bits."""
+    return 2 ** max(0, int(np.ceil(np.log2(max(largest, 1e-9) / (2 ** (bits - 1) - 1)))))
+
+
+def aligned(stage: str, weight: np.ndarray, bias: np.ndarray, bits: Bits, saturate: int, seen: int) -> Projection:
+    """A projection (C, D) of input integers in integers, whose accumulator has 2^n steps a level.
+
+    Args:
+        weight, bias: of levels.
+        saturate: largest level.
+        seen: bits of the accumulator that the lookup sees: with one more than the levels have, a level is a cell.
+    """
+    limit = 2 ** (bits.weights - 1) - 1
+    exponent = int(np.floor(np.log2(limit / max(float(np.abs(weight).max()), 1e-9))))
+    fraction = seen - 1 - (2 * saturate).bit_length()  # bits that the lookup sees below a level
+    exponent = max(exponent, fraction, 0)
+    integers = np.rint(weight * 2.0**exponent).astype(np.int64)
+    integer_bias = np.rint(bias * 2.0**exponent).astype(np.int64)
+    check_accumulator(stage, projection_bound(integers, integer_bias, largest_level(bits.inputs)))
+    shift = exponent - fraction
+    table = build_table(
+        lambda x: np.clip(np.rint(x / 2.0**exponent), -saturate, saturate),
+        -(2 ** (seen - 1)),
+        2 ** (seen - 1) - 1,
+        shift,
+    )
+    return Projection(integers, integer_bias, table)
+
+
+def calibrate(
+    weights: HeadWeights,
+    inputs: Sequence[np.ndarray],
+    bits: Bits,
+    max_tokens: int,
+    score_rank: int,
+    value_rank: int,
+    exponential_bits: int,
+    training_steps: int,
+) -> Calibrated:
+    """The head in integers; a head_dim below the ranks bounds them.
+
+    Args:
+        exponential_bits: bits of a score that the exponential sees.
+        training_steps: of `refine`; 0 keeps the closed formulas.
+    """
+    for name, value, low, high in (
+        ("score_rank", score_rank, 1, 4096),
+        ("value_rank", value_rank, 1, 4096),
+        ("exponential_bits", exponential_bits, 4, 16),
+        ("training_steps", training_steps, 0, 100_000),
+    ):
+        if not low <= value <= high:
+            raise CalibrationError(f"{name} must be {low} to {high}, got {value}")
+    levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
+    head_dim = weights.query.shape[1]
+    rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
+    real = np.concatenate(inputs)
+    ends = np.cumsum([len(passage) for passage in inputs])
+    texts = [slice(end - len(passage), end) for passage, end in zip(inputs, ends, strict=True)]
+    input_scale = np.array([best_scale(feature, bits.inputs) for feature in real.T])
+    limit = largest_level(bits.inputs)
+    x = np.clip(np.rint(real / input_scale), -limit, limit).astype(np.int64)
+
+    reals = initial(weights, real, texts, bits, rank, width)
+    ranges = score_ranges(reals, levels, x * input_scale, texts)
+    widths = Widths(
+        levels=levels,
+        largest_weight=largest_weight,
+        term_step=step_for(ranges.term, TERM_BITS),
+        shift_step=step_for(ranges.shift, TERM_BITS),
+        cell=step_for((ranges.high - ranges.low) / 2, exponential_bits),
+    )
+    if training_steps:
+        padded, wanted, mask = pad(weights, inputs, x * input_scale)
+        reals = refine(
+            *jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (reals, widths, padded, wanted, mask, weights.metric)),
+            steps=training_steps,
+        )
+        reals = Reals(*(np.asarray(part, np.float64) for part in reals))
+        ranges = score_ranges(reals, levels, x * input_scale, texts)
+
+    scaled = input_scale[:, None]
+    seen = bits.activations + 1 if bits.lookup is None else bits.lookup
+    unit = 2 * float(reals.nats)
+    saturated = 2 ** (TERM_BITS - 1) - 1
+    term_weight = np.rint(input_scale * reals.term / unit * TERM_STEPS).astype(np.int64)[:, None]
+    term_bias = np.rint([float(reals.term_bias) / unit * TERM_STEPS]).astype(np.int64)
+    squares = TERM_STEPS * rank * levels**2 // 4
+    check_accumulator("key", projection_bound(term_weight, term_bias, limit) + squares)
+    cell = step_for((ranges.high - ranges.low) / 2, exponential_bits)
+    exponential = build_table(
+        lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
+        int(np.floor(ranges.low / cell)) - 1,
+        int(np.ceil(ranges.high / cell)) + 1,
+        int(np.log2(cell)),
+    )
+    check_accumulator("output", max_tokens * 2 * largest_weight * levels)
+    params = LowRankParams(
+        query=aligned("query", scaled * reals.query, reals.query_bias, bits, levels, seen),
+        key=aligned("key", scaled * reals.key, reals.key_bias, bits, levels, seen),
+        value=aligned("value", scaled * reals.value, reals.value_bias, bits, levels, seen),
+        shift=aligned(
+            "shift",
+            scaled * reals.shift[:, None] / unit / widths.shift_step,
+            np.array([float(reals.shift_bias) / unit / widths.shift_step]),
+            bits,
+            saturated,
+            TERM_BITS + 1,
+        ),
+        term_weight=term_weight,
+        term_bias=term_bias,
+        term=build_table(
+            lambda s: np.clip(np.rint(s / TERM_STEPS / widths.term_step), -saturated - 1, saturated),
+            -(2**TERM_BITS),
+            2**TERM_BITS - 1,
+            int(np.log2(TERM_STEPS * widths.term_step)),
+        ),
+        level_square=Table.build(quarter_square, -levels, levels),
+        sum_square=Table.build(quarter_square, -2 * levels, 2 * levels),
+        exponential=exponential,
+        weight_square=Table.build(quarter_square, 0, largest_weight),
+        mixed_square=Table.build(quarter_square, -levels, levels + largest_weight),
+        shift_step=widths.shift_step,
+        term_step=widths.term_step,
+    )
+    return Calibrated(params, input_scale, LowRankDecoding(reals.basis, reals.mean), bits, max_tokens)
+
+
+def quarter_square(x: np.ndarray) -> np.ndarray:
+    """x^2 / 4 rounded down: with it (x + y)^2 - x^2 - y^2 gives x y / 2 up to a half, in four times fewer values."""
+    return np.floor(x * x / 4)
+
+
+class Ranges(NamedTuple):
+    """Extremes of scores on calibration inputs, in steps of a score."""
+
+    term: float
+    shift: float
+    low: float
+    high: float
+
+
+def score_ranges(reals: Reals, levels: int, x: np.ndarray, texts: list[slice]) -> Ranges:
+    """How far the parts of a score reach; x (N, C) quantized inputs."""
+    q = np.rint(np.clip(x @ reals.query + reals.query_bias, -levels, levels))
+    k = np.rint(np.clip(x @ reals.key + reals.key_bias, -levels, levels))
+    unit = 2 * float(reals.nats)
+    q_squares, k_squares = (q**2).sum(axis=1) / 4, (k**2).sum(axis=1) / 4
+    term = (x @ reals.term + float(reals.term_bias)) / unit - k_squares
+    shift = (x @ reals.shift + float(reals.shift_bias)) / unit
+    low, high = 0.0, 1.0
+    for t in texts:
+        scores = q[t] @ k[t].T / 2 + (term + k_squares)[t] + (q_squares - shift)[t][:, None]
+        causal = scores[np.tri(len(scores), dtype=bool)]
+        low, high = min(low, float(causal.min())), max(high, float(causal.max()))
+    return Ranges(float(np.abs(term).max()), float(np.abs(shift).max()), low, high)
+
+
+def pad(weights: HeadWeights, inputs: Sequence[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantized inputs x (N, C) as (B, T, C), the float head's outputs for the exact ones (B, T, D), mask (B, T)."""
+    longest = max(map(len, inputs))
+    padded = np.zeros((len(inputs), longest, x.shape[1]))
+    wanted = np.zeros((len(inputs), longest, weights.value.shape[1]))
+    mask = np.zeros((len(inputs), longest))
+    start = 0
+    for index, passage in enumerate(inputs):
+        n = len(passage)
+        padded[index, :n], mask[index, :n] = x[start : start + n], 1.0
+        wanted[index, :n] = float_head(weights, passage)
+        start += n
+    return padded, wanted, mask
 
 
 def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Array:
@@ -257,8 +545,14 @@ def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Arr
     A row whose weights all rounded to zero says nothing; it is decoded as the mean value.
     """
     numerators, denominators = (output.astype(jnp.float32) for output in outputs)
-    basis, mean, step = (jnp.asarray(part, jnp.float32) for part in (decoding.basis, decoding.mean, decoding.step))
-    return numerators / jnp.maximum(denominators, 1.0) * step @ basis + mean
+    basis, mean = (jnp.asarray(part, jnp.float32) for part in decoding)
+    return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
 
 
-LOWRANK = Formula("lowrank", head=Program(run_head, calibrate, decode), options={"score_rank": 16, "value_rank": 32})
+LOWRANK = Formula(
+    "lowrank",
+    head=Program(run_head, calibrate, decode, Steps(run_project, run_first, run_attend, row=2, alone=(2,))),
+    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 7, "training_steps": 300},
+    # Clear weights and the client's inputs cost no lookup, whatever their width.
+    bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
+)
