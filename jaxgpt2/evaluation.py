@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import PromptError
-from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2
+from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2, token_batches
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def evaluate(
     kl = kl_ablated = error = norm = 0.0
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0
-    for tokens, lengths in hybrid.batches(passages, limit):
+    for tokens, lengths in token_batches(hybrid.gpt2, passages, limit):
         if hybrid.seq_len is not None:  # circuits take one length, and rows of filling would cost as much as text
             count = np.count_nonzero(lengths)
             tokens = np.pad(tokens[:count], ((0, 0), (0, hybrid.seq_len - tokens.shape[1])))
