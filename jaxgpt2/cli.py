@@ -289,7 +289,7 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error:
     evaluation.check_disjoint(calibrating, passages)
     with step("loading the model"):
         hybrid = make_hybrid(**head)
-    longest = evaluation.longest_passage(hybrid, passages)
+    longest = evaluation.longest_passage(hybrid.gpt2, passages)
     with step("calibrating"):
         hybrid = hybrid.calibrate(calibrating, longest)
     keys = None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt2.errors import InputError
-from jaxgpt2.gpt2 import PromptError
+from jaxgpt2.gpt2 import GPT2, PromptError
 from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2, token_batches
 
 
@@ -118,12 +118,9 @@ def evaluate(
     Raises:
         PromptError: a passage that is empty or too long; InputError: a k below 1.
     """
-    ks = tuple(ks)
-    vocabulary = hybrid.gpt2.config.vocab_size
-    if not ks or any(not 1 <= k <= vocabulary for k in ks):
-        raise InputError(f"every k must be 1 to {vocabulary} (the vocabulary), got {', '.join(map(str, ks)) or 'none'}")
+    ks = check_ks(ks, hybrid.gpt2.config.vocab_size)
     limit = min(calibrated.max_tokens for calibrated in hybrid.calibrated.values())
-    longest = longest_passage(hybrid, passages)
+    longest = longest_passage(hybrid.gpt2, passages)
     if longest > limit:
         raise PromptError(f"the longest passage has {longest} tokens, the heads are made for {limit}: shorten it")
     kl = kl_ablated = error = norm = 0.0
@@ -156,7 +153,18 @@ def evaluate(
     )
 
 
-def longest_passage(hybrid: HybridGPT2, passages: Sequence[str]) -> int:
+def check_ks(ks: Sequence[int], vocabulary: int) -> tuple[int, ...]:
+    """The ks at which agreement is measured.
+
+    Raises:
+        InputError: none, or one outside 1 to the vocabulary.
+    """
+    if not ks or any(not 1 <= k <= vocabulary for k in ks):
+        raise InputError(f"every k must be 1 to {vocabulary} (the vocabulary), got {', '.join(map(str, ks)) or 'none'}")
+    return tuple(ks)
+
+
+def longest_passage(gpt2: GPT2, passages: Sequence[str]) -> int:
     """Tokens of the longest passage.
 
     Raises:
@@ -164,4 +172,4 @@ def longest_passage(hybrid: HybridGPT2, passages: Sequence[str]) -> int:
     """
     if not passages:
         raise PromptError("there are no passages to evaluate on")
-    return max(len(hybrid.gpt2.encode(passage)) for passage in passages)
+    return max(len(gpt2.encode(passage)) for passage in passages)
