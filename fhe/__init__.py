@@ -6,6 +6,7 @@ Importing this package imports no library of encryption; `get_backend(name)` doe
 import warnings
 
 from .backend import (
+    LOOKUP_TIMES,
     MILLISECONDS_PER_LOOKUP,
     Backend,
     Circuit,
@@ -15,6 +16,7 @@ from .backend import (
     Ops,
     Output,
     Report,
+    Rounding,
     Settings,
     Table,
     backends,
@@ -33,6 +35,7 @@ from .errors import (
 )
 
 __all__ = [
+    "LOOKUP_TIMES",
     "MILLISECONDS_PER_LOOKUP",
     "Backend",
     "BackendUnavailable",
@@ -48,6 +51,7 @@ __all__ = [
     "Ops",
     "Output",
     "Report",
+    "Rounding",
     "Settings",
     "Table",
     "UnknownBackend",

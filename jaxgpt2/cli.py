@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -34,8 +35,21 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+# Commands that live in other modules, imported when they are called: name to module and attribute.
+ELSEWHERE = {"sweep": ("jaxgpt2.cli_sweep", "sweep"), "tune": ("jaxgpt2.cli_sweep", "tune")}
+
+
 class Commands(click.Group):
     """A group of commands with `one_line_errors`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE:
+            module, attribute = ELSEWHERE[cmd_name]
+            return getattr(importlib.import_module(module), attribute)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         with one_line_errors():

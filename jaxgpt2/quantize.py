@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgpt2.errors import InputError
 
@@ -70,7 +71,7 @@ def scale_for(values: np.ndarray, bits: int) -> float:
     return largest / largest_level(bits) if largest > 0 else 1.0
 
 
-def quantize(x: jax.Array, scale: jax.Array | float, bits: jax.Array | int) -> jax.Array:
+def quantize(x: jax.Array, scale: ArrayLike, bits: ArrayLike) -> jax.Array:
     """round(x / scale), saturated at the largest level: int32 of x's shape. `scale` broadcasts against x."""
     limit = largest_level(bits)
     return jnp.clip(jnp.rint(x / scale), -limit, limit).astype(jnp.int32)

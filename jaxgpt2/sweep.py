@@ -16,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +42,9 @@ from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.hybrid import HybridGPT2, Stream, Unit, advance, attend, contribution, leave, read, stream_inputs
 from jaxgpt2.model import causal_attention
 from jaxgpt2.ops import JaxOps
-from jaxgpt2.quantize import CalibrationError, quantize
+from jaxgpt2.parameters import disassemble
+from jaxgpt2.quantize import Bits, CalibrationError, quantize
+from jaxgpt2.table import Row, SweepDirectory, require_extra
 
 # Tokens that go through the model together; more passages go in several packs of one shape.
 PACK_TOKENS = 2048
@@ -75,7 +79,7 @@ class Configuration:
             "layer": self.unit.layer,
             "head": self.unit.head,
             "attention": self.recipe.formula,
-            **{f"{name}_bits": value for name, value in bits.items()},
+            **{f"{name.removesuffix('s')}_bits": value for name, value in bits.items()},
             **self.recipe.settings,
         }
 
@@ -109,6 +113,46 @@ class Experiment:
         for name in ("passages", "calibration"):
             data[name] = hashlib.sha256("\n".join(data[name]).encode()).hexdigest()
         return json.loads(json.dumps(data))
+
+
+def check(experiment: Experiment, gpt2: GPT2) -> int:
+    """Tokens of the longest passage, where everything that was given can be used.
+
+    Raises:
+        PromptError: passages that are empty, too long, or calibration text too; InputError: a k out of range, or a
+        length or a stack that there is not.
+    """
+    check_ks(experiment.ks, gpt2.config.vocab_size)
+    check_disjoint(experiment.calibration, experiment.passages)
+    if not 1 <= experiment.seq_len <= gpt2.config.n_positions:
+        raise SweepError(f"--seq-len must be 1 to {gpt2.config.n_positions}, got {experiment.seq_len}")
+    if experiment.batch < 0:
+        raise SweepError(f"--batch must be 0 or more, got {experiment.batch}")
+    return longest_passage(gpt2, experiment.passages)
+
+
+def grid(
+    units: Iterable[Unit], formulas: Iterable[str], widths: Iterable[Bits], options: Mapping[str, Iterable[int]]
+) -> list[Configuration]:
+    """All combinations; an option concerns the formulas that have it.
+
+    Raises:
+        SweepError: there are none, or an option that none of the formulas has; FormulaError: an unknown formula.
+    """
+    formulas, widths = tuple(formulas), tuple(widths)
+    for name in options:
+        if not any(name in attention.get(formula).options for formula in formulas):
+            raise SweepError(f"none of the formulas {', '.join(formulas)} has an option {name!r}")
+    recipes = []
+    for formula in formulas:
+        own = {name: tuple(values) for name, values in options.items() if name in attention.get(formula).options}
+        for bits, chosen in itertools.product(widths, itertools.product(*own.values())):
+            recipes.append(Recipe.of(formula, bits, dict(zip(own, chosen, strict=True))))
+    # A default that is also named is the same configuration.
+    found = {each.key: each for each in (Configuration(unit, recipe) for unit in units for recipe in recipes)}
+    if not found:
+        raise SweepError("the grid is empty: name at least one layer, head, formula and width")
+    return list(found.values())
 
 
 # --- packing ------------------------------------------------------------------------------------
@@ -210,9 +254,9 @@ def stacks(members: Sequence[tuple[Program, Stackable]], largest: int, devices: 
 def memory() -> float:
     """Bytes that all local devices together may use: a device's own limit, or what the machine has free."""
     devices = jax.local_devices()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    limits = [int((device.memory_stats() or {}).get("bytes_limit", 0)) for device in devices]
     if all(limits):
-        return float(sum(limits))  # pyright: ignore[reportArgumentType]
+        return float(sum(limits))
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -270,7 +314,8 @@ def _block(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, packed: Pack) ->
     batch, time = packed.index.shape
     qkv = block.attn.c_attn(block.ln_1(h))[:, packed.index]  # (K, B, T, 3C)
     qkv = qkv.reshape(count, batch, time, 3, block.attn.n_head, -1).transpose(3, 0, 1, 4, 2, 5)  # 3 x (K, B, H, T, D)
-    heads = jax.vmap(causal_attention, in_axes=(0, 0, 0, None))(*qkv, 0)  # (K, B, H, T, D)
+    q, k, v = qkv
+    heads = jax.vmap(causal_attention)(q, k, v)  # (K, B, H, T, D)
     heads = heads.transpose(0, 1, 3, 2, 4)[:, packed.row, packed.column]  # (K, N, H, D)
     return leave(graph, state, h + block.attn.c_proj(heads.reshape(count, -1, width)))
 
@@ -341,10 +386,6 @@ class Sums(NamedTuple):
     norm: np.ndarray
 
 
-# A line of the table.
-Row = dict[str, Any]
-
-
 class Prepared(NamedTuple):
     """A configuration in integers, and its cost's part of the row."""
 
@@ -365,13 +406,9 @@ class Workbench:
     def __init__(self, experiment: Experiment, gpt2: GPT2 | None = None):
         self.experiment = experiment
         self.gpt2 = gpt2 or GPT2.from_pretrained(experiment.model)
-        self.ks = check_ks(experiment.ks, self.gpt2.config.vocab_size)
-        fhe.Settings(rounding=experiment.rounding)
-        check_disjoint(experiment.calibration, experiment.passages)
-        longest = longest_passage(self.gpt2, experiment.passages)
+        self.ks = experiment.ks
+        longest = check(experiment, self.gpt2)
         self.max_tokens = max(longest, experiment.seq_len)
-        if self.max_tokens > self.gpt2.config.n_positions:
-            raise SweepError(f"--seq-len {experiment.seq_len} is more than the context, {self.gpt2.config.n_positions}")
         self._start = (
             read(self.gpt2, experiment.passages, longest),
             read(self.gpt2, experiment.calibration, self.max_tokens),
@@ -442,7 +479,11 @@ class Workbench:
         settings = fhe.Settings(rounding=self.experiment.rounding)
         compiled = hybrid.compile_on({layer.index: layer.cost_inputs}, self.experiment.seq_len, settings, "clear")
         program = attention.get(configuration.recipe.formula).head
-        spent = {"seq_len": self.experiment.seq_len, "rounding": self.experiment.rounding}
+        spent: Row = {
+            "seq_len": self.experiment.seq_len,
+            "rounding": self.experiment.rounding,
+            "machine": fhe.LOOKUP_TIMES["machine"],
+        }
         spent |= cost(compiled.circuits[unit].report)
         return Prepared(program, stackable(hybrid.calibrated[unit]), spent)
 
@@ -597,3 +638,69 @@ def cost(report: fhe.Report) -> Row:
         "estimated_seconds": report.estimated_run_seconds,
         **{f"pbs_{bits}": count for bits, count in report.pbs_by_bit_width.items()},
     }
+
+
+# --- into a directory ---------------------------------------------------------------------------
+
+
+def fingerprint(gpt2: GPT2) -> str:
+    """A hash of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(disassemble(gpt2.model).items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def measured(
+    experiment: Experiment, configurations: Sequence[Configuration], gpt2: GPT2, scheduler: str | None = None
+) -> Iterator[list[Row]]:
+    """Rows of configurations, here or (by the address of a Dask scheduler) on other machines, as they come."""
+    if scheduler is None:
+        return Workbench(experiment, gpt2).run(configurations)
+    from jaxgpt2 import distribute
+
+    return distribute.run(scheduler, experiment, configurations)
+
+
+def sweep(
+    experiment: Experiment,
+    configurations: Sequence[Configuration],
+    path: Path,
+    resume: bool = False,
+    scheduler: str | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Any:
+    """Measures configurations into a directory; when all are there, writes the table and figures.
+
+    Args:
+        path: a new directory, or with `resume` the one of this very sweep: rows that are there are not measured again.
+        progress: is told how many rows more there are, first how many there were.
+
+    Returns:
+        the table, a pandas DataFrame.
+
+    Raises:
+        InputError: something given cannot be used; one line says what.
+    """
+    from jaxgpt2 import figures
+
+    require_extra()
+    gpt2 = GPT2.from_pretrained(experiment.model)
+    check(experiment, gpt2)
+    keys = [each.key for each in configurations]
+    identity = experiment.identity() | {
+        "weights": fingerprint(gpt2),
+        "configurations": len(keys),
+        "grid": hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
+    }
+    directory = SweepDirectory.open(path, identity, resume)
+    progress(len(directory.rows))
+    missing = [each for each in configurations if each.key not in directory.rows]
+    if missing:
+        for rows in measured(experiment, missing, gpt2, scheduler):
+            directory.append(rows)
+            progress(len(rows))
+    frame = directory.finish(keys)
+    figures.draw(frame, path)
+    return frame

@@ -1,4 +1,4 @@
-"""Times a row of a sweep beside Hugging Face transformers: random weights of GPT-2's 124M shape, the same cores, one run.
+"""Times a row of a sweep beside Hugging Face transformers: random weights of the 124M shape, the same cores, one run.
 
     python scripts/bench_sweep.py                # all layers
     python scripts/bench_sweep.py --layers 0,6   # some of them
@@ -159,7 +159,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"GPT-2, 124M shape, float32, random weights, {report['passages']} passages, {report['tokens']} tokens; "
         f"{report['formula']}, {report['rows_of_a_stack']} rows a stack",
-        report["environment"],
+        f"{report['environment']}; {report['device']}",
         "",
         f"a row, mean over {len(report['row_seconds_by_layer'])} layers      {report['row_seconds']:8.2f} s",
     ]
@@ -168,7 +168,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"ratio                             {report['ratio']:8.3f}")
     lines += [
         f"arithmetic of a row               {report['row_flops'] / 1e9:8.0f} GFLOP",
-        f"matrix products, measured         {report['matmul_flops_per_second'] / 1e9:8.0f} GFLOP/s ({report['device']})",
+        f"matrix products, measured         {report['matmul_flops_per_second'] / 1e9:8.0f} GFLOP/s",
         f"share of that                     {report['share_of_peak']:8.0%}",
         f"a row at that speed               {report['least_row_seconds']:8.2f} s"
         + (f", ratio {report['least_ratio']:.3f}" if report["least_ratio"] else ""),

@@ -85,6 +85,7 @@ class Formula:
         block: computes all heads of a layer and their output projection; None if the formula has no such program.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
         options: what else may be chosen, such as ranks: names and default values.
+        search: values of options that are worth trying when the cheapest recipe is looked for.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Formula:
     block: Program | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
     options: Mapping[str, int] = field(default_factory=dict)
+    search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -261,4 +261,9 @@ def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Arr
     return numerators / jnp.maximum(denominators, 1.0) * step @ basis + mean
 
 
-LOWRANK = Formula("lowrank", head=Program(run_head, calibrate, decode), options={"score_rank": 16, "value_rank": 32})
+LOWRANK = Formula(
+    "lowrank",
+    head=Program(run_head, calibrate, decode),
+    options={"score_rank": 16, "value_rank": 32},
+    search={"score_rank": (4, 8, 16), "value_rank": (8, 16, 32)},
+)
