@@ -435,7 +435,7 @@ class Workbench:
         self._state = jax.device_put(self.gpt2.state, self._whole)
         self._blocks = [nnx.split(block)[1] for block in nnx.merge(self.gpt2.graph, self._state).h]
         final = advance(self.gpt2, self._start[0], self.gpt2.config.n_layer)
-        self._reference = [self._flat(final.hidden, index) for index in range(len(self._groups))]
+        self._reference = [self._flat(final.hidden[start:stop], i) for i, (start, stop) in enumerate(self._groups)]
         self.positions = sum(int(batch.sum()) for batch in lengths)
 
     # Where tokens are ----------------------------------------------------------------------------
@@ -446,10 +446,9 @@ class Workbench:
         return np.stack([np.asarray(batch) for batch in batches] + [np.zeros_like(batches[0])] * (rows - len(batches)))
 
     def _passages(self, batches: Sequence[jax.Array], index: int) -> jax.Array:
-        """The pack's passages of what is given by batch: (B, T, C), on all devices."""
-        start, stop = self._groups[index]
+        """The passages of a pack, given by batch: (B, T, C), on all devices."""
         rows = len(self._packs[index].index) // batches[0].shape[0]
-        stacked = self._padded(batches[start:stop], rows)
+        stacked = self._padded(batches, rows)
         return jax.device_put(stacked.reshape(-1, *stacked.shape[2:]), self._whole)
 
     def _flat(self, batches: Sequence[jax.Array], index: int) -> jax.Array:
