@@ -49,7 +49,7 @@ def run(address: str, experiment: Experiment, configurations: Sequence[Configura
     except ImportError as error:
         raise need_extra(error, "--scheduler", "cluster") from None
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=10)
     except (OSError, ValueError, TypeError) as error:
         raise ClusterError(f"no Dask scheduler answers at {address}: {error}") from None
     with client:

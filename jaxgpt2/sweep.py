@@ -338,20 +338,28 @@ def _compare(
     """
     model = nnx.merge(graph, state)
     parts = reference.shape[0] // chunk
+    # The vocabulary comes first: CPUs reduce a leading axis many elements at a time, the last one element by element.
+    token = jnp.arange(model.output_table.shape[0])[:, None]
+
+    def logits(h: jax.Array) -> jax.Array:
+        return model.output_table @ model.ln_f(h).T  # (P, C) -> (V, P)
 
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         reference, h, mask = part  # (P, C), (K, P, C), (P,)
-        wanted, got = model.unembed(reference), model.unembed(h)  # (P, V), (K, P, V)
-        p = jax.nn.softmax(wanted)
-        # sum p (log p - log q), with the difference of the logits taken before it is summed.
-        shift = jax.nn.logsumexp(got, axis=-1) - jax.nn.logsumexp(wanted, axis=-1)
-        kl = jnp.sum(p * (wanted - got), axis=-1) + shift  # (K, P)
-        # The rank of the float model's best token: how many tokens are likelier, the first of equals being likelier.
-        best = jnp.argmax(wanted, axis=-1)[:, None]  # (P, 1)
-        own = jnp.take_along_axis(got, jnp.broadcast_to(best, (*got.shape[:2], 1)), axis=-1)
-        rank = jnp.sum((got > own) | ((got == own) & (jnp.arange(got.shape[-1]) < best)), axis=-1)  # (K, P)
-        agreement = jnp.sum((rank[..., None] < ks) & (mask[:, None] > 0), axis=1)
-        return jnp.sum(kl * mask, axis=-1), agreement
+        wanted = logits(reference)
+        shift = jax.nn.logsumexp(wanted, axis=0)
+        p, best = jnp.exp(wanted - shift), jnp.argmax(wanted, axis=0)
+
+        def each(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+            got = logits(h)
+            # sum p (log p - log q), with the difference of the logits taken before it is summed.
+            kl = jnp.sum(p * (wanted - got), axis=0) + jax.nn.logsumexp(got, axis=0) - shift
+            # The rank of the float model's best token: how many are likelier, the first of equals being likelier.
+            own = jnp.take_along_axis(got, best[None], axis=0)
+            rank = jnp.sum((got > own) | ((got == own) & (token < best)), axis=0)  # (P,)
+            return jnp.sum(kl * mask), jnp.sum((rank[:, None] < ks) & (mask[:, None] > 0), axis=0)
+
+        return jax.vmap(each)(h)
 
     split = h.reshape(h.shape[0], parts, chunk, -1).transpose(1, 0, 2, 3)
     kl, agreement = jax.lax.map(one, (reference.reshape(parts, chunk, -1), split, mask.reshape(parts, chunk)))
