@@ -195,7 +195,11 @@ def describe(hybrid: Any) -> str:
     recipes = set(hybrid.recipes.values())
     if len(recipes) > 1:
         return f"{len(recipes)} recipes"
-    recipe = recipes.pop()
+    return describe_recipe(recipes.pop())
+
+
+def describe_recipe(recipe: Any) -> str:
+    """`lowrank, score_rank 16, bits 4/4/4, lookups 6`."""
     options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
     bits = recipe.bits
     return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli import calibration_passages, emit, json_option, model_options, options
+from jaxgpt2.cli import calibration_passages, describe_recipe, emit, json_option, model_options, options
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
 
@@ -277,9 +277,3 @@ def cheapest(rows: Sequence[dict[str, Any]], head: str, wanted: float) -> dict[s
         f"{best['recovered_kl']:.4f} (in about {seconds(best['estimated_seconds'])}): allow more --bits, other --set "
         "or --attention, or ask for less"
     )
-
-
-def describe_recipe(recipe: Any) -> str:
-    settings = "".join(f", {name} {value}" for name, value in recipe.settings.items())
-    bits = recipe.bits
-    return f"{recipe.formula}{settings}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"

@@ -36,13 +36,14 @@ def milliseconds(bits: int, at_a_time: int, p_error: float, repeats: int) -> flo
     random = np.random.default_rng(0)
     x = random.integers(0, 2**bits, at_a_time)
     x[:2] = 0, 2**bits - 1
-    circuit = fhe.get_backend("concrete").compile(lookups, table, [(x,)], fhe.Settings(p_error, "none"))
+    functions = {"lookups": fhe.Function(lookups, [(x,)])}
+    circuit = fhe.get_backend("concrete").compile(functions, table, fhe.Settings(p_error, "none"))
     keys = circuit.make_keys()
-    sent, evaluation = circuit.encrypt(keys, x), keys.evaluation
+    sent, evaluation = circuit.encrypt(keys, "lookups", x), keys.evaluation
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        circuit.run(sent, evaluation)
+        circuit.run("lookups", sent, evaluation)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) * 1000 / at_a_time  # the first one loads the keys
 
