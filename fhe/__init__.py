@@ -6,6 +6,7 @@ Importing this package imports no library of encryption; `get_backend(name)` doe
 import warnings
 
 from .backend import (
+    LOOKUP_TIMES,
     MILLISECONDS_PER_LOOKUP,
     Backend,
     Circuit,
@@ -15,6 +16,7 @@ from .backend import (
     Ops,
     Output,
     Report,
+    Rounding,
     Settings,
     Table,
     backends,
@@ -34,6 +36,7 @@ from .errors import (
 from .steps import Steps
 
 __all__ = [
+    "LOOKUP_TIMES",
     "MILLISECONDS_PER_LOOKUP",
     "Backend",
     "BackendUnavailable",
@@ -49,6 +52,7 @@ __all__ = [
     "Ops",
     "Output",
     "Report",
+    "Rounding",
     "Settings",
     "Steps",
     "Table",

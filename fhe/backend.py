@@ -12,6 +12,7 @@ encrypted state, such as the keys and values of the tokens read so far. A backen
 that an engine without integers or lookups fits the same interface.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -120,9 +121,10 @@ class Settings:
             raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, not {self.rounding!r}")
 
 
-# Milliseconds per lookup by input bits: 64 lookups at a time on 2 cores of an AMD EPYC (Zen 4), concrete-python
-# 2.11.0, 128-bit security, p_error 1e-5. Beyond the table every bit costs as much more as the last one did.
-MILLISECONDS_PER_LOOKUP = {1: 6.0, 2: 6.0, 3: 5.9, 4: 7.8, 5: 11.7, 6: 20.9, 7: 47.0, 8: 112.0}
+# Milliseconds per lookup by input bits, with the machine they were measured on: scripts/bench_lookup.py writes them.
+# Beyond the table every bit costs as much more as the last one did.
+LOOKUP_TIMES: dict[str, Any] = json.loads(Path(__file__).with_name("lookup_times.json").read_text(encoding="utf-8"))
+MILLISECONDS_PER_LOOKUP = {int(bits): float(ms) for bits, ms in LOOKUP_TIMES["milliseconds"].items()}
 
 
 @dataclass(frozen=True, kw_only=True)

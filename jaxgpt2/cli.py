@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import json
 import sys
@@ -34,8 +35,21 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+# Commands that live in other modules, imported when they are called: name to module and attribute.
+ELSEWHERE = {"sweep": ("jaxgpt2.cli_sweep", "sweep"), "tune": ("jaxgpt2.cli_sweep", "tune")}
+
+
 class Commands(click.Group):
     """A group of commands with `one_line_errors`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in ELSEWHERE:
+            module, attribute = ELSEWHERE[cmd_name]
+            return getattr(importlib.import_module(module), attribute)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         with one_line_errors():
@@ -70,7 +84,7 @@ head_options = options(
 compile_options = options(
     click.option("--backend", default="concrete", show_default=True, help="FHE backend; see info."),
     click.option("--p-error", default=1e-5, show_default=True, help="Probability that one lookup is wrong."),
-    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="exact",
+    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
                  show_default=True, help="How low bits are rounded away before a lookup."),
     click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
@@ -179,7 +193,11 @@ def describe(hybrid: Any) -> str:
     recipes = set(hybrid.recipes.values())
     if len(recipes) > 1:
         return f"{len(recipes)} recipes"
-    recipe = recipes.pop()
+    return describe_recipe(recipes.pop())
+
+
+def describe_recipe(recipe: Any) -> str:
+    """`lowrank, score_rank 16, bits 4/4/4, lookups 6`."""
     options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
     bits = recipe.bits
     return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"
@@ -287,7 +305,7 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error:
     evaluation.check_disjoint(calibrating, passages)
     with step("loading the model"):
         hybrid = make_hybrid(**head)
-    longest = evaluation.longest_passage(hybrid, passages)
+    longest = evaluation.longest_passage(hybrid.gpt2, passages)
     with step("calibrating"):
         hybrid = hybrid.calibrate(calibrating, longest)
     keys = None

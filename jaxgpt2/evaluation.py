@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt2.errors import InputError
-from jaxgpt2.gpt2 import PromptError
-from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2
+from jaxgpt2.gpt2 import GPT2, PromptError
+from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2, token_batches
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,15 @@ def evaluate(
     Raises:
         PromptError: a passage that is empty or too long; InputError: a k below 1.
     """
-    ks = tuple(ks)
-    vocabulary = hybrid.gpt2.config.vocab_size
-    if not ks or any(not 1 <= k <= vocabulary for k in ks):
-        raise InputError(f"every k must be 1 to {vocabulary} (the vocabulary), got {', '.join(map(str, ks)) or 'none'}")
+    ks = check_ks(ks, hybrid.gpt2.config.vocab_size)
     limit = min(calibrated.max_tokens for calibrated in hybrid.calibrated.values())
-    longest = longest_passage(hybrid, passages)
+    longest = longest_passage(hybrid.gpt2, passages)
     if longest > limit:
         raise PromptError(f"the longest passage has {longest} tokens, the heads are made for {limit}: shorten it")
     kl = kl_ablated = error = norm = 0.0
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0
-    for tokens, lengths in hybrid.batches(passages, limit):
+    for tokens, lengths in token_batches(hybrid.gpt2, passages, limit):
         if hybrid.seq_len is not None:  # texts take their time one by one, rows of filling too
             count = np.count_nonzero(lengths)
             tokens, lengths = tokens[:count], lengths[:count]
@@ -155,7 +152,18 @@ def evaluate(
     )
 
 
-def longest_passage(hybrid: HybridGPT2, passages: Sequence[str]) -> int:
+def check_ks(ks: Sequence[int], vocabulary: int) -> tuple[int, ...]:
+    """The ks at which agreement is measured.
+
+    Raises:
+        InputError: none, or one outside 1 to the vocabulary.
+    """
+    if not ks or any(not 1 <= k <= vocabulary for k in ks):
+        raise InputError(f"every k must be 1 to {vocabulary} (the vocabulary), got {', '.join(map(str, ks)) or 'none'}")
+    return tuple(ks)
+
+
+def longest_passage(gpt2: GPT2, passages: Sequence[str]) -> int:
     """Tokens of the longest passage.
 
     Raises:
@@ -163,4 +171,4 @@ def longest_passage(hybrid: HybridGPT2, passages: Sequence[str]) -> int:
     """
     if not passages:
         raise PromptError("there are no passages to evaluate on")
-    return max(len(hybrid.gpt2.encode(passage)) for passage in passages)
+    return max(len(gpt2.encode(passage)) for passage in passages)

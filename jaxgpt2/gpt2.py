@@ -67,6 +67,9 @@ class GPT2:
         self.config = config
         self.tokenizer = tokenizer
         self.graph, self.state = nnx.split(model)
+        # All blocks share one structure, so that what is compiled for one of them serves every layer.
+        self.block_graph = nnx.split(model.h[0])[0]
+        self.block_states = tuple(nnx.split(block)[1] for block in model.h)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str] = "tiny") -> GPT2:

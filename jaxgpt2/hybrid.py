@@ -43,7 +43,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 STRETCH = 1.25
 
 # Sensitivities settle with few gradients, and those of a large model are dear.
-SENSITIVITY_PASSAGES = 128
+SENSITIVITY_TOKENS = 4096
 
 
 class HeadError(InputError):
@@ -139,64 +139,73 @@ def head_weights(model: Transformer, layer: int, head: int, sensitivity: np.ndar
 # --- the float model, cut in pieces -------------------------------------------------------------
 
 
-def _piece(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a piece of the model: `graph` and the named arguments are constants of the compiled code."""
-    return functools.partial(jax.jit, static_argnames=("graph", *static))
+# A piece takes the structure (a constant of the compiled code) and the state of what it runs: the whole model, or one
+# block, so that one compiled program serves all layers.
+_piece = functools.partial(jax.jit, static_argnames="graph")
 
 
-@_piece()
-def _embed(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+@_piece
+def embed(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
     """(B, T) -> (B, T, C)."""
     return nnx.merge(graph, state).embed(tokens)
 
 
-@_piece("start", "stop")
-def _blocks(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, start: int, stop: int) -> jax.Array:
+@_piece
+def _block(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
+    """One block: (B, T, C) -> (B, T, C)."""
+    return nnx.merge(graph, state)(h)[0]
+
+
+def blocks(gpt2: GPT2, h: jax.Array, start: int, stop: int) -> jax.Array:
     """Blocks start to stop - 1: (B, T, C) -> (B, T, C)."""
-    for block in nnx.merge(graph, state).h[start:stop]:
-        h, _ = block(h)
+    for state in gpt2.block_states[start:stop]:
+        h = _block(gpt2.block_graph, state, h)
     return h
 
 
-@_piece("layer", "heads")
-def _attend(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, layer: int, heads: tuple[int, ...]):
+@_piece
+def attend(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, heads: jax.Array):
     """A block's attention with the protected heads left out.
+
+    Args:
+        h: the block's input (B, T, C).
+        heads: which ones are protected, (P,).
 
     Returns:
         the heads' input x (B, T, C); h plus what the other heads and the projection's bias add to it (B, T, C); and
-        what the protected heads would add in float, (len(heads), B, T, C).
+        what the protected heads would add in float, (P, B, T, C).
     """
-    block = nnx.merge(graph, state).h[layer]
+    block = nnx.merge(graph, state)
     x = block.ln_1(h)
     outputs, _ = block.attn.heads(x)  # (B, H, T, D)
-    others = outputs.at[:, jnp.array(heads)].set(0.0)
+    others = outputs.at[:, heads].set(0.0)
     projection = block.attn.c_proj.kernel[...].reshape(outputs.shape[1], -1, x.shape[-1])  # (H, D, C)
-    protected = [outputs[:, head] @ projection[head] for head in heads]  # (B, T, C) each
-    return x, h + block.attn.project(others), jnp.stack(protected)
+    protected = jnp.einsum("bptd,pdc->pbtc", outputs[:, heads], projection[heads])
+    return x, h + block.attn.project(others), protected
 
 
-@_piece("layer", "head")
-def _contribution(graph: nnx.GraphDef, state: nnx.State, output: jax.Array, layer: int, head: int) -> jax.Array:
-    """What one head's output (B, T, D) adds to the residual stream: (B, T, C)."""
-    kernel = nnx.merge(graph, state).h[layer].attn.c_proj.kernel[...]
+@_piece
+def contribution(graph: nnx.GraphDef, state: nnx.State, output: jax.Array, head: jax.Array | int) -> jax.Array:
+    """What one head's output (..., D) adds to the residual stream: (..., C)."""
+    kernel = nnx.merge(graph, state).attn.c_proj.kernel[...]
     size = output.shape[-1]
-    return output @ kernel[head * size : (head + 1) * size]
+    return output @ jax.lax.dynamic_slice_in_dim(kernel, head * size, size)
 
 
-@_piece("layer")
-def _leave(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, layer: int) -> jax.Array:
-    """The rest of a block after its attention: (B, T, C) -> (B, T, C)."""
-    block = nnx.merge(graph, state).h[layer]
+@_piece
+def leave(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
+    """The rest of a block after its attention: (..., C) -> (..., C)."""
+    block = nnx.merge(graph, state)
     return h + block.mlp(block.ln_2(h))
 
 
-@_piece()
+@_piece
 def _unembed(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
     """(B, T, C) -> (B, T, V)."""
     return nnx.merge(graph, state).unembed(h)
 
 
-@_piece("layer")
+@functools.partial(jax.jit, static_argnames=("graph", "layer"))
 def _gradients(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
     """Gradients of the log probability of tokens that the model draws itself, at the residual stream after a block's
     attention: h (B, T, C) before the block, mask (B, T) of the text -> (B, T, C)."""
@@ -313,6 +322,99 @@ class StepReader:
         return [np.concatenate(parts) for parts in zip(*self._results, strict=True)]
 
 
+# --- passages on their way through the float model ----------------------------------------------
+
+
+def token_batches(
+    gpt2: GPT2, passages: Sequence[str], max_tokens: int, size: int = 16
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Passages as padded token ids (size, T), all of one shape, with their lengths (size,), 0 for a row of filling.
+
+    Each is cut to max_tokens.
+
+    Raises:
+        PromptError: no passages, or an empty one.
+    """
+    texts = [gpt2.tokenizer.encode(passage).ids[:max_tokens] for passage in passages]
+    if not texts or not all(texts):
+        raise PromptError("there are no passages, or one is empty: give a text file with one passage a line")
+    longest = max(map(len, texts))
+    for start in range(0, len(texts), size):
+        group = texts[start : start + size]
+        padded, lengths = np.zeros((size, longest), np.int32), np.zeros(size, np.int32)
+        for index, text in enumerate(group):
+            padded[index, : len(text)], lengths[index] = text, len(text)
+        yield padded, lengths
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Passages that the float model has read up to a layer.
+
+    Args:
+        layer: the block that they reach next.
+        hidden: the residual stream, (B, T, C) for each batch of `token_batches`.
+        lengths: tokens of each row, (B,) for each batch; 0 for a row of filling.
+    """
+
+    layer: int
+    hidden: tuple[jax.Array, ...]
+    lengths: tuple[np.ndarray, ...]
+
+
+def read(gpt2: GPT2, passages: Sequence[str], max_tokens: int) -> Stream:
+    """Embeds passages, each cut to max_tokens."""
+    batches = list(token_batches(gpt2, passages, max_tokens))
+    hidden = tuple(embed(gpt2.graph, gpt2.state, tokens) for tokens, _ in batches)
+    return Stream(0, hidden, tuple(lengths for _, lengths in batches))
+
+
+def advance(gpt2: GPT2, stream: Stream, layer: int) -> Stream:
+    """The same passages at a later layer."""
+    hidden = tuple(blocks(gpt2, h, stream.layer, layer) for h in stream.hidden)
+    return Stream(layer, hidden, stream.lengths)
+
+
+def stream_inputs(gpt2: GPT2, stream: Stream) -> list[np.ndarray]:
+    """What reaches the heads of the layer that a stream is at: (T, C) float64, an array for every passage."""
+    inputs = []
+    for h, lengths in zip(stream.hidden, stream.lengths, strict=True):
+        x, _, _ = attend(gpt2.block_graph, gpt2.block_states[stream.layer], h, np.array([0]))
+        inputs += [np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True) if n]
+    return inputs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What calibration knows of the heads of a layer.
+
+    Args:
+        inputs: what reaches them in the float model, (T, C) float64, an array for every passage.
+        sensitivity: what an error of the residual stream after the layer's attention costs, (C, C).
+    """
+
+    inputs: list[np.ndarray]
+    sensitivity: np.ndarray
+
+
+def sample(gpt2: GPT2, stream: Stream) -> Sample:
+    """A stream's passages as calibration of the layer that it is at.
+
+    error @ sensitivity @ error is KL(float || model with that error at one position) to second order, in nats and
+    averaged over positions: half the Fisher information (Amari, "Natural gradient works efficiently in learning",
+    1998), from the gradients of tokens drawn from the model's own predictions. Errors at different positions are
+    taken as independent.
+    """
+    total, count = np.zeros((gpt2.config.n_embd,) * 2), 0
+    for h, lengths in zip(stream.hidden, stream.lengths, strict=True):
+        mask = np.arange(h.shape[1]) < lengths[:, None]
+        gradients = np.asarray(_gradients(gpt2.graph, gpt2.state, h, mask, stream.layer), np.float64)[mask]
+        total, count = total + gradients.T @ gradients, count + len(gradients)
+        if count >= SENSITIVITY_TOKENS:
+            break
+    return Sample(stream_inputs(gpt2, stream), total / (2 * count))
+
+
 # --- the hybrid model ---------------------------------------------------------------------------
 
 # A unit, its input integers (B, T, C) and how many of the T are text (B,) -> its output integers, B first.
@@ -391,55 +493,12 @@ class HybridGPT2:
 
     def head_inputs(self, passages: Sequence[str], max_tokens: int) -> dict[int, list[np.ndarray]]:
         """What reaches the protected layers' heads in the float model: layer to (T, C) float64 arrays."""
-        graph, state = self.gpt2.graph, self.gpt2.state
-        inputs: dict[int, list[np.ndarray]] = {unit.layer: [] for unit in self.units}
-        for batch, lengths in self.batches(passages, max_tokens):
-            h, at = _embed(graph, state, batch), 0
-            for layer in sorted(inputs):
-                h, at = _blocks(graph, state, h, at, layer), layer
-                x, _, _ = _attend(graph, state, h, layer, (0,))
-                inputs[layer] += [np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True) if n]
+        stream = read(self.gpt2, passages, max_tokens)
+        inputs = {}
+        for layer in sorted({unit.layer for unit in self.units}):
+            stream = advance(self.gpt2, stream, layer)
+            inputs[layer] = stream_inputs(self.gpt2, stream)
         return inputs
-
-    def sensitivities(self, passages: Sequence[str], max_tokens: int) -> dict[int, np.ndarray]:
-        """What an error of the residual stream after a layer's attention costs, by protected layer: (C, C).
-
-        error @ sensitivity @ error is KL(float || model with that error at one position) to second order, in nats,
-        averaged over positions: half the Fisher information (Amari, "Natural gradient works efficiently in learning",
-        1998), from the gradients of tokens drawn from the model's own predictions. Errors at different positions
-        are taken as independent.
-        """
-        graph, state = self.gpt2.graph, self.gpt2.state
-        width = self.gpt2.config.n_embd
-        totals = {unit.layer: np.zeros((width, width)) for unit in self.units}
-        count = 0
-        for batch, lengths in self.batches(passages[:SENSITIVITY_PASSAGES], max_tokens):
-            mask = jnp.asarray(np.arange(batch.shape[1]) < lengths[:, None])
-            h, at = _embed(graph, state, batch), 0
-            for layer in sorted(totals):
-                h, at = _blocks(graph, state, h, at, layer), layer
-                gradients = np.asarray(_gradients(graph, state, h, mask, layer), np.float64)[np.asarray(mask)]
-                totals[layer] += gradients.T @ gradients
-            count += int(lengths.sum())
-        return {layer: total / (2 * count) for layer, total in totals.items()}
-
-    def batches(
-        self, passages: Sequence[str], max_tokens: int, size: int = 16
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Passages as padded token ids (size, T), all of one shape, with their lengths (size,), 0 for a row of filling.
-
-        Each is cut to max_tokens.
-        """
-        texts = [self.gpt2.tokenizer.encode(passage).ids[:max_tokens] for passage in passages]
-        if not texts or not all(texts):
-            raise PromptError("there are no passages, or one is empty: give a text file with one passage a line")
-        longest = max(map(len, texts))
-        for start in range(0, len(texts), size):
-            group = texts[start : start + size]
-            padded, lengths = np.zeros((size, longest), np.int32), np.zeros(size, np.int32)
-            for index, text in enumerate(group):
-                padded[index, : len(text)], lengths[index] = text, len(text)
-            yield padded, lengths
 
     def calibrate(self, passages: Sequence[str], max_tokens: int) -> HybridGPT2:
         """The protected heads in integers, their scales and tables made from these passages.
@@ -451,19 +510,30 @@ class HybridGPT2:
         Raises:
             CalibrationError: a sum that int32 cannot hold; PromptError: no text.
         """
+        self._check_length(max_tokens)
+        stream = read(self.gpt2, passages, max_tokens)
+        samples = {}
+        for layer in sorted({unit.layer for unit in self.units}):
+            stream = advance(self.gpt2, stream, layer)
+            samples[layer] = sample(self.gpt2, stream)
+        return self.calibrate_on(samples, max_tokens)
+
+    def _check_length(self, max_tokens: int) -> None:
         if not 1 <= max_tokens <= self.gpt2.config.n_positions:
             raise CalibrationError(f"max_tokens must be 1 to {self.gpt2.config.n_positions}, got {max_tokens}")
-        inputs = self.head_inputs(passages, max_tokens)
-        sensitivities = self.sensitivities(passages, max_tokens)
+
+    def calibrate_on(self, samples: Mapping[int, Sample], max_tokens: int) -> HybridGPT2:
+        """`calibrate`, on samples that are there already, by layer; their texts have at most max_tokens."""
+        self._check_length(max_tokens)
         model = self.gpt2.model
         calibrated = {}
         for unit in self.units:
-            sensitivity = sensitivities[unit.layer]
-            parts = tuple(head_weights(model, unit.layer, head, sensitivity) for head in self._heads(unit))
+            own = samples[unit.layer]
+            parts = tuple(head_weights(model, unit.layer, head, own.sensitivity) for head in self._heads(unit))
             weights = parts if unit.head is None else parts[0]
             recipe = self.recipes[unit]
             calibrated[unit] = self._program(unit).calibrate(
-                weights, inputs[unit.layer], recipe.bits, max_tokens, **recipe.settings
+                weights, own.inputs, recipe.bits, max_tokens, **recipe.settings
             )
         return dataclasses.replace(self, calibrated=calibrated, circuits={}, seq_len=None)
 
@@ -491,6 +561,17 @@ class HybridGPT2:
             backend: name of an FHE backend.
             cache: directory in which compiled circuits are kept; None compiles anew.
         """
+        return self.compile_on(self.head_inputs(passages, seq_len), seq_len, settings, backend, cache)
+
+    def compile_on(
+        self,
+        inputs: Mapping[int, Sequence[np.ndarray]],
+        seq_len: int,
+        settings: fhe.Settings | None = None,
+        backend: str = "concrete",
+        cache: Path | None = None,
+    ) -> HybridGPT2:
+        """`compile`, with head inputs that are there already: layer to (T, C) arrays of at most seq_len rows."""
         engine = fhe.get_backend(backend)
         for name in sorted({recipe.formula for recipe in self.recipes.values()}):
             lacking = attention.get(name).needs - engine.offers
@@ -501,7 +582,6 @@ class HybridGPT2:
                     f"formulas that fit it: {', '.join(fitting) or 'none'}"
                 )
         settings = settings or fhe.Settings()
-        inputs = self.head_inputs(passages, seq_len)
         circuits = {}
         for unit in self.units:
             calibrated = self._calibrated(unit)
@@ -545,14 +625,14 @@ class HybridGPT2:
                 None: all of them.
         """
         lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else np.asarray(lengths)
-        graph, state = self.gpt2.graph, self.gpt2.state
-        h, at = _embed(graph, state, tokens), 0
+        gpt2 = self.gpt2
+        h, at = embed(gpt2.graph, gpt2.state, tokens), 0
         contributions: dict[Unit, jax.Array] = {}
         for layer in sorted({unit.layer for unit in self.units}):
             units = [unit for unit in self.units if unit.layer == layer]
-            h = _blocks(graph, state, h, at, layer)
-            heads = tuple(head for unit in units for head in self._heads(unit))
-            x, h, in_float = _attend(graph, state, h, layer, heads)
+            h = blocks(gpt2, h, at, layer)
+            block = gpt2.block_graph, gpt2.block_states[layer]
+            x, h, in_float = attend(*block, h, np.array([head for unit in units for head in self._heads(unit)]))
             for index, unit in enumerate(units):
                 if engine == "ablated":
                     added = jnp.zeros_like(h)
@@ -562,9 +642,9 @@ class HybridGPT2:
                     added = self._contribution_of(unit, x, engine, lengths)
                 contributions[unit] = added
                 h = h + added
-            h, at = _leave(graph, state, h, layer), layer + 1
-        h = _blocks(graph, state, h, at, self.gpt2.config.n_layer)
-        return Trace(_unembed(graph, state, h), jnp.stack([contributions[unit] for unit in self.units]))
+            h, at = leave(*block, h), layer + 1
+        h = blocks(gpt2, h, at, gpt2.config.n_layer)
+        return Trace(_unembed(gpt2.graph, gpt2.state, h), jnp.stack([contributions[unit] for unit in self.units]))
 
     def _contribution_of(self, unit: Unit, x: jax.Array, engine: Engine, lengths: np.ndarray) -> jax.Array:
         calibrated = self._calibrated(unit)
@@ -572,7 +652,7 @@ class HybridGPT2:
         output = _decode(self._program(unit), calibrated.decoding, tuple(jnp.asarray(o, jnp.int32) for o in outputs))
         if unit.head is None:
             return output
-        return _contribution(self.gpt2.graph, self.gpt2.state, output, unit.layer, unit.head)
+        return contribution(self.gpt2.block_graph, self.gpt2.block_states[unit.layer], output, unit.head)
 
     def engine(self, mode: Mode, keys: Mapping[Unit, fhe.Keys] | None = None) -> Engine | Literal["float"]:
         """What computes the protected units in a mode.

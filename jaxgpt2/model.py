@@ -146,10 +146,14 @@ class Transformer(nnx.Module):
         """(B, T) token ids, the first of them at position `first` -> (B, T, C)."""
         return self.wte(tokens) + self.wpe(first + jnp.arange(tokens.shape[1]))
 
+    @property
+    def output_table(self) -> jax.Array:
+        """(V, C): logits are products with its rows."""
+        return (self.wte if self.config.tie_word_embeddings else self.lm_head).embedding[...]
+
     def unembed(self, h: jax.Array) -> jax.Array:
         """(..., C) -> logits (..., V)."""
-        table = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return self.ln_f(h) @ table.embedding[...].T
+        return self.ln_f(h) @ self.output_table.T
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """(B, T) token ids -> logits (B, T, V)."""

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False)
 
@@ -46,3 +54,36 @@ def step(text: str, expected: float | None = None) -> Iterator[None]:
     took = time.monotonic() - started
     if took > 2:
         note(f"{text}: {seconds(took)}")
+
+
+@contextlib.contextmanager
+def counting(text: str, total: int, interval: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` things are done, how fast, and how long the rest will take.
+
+    Yields:
+        a function to be told how many more are done; the first call says how many were done before.
+    """
+    done = before = 0
+    started = said = time.monotonic()
+    first = True
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(text, total=total, rate="")
+
+        def advance(count: int) -> None:
+            nonlocal done, before, started, said, first
+            done += count
+            now = time.monotonic()
+            if first:
+                before, started, first = done, now, False
+            speed = (done - before) / (now - started) if now > started else 0.0
+            rate = f"{speed:.3g} a second" if speed >= 1 or not speed else f"{seconds(1 / speed)} each"
+            progress.update(task, completed=done, rate=rate)
+            if not console.is_terminal and speed and (now - said > interval or done == total):
+                said = now
+                note(f"{text}: {done} of {total}, {rate}, {seconds((total - done) / speed)} left")
+
+        yield advance

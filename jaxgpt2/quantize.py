@@ -7,10 +7,12 @@ NumPy float64 on the side that calibrates; `quantize` alone also runs in JAX, on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxgpt2.errors import InputError
 
@@ -55,9 +57,12 @@ class Bits:
         return cls(n_bits, n_bits, n_bits, lookup)
 
 
-def largest_level(bits: int) -> int:
-    """Largest integer of a symmetric signed quantization: levels are -largest ... largest."""
-    return 2 ** (bits - 1) - 1
+def largest_level(bits: Any) -> Any:
+    """Largest integer of a symmetric signed quantization: levels are -largest ... largest.
+
+    `bits` is a number, or (as a sweep has it) a traced integer.
+    """
+    return (1 << (bits - 1)) - 1
 
 
 def scale_for(values: np.ndarray, bits: int) -> float:
@@ -66,7 +71,7 @@ def scale_for(values: np.ndarray, bits: int) -> float:
     return largest / largest_level(bits) if largest > 0 else 1.0
 
 
-def quantize(x: jax.Array, scale: jax.Array | float, bits: int) -> jax.Array:
+def quantize(x: jax.Array, scale: ArrayLike, bits: ArrayLike) -> jax.Array:
     """round(x / scale), saturated at the largest level: int32 of x's shape. `scale` broadcasts against x."""
     limit = largest_level(bits)
     return jnp.clip(jnp.rint(x / scale), -limit, limit).astype(jnp.int32)

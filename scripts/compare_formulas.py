@@ -30,7 +30,7 @@ from weights.checkpoint import TINY
 def main(model: str, formulas: str, bits: int, lookup_bits: int, seq_len: int) -> None:
     gpt2 = GPT2.from_pretrained(model)
     passages, calibration = read_passages(TINY / "eval.txt"), calibration_passages(None)
-    longest = max(longest_passage(HybridGPT2.protect(gpt2, "0.0", Recipe.of("softmax", bits)), passages), seq_len)
+    longest = max(longest_passage(gpt2, passages), seq_len)
     heads = [f"{layer}.{head}" for layer in range(gpt2.config.n_layer) for head in range(gpt2.config.n_head)]
     click.echo(f"{len(heads)} heads of {model}, {bits} bits, lookups of {lookup_bits}; {environment('jax', 'numpy')}")
     click.echo(f"{'':10}{'recovered KL':>14}{'worst head':>12}{'head error':>12}{'lookups':>10}{'about':>9}")

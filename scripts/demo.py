@@ -32,7 +32,7 @@ def demo(prompt: str, new_tokens: int) -> None:
     gpt2, passages, evaluation = hybrid.gpt2, calibration_passages(None), read_passages(TINY / "eval.txt")
     seq_len = len(gpt2.encode(prompt, room=new_tokens)) + new_tokens - 1
     with step("measuring what quantization does to the head"):
-        calibrated = hybrid.calibrate(passages, longest_passage(hybrid, evaluation))
+        calibrated = hybrid.calibrate(passages, longest_passage(hybrid.gpt2, evaluation))
         measured = evaluate(calibrated, evaluation, calibrated.engine("quantized"))
     hybrid = hybrid.calibrate(passages, seq_len)
     hybrid = compiled(hybrid, passages, seq_len, fhe.Settings(1e-4, "exact"), "concrete", None)

@@ -63,7 +63,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
     )
     for bits in range(2, 10):
         hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
-        hybrid = hybrid.calibrate(calibration, longest_passage(hybrid, passages))
+        hybrid = hybrid.calibrate(calibration, longest_passage(hybrid.gpt2, passages))
         measured = evaluate(hybrid, passages, hybrid.engine("quantized"))
         rows.append((bits, measured))
         click.echo(

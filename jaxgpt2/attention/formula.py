@@ -91,6 +91,7 @@ class Formula:
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
         options: what else may be chosen, such as ranks: names and default values.
         bits: the widths that go with activations of so many bits.
+        search: values of options that are worth trying when the cheapest recipe is looked for.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Formula:
     needs: frozenset[str] = frozenset({"integers", "lookup"})
     options: Mapping[str, int] = field(default_factory=dict)
     bits: Callable[[int], Bits] = lambda n: Bits.of(n, lookup=n + 2)
+    search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -552,7 +552,8 @@ def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Arr
 LOWRANK = Formula(
     "lowrank",
     head=Program(run_head, calibrate, decode, Steps(run_project, run_first, run_attend, row=2, alone=(2,))),
-    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 7, "training_steps": 300},
+    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 6, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
+    search={"score_rank": (4, 8, 12, 16, 24), "value_rank": (8, 16, 24, 32, 48)},
 )

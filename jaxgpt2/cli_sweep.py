@@ -1,0 +1,279 @@
+"""The commands `sweep` and `tune`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jaxgpt2.cli import calibration_passages, describe_recipe, emit, json_option, model_options, options
+from jaxgpt2.errors import InputError
+from jaxgpt2.progress import counting, note, seconds
+
+if TYPE_CHECKING:
+    from jaxgpt2.quantize import Bits
+    from jaxgpt2.sweep import Experiment
+
+# Widths that `tune` tries: beyond 8 bits an encrypted head costs more than anyone will wait for.
+TUNED_BITS = "2-8"
+
+text_options = options(
+    click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Evaluation text, one passage a line.  [default: bundled]"),
+    click.option("--limit", type=click.IntRange(1), help="Only the first N passages."),
+    click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Text to calibrate on, one passage a line.  [default: bundled]"),
+)  # fmt: skip
+width_options = options(
+    click.option("--input-bits", metavar="N[,N-N...]", help="Bits of inputs, instead of --bits."),
+    click.option("--weight-bits", metavar="N[,N-N...]", help="Bits of weights, instead of --bits."),
+    click.option("--activation-bits", metavar="N[,N-N...]", help="Bits of activations, instead of --bits."),
+    click.option("--lookup-bits", metavar="N[,N-N...]|none",
+                 help="Top bits of a sum that a lookup sees, none for all.  [default: activations + 2]"),
+    click.option("--set", "settings", multiple=True, metavar="NAME=N[,N-N...]",
+                 help="An option of a formula, as score_rank=8,16; may be repeated."),
+)  # fmt: skip
+cost_options = options(
+    click.option("--seq-len", default=6, show_default=True, help="Tokens of the text whose encrypted cost is counted."),
+    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
+                 show_default=True, help="How low bits are rounded away before an encrypted lookup."),
+    click.option("--batch", type=click.IntRange(0), default=0, metavar="N",
+                 help="Configurations measured together.  [default: as many as memory lets]"),
+    click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers measure."),
+)  # fmt: skip
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`2-4,8` as (2, 3, 4, 8).
+
+    Raises:
+        InputError: it is not of that form, or names nothing.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise InputError(f"{option} {text!r} cannot be read: wanted numbers and ranges, as 2-4,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"{option} {text!r} names nothing: {first} is more than {last}")
+        numbers += range(first, last + 1)
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_widths(bits: str, input_bits: str | None, weight_bits: str | None, activation_bits: str | None,
+                 lookup_bits: str | None) -> list[Bits]:  # fmt: skip
+    """Widths together, or apart where they are named apart."""
+    from jaxgpt2.quantize import Bits
+
+    apart = [
+        None if text is None else parse_numbers(option, text)
+        for option, text in (("--input-bits", input_bits), ("--weight-bits", weight_bits),
+                             ("--activation-bits", activation_bits))
+    ]  # fmt: skip
+    together = parse_numbers("--bits", bits) if None in apart else (0,)  # all apart: --bits says nothing
+    lookups: tuple[int | None, ...] | None = None
+    if lookup_bits is not None:
+        lookups = (None,) if lookup_bits == "none" else parse_numbers("--lookup-bits", lookup_bits)
+    widths = {}
+    for number in together:
+        for inputs, weights, activations in itertools.product(*(each or (number,) for each in apart)):
+            for lookup in lookups or (activations + 2,):
+                widths[Bits(inputs, weights, activations, lookup)] = None
+    return list(widths)
+
+
+def parse_grid_settings(settings: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """`NAME=VALUES` options of formulas."""
+    parsed = {}
+    for setting in settings:
+        name, _, values = setting.partition("=")
+        parsed[name.strip()] = parse_numbers("--set", values)
+    return parsed
+
+
+def parse_axis(option: str, text: str, count: int) -> tuple[int, ...]:
+    """Layers or heads: numbers and ranges, or `all`.
+
+    Raises:
+        HeadError: one that the model does not have.
+    """
+    from jaxgpt2.hybrid import HeadError
+
+    if text == "all":
+        return tuple(range(count))
+    numbers = parse_numbers(option, text)
+    if max(numbers) >= count:
+        raise HeadError(f"{option} {text}: there is no {max(numbers)}, the model has 0 to {count - 1}")
+    return numbers
+
+
+def make_experiment(model: str, text: Path | None, limit: int | None, calibration: Path | None, ks: str, seq_len: int,
+                    rounding: Any, batch: int) -> Experiment:  # fmt: skip
+    from jaxgpt2.evaluation import read_passages
+    from jaxgpt2.sweep import Experiment
+    from weights.checkpoint import TINY
+
+    passages = tuple(read_passages(text or TINY / "eval.txt")[:limit])
+    numbers = parse_numbers("--top-k", ks)
+    return Experiment(model, passages, tuple(calibration_passages(calibration)), numbers, seq_len, rounding, batch)
+
+
+def read_config(model: str) -> Any:
+    """A model's sizes, without its weights."""
+    import weights
+    from jaxgpt2.config import GPT2Config
+
+    return GPT2Config.from_dict(weights.load_config(weights.locate(model)))
+
+
+@click.command()
+@options(model_options)
+@click.option("--layers", default="all", show_default=True, metavar="N[,N-N...]|all", help="Layers, from 0.")
+@click.option("--heads", default="all", show_default=True, metavar="N[,N-N...]|all", help="Heads of each, from 0.")
+@click.option("--attention", "formulas", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
+              help="Attention formulas; see info.")  # fmt: skip
+@click.option("--bits", default="2-8", show_default=True, metavar="N[,N-N...]",
+              help="Bits of inputs, weights and activations together.")  # fmt: skip
+@options(width_options, text_options)
+@click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
+@options(cost_options)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here.")
+@click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
+@json_option
+def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_bits: str | None,
+          weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
+          text: Path | None, limit: int | None, calibration: Path | None, ks: str, seq_len: int, rounding: str,
+          batch: int, scheduler: str | None, out: Path, resume: bool, as_json: bool) -> None:  # fmt: skip
+    """Measure a grid of heads, bit widths and formulas, and what each would cost encrypted."""
+    from jaxgpt2 import sweep as sweeping
+    from jaxgpt2.hybrid import Unit
+
+    widths = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+    experiment = make_experiment(model, text, limit, calibration, ks, seq_len, rounding, batch)
+    config = read_config(model)
+    chosen = itertools.product(
+        parse_axis("--layers", layers, config.n_layer), parse_axis("--heads", heads, config.n_head)
+    )
+    configurations = sweeping.grid(
+        (Unit(layer, head) for layer, head in chosen),
+        [name.strip() for name in formulas.split(",")],
+        widths,
+        parse_grid_settings(settings),
+    )
+    started = time.monotonic()
+    try:
+        with counting("configurations", len(configurations)) as progress:
+            frame = sweeping.sweep(experiment, configurations, out, resume, scheduler, progress)
+    except KeyboardInterrupt:
+        note(f"stopped; the rows so far are in {out}: the same command with --resume goes on")
+        sys.exit(130)
+    took = time.monotonic() - started
+    failed = int(frame["error"].notna().sum())
+    drawn = sorted(str(path) for path in out.glob("*.png"))
+    result = {"rows": len(frame), "failed": failed, "table": str(out / "rows.parquet"), "csv": str(out / "rows.csv"),
+              "figures": drawn, "seconds": took}  # fmt: skip
+    lines = [
+        f"{len(frame)} configurations of {model} in {seconds(took)}: {result['table']}, {result['csv']}",
+        *([f"{failed} of them cannot be calibrated, see the column error"] if failed else []),
+        *drawn,
+    ]
+    emit(as_json, result, lines)
+
+
+@click.command()
+@options(model_options)
+@click.option("--head", "heads", required=True, metavar="L.H[,L.H...]", help="Heads to find a recipe for, each alone.")
+@click.option("--recovered-kl", "wanted", default=0.95, show_default=True, help="What must be kept.")
+@click.option("--attention", "formulas", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
+              help="Attention formulas to try.")  # fmt: skip
+@click.option("--bits", default=TUNED_BITS, show_default=True, metavar="N[,N-N...]", help="Widths to try.")
+@options(width_options, text_options, cost_options)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the recipes here, for --recipes.")
+@json_option
+def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_bits: str | None,
+         weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
+         text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, rounding: str, batch: int,
+         scheduler: str | None, out: Path | None, as_json: bool) -> None:  # fmt: skip
+    """Find the cheapest recipe of a head that keeps most of what the head does."""
+    from jaxgpt2 import attention
+    from jaxgpt2.gpt2 import GPT2
+    from jaxgpt2.hybrid import HeadError, parse_heads
+    from jaxgpt2.sweep import check, grid, measured
+    from weights.checkpoint import write_atomically
+
+    if not wanted < 1:
+        raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
+    if out is not None and out.exists():
+        raise InputError(f"{out} exists: give another --out, or remove it")
+    widths = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+    experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
+    gpt2 = GPT2.from_pretrained(model)
+    units = parse_heads(heads, gpt2.config)
+    if any(unit.head is None for unit in units):
+        raise HeadError("tune finds recipes for single heads: name them, as 0.3")
+    check(experiment, gpt2)
+    names = [name.strip() for name in formulas.split(",")]
+    searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
+    configurations = grid(units, names, widths, searched | parse_grid_settings(settings))
+    rows: list[dict[str, Any]] = []
+    try:
+        with counting("configurations", len(configurations)) as progress:
+            progress(0)
+            for some in measured(experiment, configurations, gpt2, scheduler):
+                rows += some
+                progress(len(some))
+    except KeyboardInterrupt:
+        note("stopped")
+        sys.exit(130)
+    found = {str(unit): cheapest([row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)],
+                                 str(unit), wanted) for unit in units}  # fmt: skip
+    recipes = {each.key: each.recipe for each in configurations}
+    columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
+               "estimated_seconds", "machine", "seq_len", "rounding")  # fmt: skip
+    result = {
+        "model": model,
+        "wanted_recovered_kl": wanted,
+        "heads": {
+            name: recipes[row["key"]].to_json() | {"measured": {column: row[column] for column in columns}}
+            for name, row in found.items()
+        },
+    }
+    if out is not None:
+        text_of = json.dumps(result, indent=2) + "\n"
+        write_atomically(out, lambda name: Path(name).write_text(text_of))
+        note(f"wrote {out}: for --recipes of generate, compile and eval")
+    lines = [
+        f"head {name}: {describe_recipe(recipes[row['key']])}: recovers {row['recovered_kl']:.4f}, "
+        f"{row['pbs_count']:,} lookups of up to {row['max_bit_width']} bits, about {seconds(row['estimated_seconds'])} "
+        f"for {row['seq_len']} tokens ({row['machine']})"
+        for name, row in found.items()
+    ]
+    emit(as_json, result, lines)
+
+
+def cheapest(rows: Sequence[dict[str, Any]], head: str, wanted: float) -> dict[str, Any]:
+    """The row that keeps enough at the least estimated time.
+
+    Raises:
+        InputError: none keeps enough; the message says what the best one keeps.
+    """
+    known = [row for row in rows if row.get("recovered_kl") is not None]
+    enough = [row for row in known if row["recovered_kl"] >= wanted]
+    if enough:
+        return min(enough, key=lambda row: (row["estimated_seconds"], -row["recovered_kl"]))
+    if not known:
+        raise InputError(f"head {head}: nothing could be measured in any of {len(rows)} configurations")
+    best = max(known, key=lambda row: row["recovered_kl"])
+    raise InputError(
+        f"head {head}: none of {len(rows)} configurations recovers {wanted:g} of the KL, the best recovers "
+        f"{best['recovered_kl']:.4f} (in about {seconds(best['estimated_seconds'])}): allow more --bits, other --set "
+        "or --attention, or ask for less"
+    )

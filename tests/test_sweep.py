@@ -1,0 +1,377 @@
+"""Sweeps: rows equal `evaluate`, directories resume, whatever dies; tune finds the cheapest recipe."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import fhe
+import helpers
+from jaxgpt2 import sweep
+from jaxgpt2.attention import Recipe
+from jaxgpt2.cli import main
+from jaxgpt2.errors import InputError
+from jaxgpt2.evaluation import evaluate
+from jaxgpt2.figures import pareto
+from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.hybrid import HybridGPT2, Unit
+from jaxgpt2.quantize import Bits, CalibrationError
+from jaxgpt2.sweep import Configuration, Experiment, Workbench
+from jaxgpt2.table import DirectoryError, SweepDirectory, read_rows
+
+pd = pytest.importorskip("pandas", reason="the sweep extra is not installed")
+pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
+
+# The tokenizer of the random models has a token a byte.
+CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 2
+TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("three-heads")
+    helpers.random_checkpoint(directory, n_embd=24, n_head=3)
+    (directory / "calibration.txt").write_text("\n".join(CALIBRATION) + "\n")
+    (directory / "eval.txt").write_text("\n".join(TEXT) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gpt2(model) -> GPT2:
+    return GPT2.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def bench(model, gpt2) -> Workbench:
+    return Workbench(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4), gpt2)
+
+
+def configuration(head: str, formula: str, bits: Bits | int, **options: int) -> Configuration:
+    layer, number = map(int, head.split("."))
+    return Configuration(Unit(layer, number), Recipe.of(formula, bits, options))
+
+
+def rows_of(bench: Workbench, configurations: list[Configuration]) -> list[dict]:
+    found = {row["key"]: row for rows in bench.run(configurations) for row in rows}
+    return [found[each.key] for each in configurations]
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+MIXED = [
+    configuration("0.1", "lowrank", 3),
+    configuration("0.2", "lowrank", 6),
+    configuration("0.1", "lowrank", Bits(8, 5, 4, None), score_rank=4),
+    configuration("1.0", "softmax", 4),
+    configuration("1.2", "softmax", Bits(3, 7, 5, 6)),
+    configuration("1.2", "lowrank", 5),
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(bench) -> list[dict]:
+    return rows_of(bench, MIXED)
+
+
+@pytest.mark.parametrize("index", range(len(MIXED)))
+def test_a_row_equals_eval(bench, gpt2, mixed, index):
+    row, each = mixed[index], MIXED[index]
+    hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+    wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1, 3))
+    assert (row["layer"], row["head"], row["attention"]) == (each.unit.layer, each.unit.head, each.recipe.formula)
+    assert row["positions"] == wanted.positions
+    assert row["passages"] == wanted.passages
+    for k in (1, 3):
+        assert row[f"top_{k}"] == pytest.approx(wanted.top_k[k], abs=1e-12)
+        assert row[f"top_{k}_ablated"] == pytest.approx(wanted.top_k_ablated[k], abs=1e-12)
+    assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
+    assert row["kl_ablated"] == pytest.approx(wanted.kl_ablated, rel=1e-3, abs=1e-6)
+    assert row["recovered_kl"] == pytest.approx(wanted.recovered_kl, abs=2e-3)
+    # Equal integers: one level off anywhere would show here.
+    assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
+    row, each = mixed[index], MIXED[index]
+    hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+    report = hybrid.compile(CALIBRATION, 4, backend="clear").circuits[each.unit].report
+    assert row["pbs_count"] == report.pbs_count
+    assert row["max_bit_width"] == report.max_bit_width
+    assert {bits: row[f"pbs_{bits}"] for bits in report.pbs_by_bit_width} == report.pbs_by_bit_width
+    assert row["estimated_seconds"] == report.estimated_run_seconds
+    assert row["machine"] == fhe.LOOKUP_TIMES["machine"]
+
+
+def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
+    pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
+    hybrid = HybridGPT2(gpt2, {MIXED[0].unit: MIXED[0].recipe}).calibrate(CALIBRATION, bench.max_tokens)
+    report = hybrid.compile(CALIBRATION, 4, backend="concrete").circuits[MIXED[0].unit].report
+    assert mixed[0]["pbs_count"] == report.pbs_count
+    assert mixed[0]["max_bit_width"] == report.max_bit_width
+
+
+def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
+    monkeypatch.setattr(sweep, "PACK_TOKENS", 30)
+    monkeypatch.setattr(sweep, "LOGITS", 300 * 3 * 7)
+    small = Workbench(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=2), gpt2)
+    assert len(small._packs) > 1
+    (row,) = rows_of(small, [MIXED[0]])
+    for name in ("top_1", "kl", "kl_ablated", "head_error"):
+        assert row[name] == pytest.approx(mixed[0][name], rel=1e-3)
+
+
+def test_layers_may_come_in_any_order(bench, mixed):
+    again = rows_of(bench, [MIXED[0]])  # layer 0, after layer 1
+    assert again[0]["kl"] == pytest.approx(mixed[0]["kl"], rel=1e-5)
+
+
+def test_what_cannot_be_calibrated_gets_a_row_that_says_why(bench, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise CalibrationError("the query sums can reach 3,000,000,000")
+
+    monkeypatch.setattr(HybridGPT2, "calibrate_on", refuse)
+    (row,) = rows_of(bench, [configuration("0.0", "lowrank", 4)])
+    assert "can reach" in row["error"]
+    assert "kl" not in row
+
+
+def test_stacks_hold_equal_shapes_and_run_full():
+    def member(size: int) -> tuple:
+        return None, sweep.Stackable(np.zeros(size), np.zeros(()), np.zeros(()), ())
+
+    found = sweep.stacks([member(3)] * 5 + [member(4)] * 3, 4, 1)
+    assert sorted(map(len, found)) == [1, 1, 2, 4]
+    assert sorted(index for stack in found for index in stack) == list(range(8))
+    assert [sorted(set(stack)) for stack in sweep.stacks([member(3)] * 3, 8, 2)] == [[0, 1], [2]]  # two devices
+
+
+def test_logits_of_a_large_model_are_never_all_there():
+    """GPT-2 XL's vocabulary: a chunk of positions at a time, whatever the stack."""
+    chunk = max(16, sweep.LOGITS // (50257 * 17))
+    assert chunk * 50257 * 17 * 4 < 2**28
+
+
+def test_all_devices_are_used_and_change_nothing(model, mixed, tmp_path):
+    code = f"""
+import json, jax
+from jaxgpt2.gpt2 import GPT2
+from test_sweep import *
+assert len(jax.devices()) == 2
+bench = Workbench(Experiment({str(model)!r}, tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4))
+print(json.dumps(rows_of(bench, MIXED[:2] + MIXED[4:])))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for row, wanted in zip(json.loads(ran.stdout), mixed[:2] + mixed[4:], strict=True):
+        for name in ("top_1", "kl", "kl_ablated", "head_error", "pbs_count"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3)
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+def test_a_grid_is_a_product_in_which_options_concern_their_formula():
+    units = [Unit(0, 0), Unit(0, 1)]
+    found = sweep.grid(units, ["softmax", "lowrank"], [Bits.of(3), Bits.of(4)], {"score_rank": (8, 16)})
+    assert len(found) == 2 * (2 + 2 * 2)
+    assert len({each.key for each in found}) == len(found)
+    with pytest.raises(InputError, match="none of the formulas softmax has an option 'score_rank'"):
+        sweep.grid(units, ["softmax"], [Bits.of(3)], {"score_rank": (8,)})
+    with pytest.raises(InputError, match="the grid is empty"):
+        sweep.grid([], ["softmax"], [Bits.of(3)], {})
+
+
+# --- directories --------------------------------------------------------------------------------
+
+
+def test_a_line_cut_off_by_a_kill_is_measured_again(tmp_path):
+    directory = SweepDirectory.open(tmp_path / "out", {"model": "m"}, resume=False)
+    directory.append([{"key": "a", "kl": 1.0}, {"key": "b", "kl": 2.0}])
+    with (directory.path / "rows.jsonl").open("a") as file:
+        file.write('{"key": "c", "k')
+    assert SweepDirectory.open(tmp_path / "out", {"model": "m"}, resume=True).rows.keys() == {"a", "b"}
+    directory.append([{"key": "c", "kl": 3.0}])
+    assert [row["kl"] for row in read_rows(directory.path).values()] == [1.0, 2.0, 3.0]
+
+
+def test_directories_of_something_else_are_refused(tmp_path):
+    SweepDirectory.open(tmp_path / "out", {"model": "m"}, resume=False)
+    with pytest.raises(DirectoryError, match="another sweep \\(of other model\\)"):
+        SweepDirectory.open(tmp_path / "out", {"model": "n"}, resume=True)
+    with pytest.raises(DirectoryError, match="go on with --resume"):
+        SweepDirectory.open(tmp_path / "out", {"model": "m"}, resume=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(DirectoryError, match="holds no sweep"):
+        SweepDirectory.open(tmp_path / "mine", {"model": "m"}, resume=True)
+
+
+def test_a_pareto_front_holds_what_nothing_beats():
+    assert pareto([3.0, 1.0, 2.0, 2.0, 5.0], [0.9, 0.1, 0.5, 0.4, 0.8]) == [1, 2, 0]
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def common(model: Path) -> list[object]:
+    return ["--model", model, "--calibration", model / "calibration.txt", "--text", model / "eval.txt"]
+
+
+def small_sweep(model: Path, out: Path) -> list[object]:
+    return ["sweep", *common(model), "--layers", "0", "--heads", "0-1", "--bits", "3,5", "--set", "score_rank=4,8",
+            "--seq-len", 3, "--top-k", "1,3", "--batch", 2, "--out", out]  # fmt: skip
+
+
+def test_sweep_writes_a_table_and_figures_and_resumes(model, tmp_path):
+    polars = pytest.importorskip("polars")
+    out = tmp_path / "out"
+    result = run(*small_sweep(model, out), "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["rows"] == 8
+    assert len(answer["figures"]) == 3
+    assert all(Path(figure).read_bytes().startswith(b"\x89PNG") for figure in answer["figures"])
+    frame = pd.read_parquet(answer["table"])
+    assert len(frame) == len(pd.read_csv(answer["csv"])) == polars.read_parquet(answer["table"]).height == 8
+    assert {"layer", "head", "attention", "input_bits", "score_rank", "top_1", "top_3_ablated", "kl", "recovered_kl",
+            "head_error", "pbs_count", "estimated_seconds", "machine"} <= set(frame.columns)  # fmt: skip
+    counts = frame[[name for name in frame.columns if name.startswith("pbs_") and name != "pbs_count"]]
+    assert (counts.sum(axis=1) == frame["pbs_count"]).all()
+
+    journal = out / "rows.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-3]) + lines[-1][:20])
+    again = run(*small_sweep(model, out), "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert journal.read_text().splitlines(keepends=True)[:5] == lines[:5]  # those were not measured again
+    resumed = pd.read_parquet(answer["table"])
+    assert (resumed["attention"] == frame["attention"]).all()
+    assert np.allclose(resumed["kl"].to_numpy(float), frame["kl"].to_numpy(float), rtol=1e-4)
+
+
+def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-m", "jaxgpt2.cli", *map(str, small_sweep(model, out)), "--batch", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    journal = out / "rows.jsonl"
+    while not journal.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume goes on" in errors
+    assert "Traceback" not in errors
+    before = read_rows(out)
+    assert 1 <= len(before) < 8
+    finished = run(*small_sweep(model, out), "--resume", "--json")
+    assert json.loads(finished.stdout)["rows"] == 8
+    assert read_rows(out).items() >= before.items()
+
+
+def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
+    out = tmp_path / "recipes.json"
+    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
+              "--set", "value_rank=4,8", "--seq-len", 3]  # fmt: skip
+    result = run(*tuning, "--recovered-kl", 0.5, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found == json.loads(result.stdout)
+    assert set(found["heads"]) == {"0.1", "1.2"}
+    for name, recipe in found["heads"].items():
+        assert recipe["measured"]["recovered_kl"] >= 0.5
+        evaluated = run("eval", *common(model), "--recipes", out, "--head", name, "--json")
+        measured = json.loads(evaluated.stdout)
+        assert measured["recovered_kl"] == pytest.approx(recipe["measured"]["recovered_kl"], abs=2e-3)
+    generated = run("generate", "dog", "--model", model, "--recipes", out, "--mode", "quantized", "--calibration",
+                    model / "calibration.txt", "--max-new-tokens", 2, "--json")  # fmt: skip
+    assert generated.exit_code == 0, generated.output
+    unreachable = run(*tuning, "--recovered-kl", 0.9999999)
+    assert unreachable.exit_code == 2
+    assert "none of 4 configurations recovers 1 of the KL, the best recovers" in unreachable.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "7"], "--layers 7: there is no 7, the model has 0 to 1"),
+        (["--heads", "0-3"], "--heads 0-3: there is no 3, the model has 0 to 2"),
+        (["--bits", "5-3"], "--bits '5-3' names nothing"),
+        (["--bits", ""], "--bits '' cannot be read"),
+        (["--bits", "1"], "bits of inputs must be a whole number from 2 to 12"),
+        (["--attention", "sofmax"], "no attention formula 'sofmax'"),
+        (["--set", "rank=3"], "none of the formulas lowrank has an option 'rank'"),
+        (["--top-k", "0"], "every k must be 1 to"),
+        (["--seq-len", "999"], "--seq-len must be 1 to 64"),
+        (["--text", "EMPTY"], "line 2: empty passage"),
+        (["--text", "LONG"], "context is"),
+        (["--text", "CALIBRATION"], "evaluate on other text"),
+        (["--out", "MODEL"], "is not empty and holds no sweep"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_status_2(model, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "long.txt").write_text("x" * 65 + "\n")
+    places = {"EMPTY": tmp_path / "empty.txt", "LONG": tmp_path / "long.txt",
+              "CALIBRATION": model / "calibration.txt", "MODEL": model}  # fmt: skip
+    given = [str(places.get(argument, argument)) for argument in arguments]
+    result = run("sweep", *common(model), "--out", tmp_path / "out", *given)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+    assert not result.stdout
+
+
+def test_a_missing_extra_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    result = run(*small_sweep(model, tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "pip install 'jaxgpt2[sweep]'" in result.stderr.replace("\n", " ")
+
+
+# --- more than one machine ----------------------------------------------------------------------
+
+
+def test_a_worker_killed_in_mid_run_costs_no_row(model, tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the cluster extra is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        victim = next(iter(cluster.workers.values())).process.pid
+        experiment = Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1,), seq_len=3, batch=1)
+        configurations = sweep.grid([Unit(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
+
+        def kill_after_the_first(count: int) -> None:
+            nonlocal victim
+            if count == 1 and victim:
+                os.kill(victim, signal.SIGKILL)
+                victim = 0
+
+        frame = sweep.sweep(
+            experiment, configurations, tmp_path / "out", scheduler=cluster.scheduler_address,
+            progress=kill_after_the_first,
+        )  # fmt: skip
+    assert not victim
+    assert len(frame) == 6
+    assert frame["error"].isna().all()
+
+
+def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
+    pytest.importorskip("distributed", reason="the cluster extra is not installed")
+    result = run(*small_sweep(model, tmp_path / "out"), "--scheduler", "nonsense://")
+    assert result.exit_code == 2
+    assert "no Dask scheduler answers" in result.stderr.replace("\n", " ")
