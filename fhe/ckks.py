@@ -1,0 +1,803 @@
+"""CKKS, through SEAL: ciphertexts are vectors of thousands of approximate complex numbers (see `fhe.packing`).
+
+Sources: Cheon, Kim, Kim and Song, "Homomorphic Encryption for Arithmetic of Approximate Numbers", ASIACRYPT 2017;
+SEAL's own documentation for levels, scales and what its moduli must satisfy. This is the only file that imports
+tenseal, and of that only `tenseal.sealapi`, the thin binding of SEAL.
+
+A circuit is a set of named slot functions that share one set of keys. Everything between client and server is bytes,
+one blob for each ciphertext; a result that a function keeps is a blob too, which the server hands to a later run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import tenseal.sealapi as seal
+
+from . import wire
+from .errors import CircuitFormatError, CompilationError, InsecureParameters, KeyMismatch
+from .packing import SlotMachine, SlotOps, Tally
+
+FORMAT = 1
+SECURITY = 128
+
+Run = Callable[..., tuple[Any, ...]]
+
+# SEAL's classes, of which the binding gives no types.
+Ciphertext: TypeAlias = Any
+Plaintext: TypeAlias = Any
+SecretKey: TypeAlias = Any
+RelinKeys: TypeAlias = Any
+GaloisKeys: TypeAlias = Any
+SEALContext: TypeAlias = Any
+
+# Milliseconds on one core of an AMD EPYC (Zen 4) at ring 16384, by the number of primes of the ciphertext, tenseal
+# 0.3.18; a product includes its relinearization. Other rings cost in proportion to their degree.
+MILLISECONDS = {
+    "rotation": {1: 1.5, 3: 5.0, 5: 10.6, 7: 17.8, 9: 25.0},
+    "product": {1: 1.7, 3: 5.7, 5: 11.8, 7: 19.4, 9: 27.6},
+    "clear product": {1: 0.12, 9: 1.06},
+    "rescaling": {1: 0.4, 9: 3.9},
+}
+
+
+@dataclass(frozen=True)
+class CKKSSettings:
+    """What may be chosen when functions are compiled.
+
+    headroom_bits: bits of the last modulus beyond the scale: results must stay below 2**(headroom_bits - 1).
+    scale_bits: binary digits of a number; None for as many as security leaves room for, at most 40.
+    """
+
+    headroom_bits: int = 10
+    scale_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A ring and a chain of moduli, checked for 128-bit security when made.
+
+    Security is what SEAL's table allows for the sum of all bits, which is that of the Homomorphic Encryption Standard
+    (2018) for ternary secrets and classical attackers. Raises InsecureParameters beyond it.
+
+    ring: degree N of the polynomials, a power of two; a ciphertext has N / 2 slots.
+    levels: how many products can follow each other; each uses up one prime of scale_bits.
+    """
+
+    ring: int
+    levels: int
+    scale_bits: int
+    headroom_bits: int
+
+    def __post_init__(self):
+        if self.total_bits > most_bits(self.ring):
+            raise InsecureParameters(
+                f"{self.levels} levels of {self.scale_bits} bits with {self.headroom_bits} bits of headroom need "
+                f"{self.total_bits} bits of moduli; ring {self.ring} allows {most_bits(self.ring)} at {SECURITY}-bit "
+                f"security: use a larger ring, fewer levels or a smaller scale"
+            )
+
+    @classmethod
+    def choose(cls, ring: int, levels: int, settings: CKKSSettings) -> "Parameters":
+        """The largest scale that is secure, or the one of the settings.
+
+        Raises InsecureParameters if that leaves fewer than 25 bits, where SEAL's noise reaches the third decimal.
+        """
+        scale = settings.scale_bits
+        if scale is None:
+            scale = min(40, (most_bits(ring) - 2 * settings.headroom_bits) // (levels + 2))
+            if scale < 25:
+                raise InsecureParameters(
+                    f"{levels} levels at ring {ring} leave {max(scale, 0)} bits a level at {SECURITY}-bit security, "
+                    f"too few to compute with: use a larger ring or fewer levels"
+                )
+        return cls(ring, levels, scale, settings.headroom_bits)
+
+    @property
+    def slots(self) -> int:
+        return self.ring // 2
+
+    @property
+    def moduli_bits(self) -> tuple[int, ...]:
+        """The last modulus first, one for each level, and the one for switching keys, which must be the largest."""
+        last = self.scale_bits + self.headroom_bits
+        return (last, *(self.scale_bits,) * self.levels, last)
+
+    @property
+    def total_bits(self) -> int:
+        return sum(self.moduli_bits)
+
+    def context(self, seed: int | None = None) -> SEALContext:
+        """SEAL's context; a seed fixes all that is random in what is made with it."""
+        parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+        parameters.set_poly_modulus_degree(self.ring)
+        try:
+            parameters.set_coeff_modulus(seal.CoeffModulus.Create(self.ring, list(self.moduli_bits)))
+        except (RuntimeError, ValueError) as error:
+            raise CompilationError(f"no such moduli at ring {self.ring}: {error}") from error
+        if seed is not None:
+            words = np.frombuffer(hashlib.sha512(str(seed).encode()).digest(), np.uint64)
+            parameters.set_random_generator(seal.Blake2xbPRNGFactory([int(word) for word in words]))
+        context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
+        if not context.parameters_set():  # SEAL checks security once more
+            raise InsecureParameters(f"SEAL refuses these parameters: {context.parameters_error_message()}")
+        return context
+
+
+def most_bits(ring: int) -> int:
+    """The most bits that all moduli of a ring may have together for 128-bit security; 0 for an unknown ring."""
+    return seal.CoeffModulus.MaxBitCount(ring, seal.SEC_LEVEL_TYPE.TC128)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of one of a circuit's functions."""
+
+    function: str
+    position: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SlotFunction:
+    """One function of a circuit.
+
+    run: `run(ops, params, *inputs)`, a slot function (see `fhe.packing`).
+    inputset: tuples of slot vectors, one for each input. It must reach the extremes that the circuit will meet.
+    sources: for every input, the results that the server may hand to it, all of the same depth; none for an input that
+    the client encrypts. Inputs beyond its end are the client's. A result that is some input's source is the server's to
+    keep; the client gets the others.
+    """
+
+    run: Run
+    inputset: Sequence[tuple[np.ndarray, ...]]
+    sources: Sequence[Sequence[Output]] = ()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a client must know of a function.
+
+    inputs: for each input None if the client encrypts it, or the depth at which an earlier run left it.
+    kept: which results stay on the server; results: how many there are.
+    """
+
+    inputs: tuple[int | None, ...]
+    kept: tuple[int, ...]
+    results: int
+
+    @property
+    def for_client(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.results) if i not in self.kept)
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """What a circuit costs. Sizes are in bytes.
+
+    stages: {function: {stage: {kind: count}}}, kinds as in `fhe.packing.KINDS`; depth: levels that each function uses.
+    evaluation_key_bytes: see evaluation_key_source: "estimated", or "serialized" (what a client sends) once keys exist.
+    largest: the largest number that the input set made of each depth; beyond `room`, at that depth, results are wrong.
+    """
+
+    backend: str
+    versions: dict[str, str]
+    security_bits: int
+    ring: int
+    modulus_bits: int
+    scale_bits: int
+    levels: int
+    depth: dict[str, int]
+    stages: dict[str, dict[str, dict[str, int]]]
+    estimated_seconds: dict[str, float]
+    rotation_keys: int
+    largest: dict[int, float]
+    room: dict[int, float]
+    evaluation_key_bytes: int
+    evaluation_key_source: str
+    input_ciphertext_bytes: int
+    output_ciphertext_bytes: int
+    noise: str = "approximate: every number carries an error of about 2**(15 - scale_bits)"
+    compile_seconds: float = 0.0
+
+    def total(self, function: str, kind: str) -> int:
+        return sum(kinds.get(kind, 0) for kinds in self.stages[function].values())
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes; depths become strings."""
+        data = asdict(self)
+        for name in ("largest", "room"):
+            data[name] = {str(depth): value for depth, value in data[name].items()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "SlotReport":
+        """The report that `to_json` wrote."""
+        data = dict(data)
+        for name in ("largest", "room"):
+            data[name] = {int(depth): value for depth, value in data[name].items()}
+        return cls(**data)
+
+
+def estimated_seconds(tally: Tally, parameters: Parameters) -> float:
+    """Seconds on one core of the machine of MILLISECONDS: an order of magnitude elsewhere."""
+    total = 0.0
+    for cost, count in tally.costs.items():
+        table = MILLISECONDS[cost.kind]
+        primes = parameters.levels + 1 - cost.depth
+        slope = primes / max(table) if primes > max(table) else 1.0
+        total += count * slope * float(np.interp(primes, list(table), list(table.values())))
+    return total * parameters.ring / 16384 / 1000
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _file() -> Iterator[Path]:
+    """A file that SEAL, which writes to paths only, can write a secret to: in memory where the system can do that."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("ckks", os.MFD_CLOEXEC)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryDirectory() as directory:  # of mode 0700
+            yield Path(directory) / "data"
+
+
+def _to_bytes(item: Any) -> bytes:
+    with _file() as path:
+        item.save(str(path))
+        return path.read_bytes()
+
+
+def _from_bytes(item: Any, context: SEALContext, data: bytes, kind: str) -> Any:
+    with _file() as path:
+        path.write_bytes(data)
+        try:
+            item.load(context, str(path))
+        except (RuntimeError, ValueError) as error:
+            raise CircuitFormatError(f"SEAL cannot read these {kind}: {error}") from error
+    return item
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+class Engine:
+    """What all runs at the same parameters share: SEAL's objects, and clear vectors as SEAL encodes them.
+
+    Encoding a vector takes four times as long as multiplying by it, and every run of a function needs the same ones.
+    """
+
+    def __init__(self, parameters: Parameters):
+        self.parameters = parameters
+        self.context = parameters.context()
+        self.encoder = seal.CKKSEncoder(self.context)
+        self.evaluator = seal.Evaluator(self.context)
+        self.scale = 2.0**parameters.scale_bits
+        self.ids: dict[int, Any] = {}
+        self.primes: dict[int, float] = {}
+        data = self.context.first_context_data()
+        for size in range(parameters.levels + 1, 0, -1):
+            self.ids[size] = data.parms_id()
+            self.primes[size] = float(data.parms().coeff_modulus()[-1].value())
+            data = data.next_context_data()
+        self._encoded: dict[tuple[bytes, int, float], Plaintext] = {}
+
+    def encode(self, vector: np.ndarray, size: int, scale: float) -> Plaintext:
+        """A clear vector at a number of primes and a scale; kept."""
+        key = vector.tobytes(), size, scale
+        if key not in self._encoded:
+            self._encoded[key] = self.encode_once(vector, size, scale)
+        return self._encoded[key]
+
+    def encode_once(self, vector: np.ndarray, size: int, scale: float) -> Plaintext:
+        plain = seal.Plaintext()
+        if len(vector) == 1:
+            self.encoder.encode(complex(vector[0]), self.ids[size], scale, plain)
+        else:
+            values = np.repeat(vector, self.parameters.slots // len(vector)).tolist()
+            self.encoder.encode(values, self.ids[size], scale, plain)
+        return plain
+
+
+class CKKSOps(SlotOps[Ciphertext]):
+    """`SlotOps` on ciphertexts.
+
+    Scales: a clear vector is encoded at the scale of the prime that its product is divided by, so that a product with
+    a clear vector leaves the scale alone; a product of two ciphertexts changes it a little, as no prime is exactly a
+    power of two. SEAL keeps the scale of every ciphertext and refuses to add two of different ones.
+    """
+
+    def __init__(self, engine: Engine, relinearization: RelinKeys, rotations: GaloisKeys):
+        super().__init__(engine.parameters.slots)
+        self.engine = engine
+        self.relinearization = relinearization
+        self.rotations = rotations
+
+    def depth(self, x: Ciphertext) -> int:
+        return self.engine.parameters.levels + 1 - x.coeff_modulus_size()
+
+    def _lower(self, x: Ciphertext, depth: int) -> Ciphertext:
+        result = seal.Ciphertext()
+        self.engine.evaluator.mod_switch_to(x, self.engine.ids[self.engine.parameters.levels + 1 - depth], result)
+        return result
+
+    def _rotate(self, x: Ciphertext, steps: int) -> Ciphertext:
+        result = seal.Ciphertext()
+        self.engine.evaluator.rotate_vector(x, steps, self.rotations, result)
+        return result
+
+    def _conjugate(self, x: Ciphertext) -> Ciphertext:
+        result = seal.Ciphertext()
+        self.engine.evaluator.complex_conjugate(x, self.rotations, result)
+        return result
+
+    def _add(self, x: Ciphertext, y: Ciphertext) -> Ciphertext:
+        result = seal.Ciphertext()
+        self.engine.evaluator.add(x, y, result)
+        return result
+
+    def _subtract(self, x: Ciphertext, y: Ciphertext) -> Ciphertext:
+        result = seal.Ciphertext()
+        self.engine.evaluator.sub(x, y, result)
+        return result
+
+    def _offset(self, x: Ciphertext, vector: np.ndarray) -> Ciphertext:
+        result = seal.Ciphertext()
+        plain = self.engine.encode(vector, x.coeff_modulus_size(), x.scale)
+        self.engine.evaluator.add_plain(x, plain, result)
+        return result
+
+    def _combine(self, xs: Sequence[Ciphertext], vectors: Sequence[np.ndarray]) -> Ciphertext:
+        size = xs[0].coeff_modulus_size()
+        prime, evaluator = self.engine.primes[size], self.engine.evaluator
+        total, term = seal.Ciphertext(), seal.Ciphertext()
+        for number, (x, vector) in enumerate(zip(xs, vectors, strict=True)):
+            evaluator.multiply_plain(x, self.engine.encode(vector, size, prime), term if number else total)
+            if number:
+                evaluator.add_inplace(total, term)
+        evaluator.rescale_to_next_inplace(total)
+        return total
+
+    def _dot(self, xs: Sequence[Ciphertext], ys: Sequence[Ciphertext]) -> Ciphertext:
+        evaluator = self.engine.evaluator
+        total, term = seal.Ciphertext(), seal.Ciphertext()
+        for number, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            target = term if number else total
+            if x is y:
+                evaluator.square(x, target)
+            else:
+                evaluator.multiply(x, y, target)
+            if number:
+                evaluator.add_inplace(total, term)
+        evaluator.relinearize_inplace(total, self.relinearization)
+        evaluator.rescale_to_next_inplace(total)
+        return total
+
+
+# --- keys and circuits --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class CKKSKeys:
+    """A client's keys. `evaluation` holds a key for each rotation that the circuit uses, and no secret."""
+
+    circuit: str
+    id: str
+    secret: SecretKey
+    evaluation: bytes
+
+    def save(self, path: str | Path) -> None:
+        """Write all keys, the secret one too, to a file only its owner can read (mode 0600)."""
+        wire.write_private(path, wire.pack("keys", self.circuit, self.id, [_to_bytes(self.secret), self.evaluation]))
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What client and server share of a circuit; it holds no weights."""
+
+    id: str
+    parameters: Parameters
+    signatures: dict[str, Signature]
+    rotations: tuple[int, ...]
+    conjugates: bool
+    report: SlotReport
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"format": FORMAT, "report": self.report.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "_Description":
+        if data["format"] != FORMAT:
+            raise CircuitFormatError(f"the circuit has format {data['format']}, not {FORMAT}")
+        signatures = {
+            name: Signature(tuple(item["inputs"]), tuple(item["kept"]), item["results"])
+            for name, item in data["signatures"].items()
+        }
+        return cls(
+            data["id"],
+            Parameters(**data["parameters"]),
+            signatures,
+            tuple(data["rotations"]),
+            data["conjugates"],
+            SlotReport.from_json(data["report"]),
+        )
+
+
+@dataclass
+class _Server:
+    """The evaluation keys used last, as SEAL holds them: loading them takes longer than a short run."""
+
+    evaluation: bytes | None = None
+    key_id: str = ""
+    relinearization: Any = None
+    rotations: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class CKKSCircuit:
+    """Named slot functions, compiled for one set of keys. A circuit loaded without its weights serves a client only."""
+
+    def __init__(self, description: _Description, functions: Mapping[str, Run] | None = None, params: Any = None):
+        self._description = description
+        self._functions = functions
+        self._params = params
+        self._engine = Engine(description.parameters)
+        self._server = _Server()
+
+    @property
+    def id(self) -> str:
+        return self._description.id
+
+    @property
+    def report(self) -> SlotReport:
+        return self._description.report
+
+    @property
+    def parameters(self) -> Parameters:
+        return self._description.parameters
+
+    @property
+    def signatures(self) -> dict[str, Signature]:
+        return self._description.signatures
+
+    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The function on clear slot vectors, in float64 and without noise: complex128 results (slots,)."""
+        function, signature = self._function(name), self._signature(name, len(inputs))
+        machine = SlotMachine(self.parameters.slots)
+        loaded = [machine.load(x, depth or 0) for x, depth in zip(inputs, signature.inputs, strict=True)]
+        return tuple(result.values for result in function(machine, self._params, *loaded))
+
+    # The client's part.
+
+    def make_keys(self, seed: int | None = None) -> CKKSKeys:
+        """New keys, with the rotations that the functions use and no others.
+
+        A seed fixes the secret ones, which makes them insecure: for tests only.
+        """
+        context = self._engine.context if seed is None else self.parameters.context(seed)
+        generator = seal.KeyGenerator(context)
+        degree = 2 * self.parameters.ring
+        elements = [pow(3, steps, degree) for steps in self._description.rotations]
+        elements += [degree - 1] if self._description.conjugates else []
+        # Saved this way, half of every key is the seed it was drawn from.
+        parts = [_to_bytes(generator.create_relin_keys()), _to_bytes(generator.create_galois_keys(elements))]
+        key_id = secrets.token_hex(16) if seed is None else f"{seed:032x}"
+        evaluation = wire.pack("evaluation keys", self.id, key_id, parts)
+        return self._with_keys(CKKSKeys(self.id, key_id, generator.secret_key(), evaluation))
+
+    def load_keys(self, path: str | Path) -> CKKSKeys:
+        key_id, (secret, evaluation) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        key = _from_bytes(seal.SecretKey(), self._engine.context, secret, "keys")
+        return self._with_keys(CKKSKeys(self.id, key_id, key, evaluation))
+
+    def encrypt(self, keys: CKKSKeys, name: str, *inputs: np.ndarray) -> list[bytes]:
+        """The inputs that the client encrypts, in their order, each (slots,): one blob each."""
+        keys = self._checked(keys)
+        wanted = [depth for depth in self._signature(name).inputs if depth is None]
+        if len(inputs) != len(wanted):
+            raise ValueError(f"{name} takes {len(wanted)} inputs from a client, got {len(inputs)}")
+        encryptor = seal.Encryptor(self._engine.context, keys.secret)
+        blobs = []
+        for x in inputs:
+            x = np.asarray(x, np.complex128)
+            if x.shape != (self.parameters.slots,) or not np.isfinite(x).all():
+                raise ValueError(f"an input must hold {self.parameters.slots} finite numbers, got shape {x.shape}")
+            # What a client encrypts is kept nowhere.
+            plain = self._engine.encode_once(x, self.parameters.levels + 1, self._engine.scale)
+            data = _to_bytes(encryptor.encrypt_symmetric(plain))  # half of it is a seed
+            blobs.append(wire.pack("ciphertext", self.id, keys.id, [data]))
+        return blobs
+
+    def decrypt(self, keys: CKKSKeys, name: str, blobs: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+        """The results for the client, complex128 (slots,) each."""
+        keys = self._checked(keys)
+        wanted = self._signature(name).for_client
+        if len(blobs) != len(wanted):
+            raise ValueError(f"{name} has {len(wanted)} results for a client, got {len(blobs)}")
+        decryptor = seal.Decryptor(self._engine.context, keys.secret)
+        results = []
+        for blob in blobs:
+            plain = seal.Plaintext()
+            decryptor.decrypt(self._ciphertext(blob, keys.id), plain)
+            results.append(np.asarray(self._engine.encoder.decode_complex(plain), np.complex128))
+        return tuple(results)
+
+    # The server's part.
+
+    def run(self, name: str, blobs: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        """Compute on ciphertexts: blobs of all inputs in, blobs of all results out, those to be kept among them."""
+        return self.run_counted(name, blobs, evaluation_keys)[0]
+
+    def run_counted(self, name: str, blobs: Sequence[bytes], evaluation_keys: bytes) -> tuple[list[bytes], Tally]:
+        """`run`, and what it did."""
+        function, signature = self._function(name), self._signature(name, len(blobs))
+        server = self._with_evaluation_keys(evaluation_keys)
+        ops = CKKSOps(self._engine, server.relinearization, server.rotations)
+        inputs = []
+        for number, (blob, depth) in enumerate(zip(blobs, signature.inputs, strict=True)):
+            x = self._ciphertext(blob, server.key_id)
+            if ops.depth(x) != (depth or 0):
+                raise CircuitFormatError(f"input {number} of {name} comes at depth {ops.depth(x)}, wanted {depth or 0}")
+            inputs.append(x)
+        results = list(function(ops, self._params, *inputs))
+        for number in signature.for_client:  # one modulus is all that decryption needs, and all the client shall see
+            results[number] = ops.lower(results[number], self.parameters.levels)
+        blobs = [wire.pack("ciphertext", self.id, server.key_id, [_to_bytes(result)]) for result in results]
+        return blobs, ops.tally
+
+    # Files.
+
+    def save(self, directory: str | Path) -> None:
+        """Write `circuit.json`, all that a client needs, and `server.bin`, which holds the weights."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "circuit.json").write_text(json.dumps(self._description.to_json(), indent=1))
+        if self._functions is not None:
+            try:
+                content = pickle.dumps((self._functions, self._params))
+            except (pickle.PicklingError, AttributeError) as error:
+                raise CompilationError(f"a CKKS circuit is saved with its functions' names: {error}") from error
+            (directory / "server.bin").write_bytes(wire.pack("CKKS circuit", self.id, "", [content]))
+
+    # Inside.
+
+    def _function(self, name: str) -> Run:
+        if self._functions is None:
+            raise CompilationError("this circuit was loaded without its weights: it can encrypt and decrypt only")
+        self._signature(name)
+        return self._functions[name]
+
+    def _signature(self, name: str, inputs: int | None = None) -> Signature:
+        if name not in self.signatures:
+            raise ValueError(f"the circuit has no function {name!r}; it has: {', '.join(self.signatures)}")
+        signature = self.signatures[name]
+        if inputs is not None and inputs != len(signature.inputs):
+            raise ValueError(f"{name} takes {len(signature.inputs)} inputs, got {inputs}")
+        return signature
+
+    def _checked(self, keys: Any) -> CKKSKeys:
+        if not isinstance(keys, CKKSKeys):
+            raise KeyMismatch(f"these are {type(keys).__name__}, not keys of the ckks backend")
+        wire.check_circuit("keys", keys.circuit, self.id)
+        return keys
+
+    def _ciphertext(self, blob: bytes, key_id: str) -> Ciphertext:
+        _, (data,) = wire.unpack(blob, "ciphertext", self.id, key_id)
+        return _from_bytes(seal.Ciphertext(), self._engine.context, data, "ciphertexts")
+
+    def _with_evaluation_keys(self, evaluation: bytes) -> _Server:
+        with self._server.lock:
+            if self._server.evaluation is not evaluation:
+                key_id, (relinearization, rotations) = wire.unpack(evaluation, "evaluation keys", self.id)
+                context = self._engine.context
+                self._server = _Server(
+                    evaluation,
+                    key_id,
+                    _from_bytes(seal.RelinKeys(), context, relinearization, "evaluation keys"),
+                    _from_bytes(seal.GaloisKeys(), context, rotations, "evaluation keys"),
+                )
+            return self._server
+
+    def _with_keys(self, keys: CKKSKeys) -> CKKSKeys:
+        size = len(keys.evaluation)
+        report = replace(self.report, evaluation_key_bytes=size, evaluation_key_source="serialized")
+        self._description = replace(self._description, report=report)
+        return keys
+
+
+class CKKSBackend:
+    """CKKS: vectors of approximate numbers; products are cheap, depth is dear, there are no lookups."""
+
+    name = "ckks"
+    offers = frozenset({"slots", "encrypted"})
+
+    def version(self) -> str:
+        return f"tenseal {version('tenseal')}"
+
+    def compile(
+        self, functions: Mapping[str, SlotFunction], params: Any, settings: CKKSSettings | None = None
+    ) -> CKKSCircuit:
+        """Compile `function.run(ops, params, *inputs)` for each function.
+
+        All slot vectors must have the same length, which fixes the ring. From the input sets come levels and rotations,
+        and the largest numbers, which must fit the moduli.
+
+        Raises CompilationError (numbers too large for the headroom, an empty input set, sources of unknown or uneven
+        depth), InsecureParameters.
+        """
+        start = time.perf_counter()
+        settings = settings or CKKSSettings()
+        lengths = {np.shape(x) for function in functions.values() for sample in function.inputset for x in sample}
+        if not functions or not all(len(function.inputset) for function in functions.values()) or len(lengths) != 1:
+            raise CompilationError(f"input sets must hold slot vectors of one length, got {sorted(lengths) or 'none'}")
+        ((slots,),) = lengths
+        traced = _trace_all(functions, params, slots)
+        levels = max(trace.tally.depth for trace in traced.values())
+        parameters = Parameters.choose(2 * slots, levels, settings)
+        kept = _kept(functions)
+        signatures = {
+            name: Signature(
+                trace.inputs, tuple(i for i in range(len(trace.results)) if (name, i) in kept), len(trace.results)
+            )
+            for name, trace in traced.items()
+        }
+        rotations = tuple(sorted(set().union(*(trace.tally.rotations for trace in traced.values()))))
+        conjugates = any(trace.tally.conjugates for trace in traced.values())
+        report = _report(parameters, traced)
+        report = replace(report, compile_seconds=time.perf_counter() - start)
+        content = pickle.dumps((sorted(functions), params, parameters, signatures, rotations, conjugates))
+        identity = hashlib.sha256(content).hexdigest()
+        description = _Description(identity, parameters, signatures, rotations, conjugates, report)
+        return CKKSCircuit(description, {name: function.run for name, function in functions.items()}, params)
+
+    def load(self, directory: str | Path) -> CKKSCircuit:
+        """A saved circuit, or a client's half of it. `server.bin` holds code: load only what you trust."""
+        directory = Path(directory)
+        try:
+            description = _Description.from_json(json.loads(wire.read_file(directory / "circuit.json", "circuit")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
+        if not (directory / "server.bin").exists():
+            return CKKSCircuit(description)
+        _, (content,) = wire.unpack(
+            wire.read_file(directory / "server.bin", "CKKS circuit"), "CKKS circuit", description.id
+        )
+        try:
+            functions, params = pickle.loads(content)
+        except Exception as error:
+            raise CircuitFormatError(f"the circuit in {directory} needs code that is not here: {error}") from error
+        return CKKSCircuit(description, functions, params)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What a function does: its costs, depths of inputs and results, and the largest number at each depth.
+
+    shown: the largest number among all results, which for the client's are lowered to the last modulus.
+    """
+
+    tally: Tally
+    inputs: tuple[int | None, ...]
+    results: tuple[int, ...]
+    largest: dict[int, float]
+    shown: float
+
+
+def _kept(functions: Mapping[str, SlotFunction]) -> set[tuple[str, int]]:
+    """The results that are some input's source."""
+    return {
+        (source.function, source.position)
+        for function in functions.values()
+        for group in function.sources
+        for source in group
+    }
+
+
+def _trace_all(functions: Mapping[str, SlotFunction], params: Any, slots: int) -> dict[str, _Trace]:
+    """Traces every function after one that its inputs come from; a source not traced yet is checked afterwards."""
+    traced: dict[str, _Trace] = {}
+    kept = _kept(functions)
+
+    def depths(name: str) -> list[set[int]]:
+        """For each input with sources, the depths of those that are known."""
+        known = []
+        for group in functions[name].sources:
+            found = [source for source in group if source.function in traced]
+            if any(source.position >= len(traced[source.function].results) for source in found):
+                raise CompilationError(f"an input of {name} comes from a result that is not there: {group}")
+            known.append({traced[source.function].results[source.position] for source in found} if group else {0})
+        return known
+
+    while len(traced) < len(functions):
+        ready = [name for name in functions if name not in traced and all(depths(name))]
+        if not ready:
+            raise CompilationError(
+                f"no first function: {', '.join(functions)} wait for each other or for none of these"
+            )
+        for name in ready:
+            traced[name] = _trace(name, functions[name], params, slots, depths(name), kept)
+    for name in functions:
+        if any(len(group) != 1 for group in depths(name)):
+            raise CompilationError(f"an input of {name} comes at several depths: {depths(name)}")
+    return traced
+
+
+def _trace(
+    name: str, function: SlotFunction, params: Any, slots: int, depths: list[set[int]], kept: set[tuple[str, int]]
+) -> _Trace:
+    largest: dict[int, float] = {}
+    shown, machine, results = 0.0, SlotMachine(slots), ()
+    count = len(function.inputset[0])
+    inputs = [min(group) if sources else None for group, sources in zip(depths, function.sources, strict=True)]
+    inputs += [None] * (count - len(inputs))
+    for sample in function.inputset:
+        if len(sample) != count:
+            raise CompilationError(f"the input set of {name} mixes {count} and {len(sample)} inputs")
+        machine = SlotMachine(slots)
+        loaded = [machine.load(x, depth or 0) for x, depth in zip(sample, inputs, strict=True)]
+        results = function.run(machine, params, *loaded)
+        for depth, value in machine.largest.items():
+            largest[depth] = max(largest.get(depth, 0.0), value)
+        for number, result in enumerate(results):
+            if (name, number) not in kept:
+                shown = max(shown, float(np.abs(result.values).max()))
+    return _Trace(machine.tally, tuple(inputs), tuple(result.depth for result in results), largest, shown)
+
+
+def _report(parameters: Parameters, traced: Mapping[str, _Trace]) -> SlotReport:
+    """The report; CompilationError where numbers do not fit."""
+    levels = parameters.levels
+    largest = {levels: max(trace.shown for trace in traced.values())}
+    for trace in traced.values():
+        for depth, value in trace.largest.items():
+            largest[depth] = max(largest.get(depth, 0.0), value)
+    # A number times its scale must stay below half the modulus; another factor of 2 is left for noise and new data.
+    room = {
+        depth: 2.0 ** (parameters.headroom_bits + (levels - depth) * parameters.scale_bits - 2)
+        for depth in range(levels + 1)
+    }
+    for depth, value in sorted(largest.items()):
+        if value > room[depth]:
+            raise CompilationError(
+                f"after {depth} of {levels} levels numbers reach {value:.3g}, and there is room for {room[depth]:.3g}: "
+                f"use {math.ceil(math.log2(value / room[depth]))} more bits of headroom, or smaller numbers"
+            )
+    rotation_keys = len(set().union(*(trace.tally.rotations for trace in traced.values())))
+    rotation_keys += any(trace.tally.conjugates for trace in traced.values())
+    size = (levels + 1) * parameters.total_bits * parameters.ring // 8  # a key, half of which is a seed
+    return SlotReport(
+        backend="ckks",
+        versions={name: version(name) for name in ("tenseal", "numpy")},
+        security_bits=SECURITY,
+        ring=parameters.ring,
+        modulus_bits=parameters.total_bits,
+        scale_bits=parameters.scale_bits,
+        levels=levels,
+        depth={name: trace.tally.depth for name, trace in traced.items()},
+        stages={name: trace.tally.by_stage() for name, trace in traced.items()},
+        estimated_seconds={name: estimated_seconds(trace.tally, parameters) for name, trace in traced.items()},
+        rotation_keys=rotation_keys,
+        largest=dict(sorted(largest.items())),
+        room=room,
+        evaluation_key_bytes=(rotation_keys + 1) * size,
+        evaluation_key_source="estimated",
+        input_ciphertext_bytes=(parameters.total_bits - parameters.moduli_bits[-1]) * parameters.ring // 8,
+        output_ciphertext_bytes=2 * parameters.moduli_bits[0] * parameters.ring // 8,
+    )
