@@ -330,9 +330,13 @@ class Layout:
         """(S,) -> (B, 2R, T): block, output (two copies), lane."""
         return values.reshape(self.blocks, 2 * self.outputs, self.tokens)
 
-    def mask(self, chosen: Any) -> np.ndarray:
+    def fill(self, values: Any) -> np.ndarray:
         """(B, 2R, T), or what broadcasts to it -> (S,)."""
-        return np.broadcast_to(chosen, (self.blocks, 2 * self.outputs, self.tokens)).reshape(-1).astype(np.float64)
+        return np.broadcast_to(values, (self.blocks, 2 * self.outputs, self.tokens)).reshape(-1)
+
+    def mask(self, chosen: Any) -> np.ndarray:
+        """Zeros and ones: a condition on `axes` -> (S,)."""
+        return self.fill(chosen).astype(np.float64)
 
     @property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -455,14 +459,15 @@ def quadratics(ops: SlotOps[V], x: V, start: float, constants: Sequence[float]) 
 def halves(ops: SlotOps[V], layout: Layout, z: V, present: np.ndarray) -> tuple[V, V]:
     """Keys + i * values, apart: twice the keys (no level), and values + i * present in the first copy (one level).
 
-    The second copy of the values, where `scores` mean nothing, becomes zero. `present` (S,) is one where there is a
-    pair: multiplied by a pair's weight, the real part is its numerator and the imaginary part its denominator.
+    `present` (S,) is one where there is a pair: multiplied by a pair's weight, the real part is its numerator and the
+    imaginary part its denominator. Elsewhere the values become zero, and in the second copy too, where `scores` mean
+    nothing.
     """
     _, output, _ = layout.axes
     mirrored = ops.conjugate(z)
-    first = layout.mask(output < layout.outputs)
-    values = ops.combine([ops.subtract(z, mirrored)], [-0.5j * first])
-    return ops.add(z, mirrored), ops.offset(values, 1j * present * first)
+    shown = present * layout.mask(output < layout.outputs)
+    values = ops.combine([ops.subtract(z, mirrored)], [-0.5j * shown])
+    return ops.add(z, mirrored), ops.offset(values, 1j * shown)
 
 
 def weigh(ops: SlotOps[V], layout: Layout, weights: Sequence[V], values: Sequence[V]) -> V:

@@ -160,7 +160,9 @@ def test_halves_and_weighing_give_numerators_and_denominators():
     both = np.concatenate([k + 1j * v] * 2, axis=1).reshape(-1) * present
     keys, values = halves(machine, layout, machine.load(both), present)
     assert np.allclose(keys.values, 2 * both.real)
-    junk = np.concatenate([np.tile(e, (1, layout.outputs, 1)), 1e3 * numbers(4, *size)], axis=1)  # as `scores` leaves it
+    junk = np.concatenate(
+        [np.tile(e, (1, layout.outputs, 1)), 1e3 * numbers(4, *size)], axis=1
+    )  # as `scores` leaves it
     result = layout.unpack(weigh(machine, layout, [machine.load(junk.reshape(-1))], [values]).values)
     assert np.allclose(result[:, : layout.outputs].real, (e * v)[:3].sum(axis=0))
     assert np.allclose(result[:, : layout.outputs].imag, e[:3].sum(axis=0))

@@ -207,9 +207,9 @@ def make_calibrate(
 
     def calibrate(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int) -> Calibrated:
         head_dim = weights.query.shape[1]
-        slots = power_of_two(head_dim)
-        rank = min(score_rank or head_dim, slots - 1)
         width = min(value_rank or head_dim, head_dim)
+        slots = power_of_two(max(min(score_rank + 1, head_dim) if score_rank else head_dim, width))
+        rank = min(score_rank or head_dim, slots - 1)
         real = np.concatenate(inputs)
         cuts = np.cumsum([len(passage) for passage in inputs])[:-1]
 
@@ -283,17 +283,19 @@ def layout_for(params: PolynomialParams, slots: int) -> Layout:
     return Layout.fit(slots, len(params.query), outputs)
 
 
+def _joined(layout: Layout, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Keys + i * values, (..., R)."""
+    both = np.zeros((*key.shape[:-1], layout.outputs), np.complex128)
+    both[..., : key.shape[-1]] += key
+    both[..., : value.shape[-1]] += 1j * value
+    return both
+
+
 def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
     """Queries, halved as keys will come doubled, and keys + i * values, of a tile."""
-    width = max(params.key.shape[1], params.value.shape[1])
-    both = np.zeros((len(params.key), width), np.complex128)
-    bias = np.zeros(width, np.complex128)
-    both[:, : params.key.shape[1]] += params.key
-    both[:, : params.value.shape[1]] += 1j * params.value
-    bias[: len(params.key_bias)] += params.key_bias
-    bias[: len(params.value_bias)] += 1j * params.value_bias
+    both = _joined(layout, params.key, params.value), _joined(layout, params.key_bias, params.value_bias)
     with ops.tag("projection"):
-        q, z = project(ops, layout, x, [(params.query / 2, params.query_bias / 2), (both, bias)])
+        q, z = project(ops, layout, x, [(params.query / 2, params.query_bias / 2), both])
     return q, z
 
 
@@ -355,7 +357,8 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     """One more token, with the keys and values of the `count` tokens before it in caches: a slot function.
 
     Token j's keys + i * values lie in lane j mod T of block (j // T) mod B of cache j // (T * B); the input stands in
-    every lane, so that query and new key are everywhere, and joining the cache takes a mask and no rotation.
+    every lane, so that query and new key are everywhere, and joining the cache takes a mask and no rotation. Lanes of a
+    tile that wait for a token hold the projection of nothing, which is its bias, as a prompt leaves them.
 
     Returns:
         the head's output, in the last lane: numerators + i * denominators; then the caches with the new token, one more
@@ -366,11 +369,14 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     place = block * layout.tokens + lane
     updated = list(caches)
     with ops.tag("cache"):
-        new = ops.combine([z], [layout.mask(place == count % layout.capacity)])
-        if count % layout.capacity:
-            updated[-1] = ops.add(updated[-1], new)
-        else:
-            updated.append(new)
+        here = count % layout.capacity
+        new = ops.combine([z], [layout.mask(place == here)])
+        bias = np.tile(_joined(layout, params.key_bias, params.value_bias), 2)[:, None]
+        if count % layout.tokens:
+            new = ops.offset(new, layout.fill((place == here) * -bias))
+        elif layout.tokens > 1:
+            new = ops.offset(new, layout.fill(((place > here) & (place < here + layout.tokens)) * bias))
+        updated[-1:] = [ops.add(updated[-1], new)] if here else [*updated[-1:], new]
     weights, values = [], []
     for number, cache in enumerate(updated):
         present = layout.mask(place <= count - number * layout.capacity)
