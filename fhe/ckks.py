@@ -62,7 +62,7 @@ class CKKSSettings:
     scale_bits: binary digits of a number; None for as many as security leaves room for, at most 40.
     """
 
-    headroom_bits: int = 10
+    headroom_bits: int = 14
     scale_bits: int | None = None
 
 
@@ -297,7 +297,16 @@ class Engine:
             self.ids[size] = data.parms_id()
             self.primes[size] = float(data.parms().coeff_modulus()[-1].value())
             data = data.next_context_data()
+        self.scales = {parameters.levels + 1: self.scale}
+        for size in range(parameters.levels + 1, 1, -1):
+            self.scales[size - 1] = self.scales[size] ** 2 / self.primes[size]
         self._encoded: dict[tuple[bytes, int, float], Plaintext] = {}
+
+    def switched(self, x: Ciphertext, size: int) -> Ciphertext:
+        """x with fewer primes, of the same scale."""
+        result = seal.Ciphertext()
+        self.evaluator.mod_switch_to(x, self.ids[size], result)
+        return result
 
     def encode(self, vector: np.ndarray, size: int, scale: float) -> Plaintext:
         """A clear vector at a number of primes and a scale; kept."""
@@ -319,9 +328,9 @@ class Engine:
 class CKKSOps(SlotOps[Ciphertext]):
     """`SlotOps` on ciphertexts.
 
-    Scales: a clear vector is encoded at the scale of the prime that its product is divided by, so that a product with
-    a clear vector leaves the scale alone; a product of two ciphertexts changes it a little, as no prime is exactly a
-    power of two. SEAL keeps the scale of every ciphertext and refuses to add two of different ones.
+    Scales: SEAL refuses to add ciphertexts of different scales, and a product's scale, s * s / prime, is not quite s,
+    as no prime is exactly a power of two. So every depth has one scale, that of products of the depth above
+    (`Engine.scales`), and clear vectors are encoded at what makes their products have it too.
     """
 
     def __init__(self, engine: Engine, relinearization: RelinKeys, rotations: GaloisKeys):
@@ -334,9 +343,16 @@ class CKKSOps(SlotOps[Ciphertext]):
         return self.engine.parameters.levels + 1 - x.coeff_modulus_size()
 
     def _lower(self, x: Ciphertext, depth: int) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.engine.evaluator.mod_switch_to(x, self.engine.ids[self.engine.parameters.levels + 1 - depth], result)
+        size = self.engine.parameters.levels + 2 - depth
+        result = self.engine.switched(x, size)
+        plain = self.engine.encode(np.ones(1), size, self._factor(x, size))
+        self.engine.evaluator.multiply_plain_inplace(result, plain)
+        self.engine.evaluator.rescale_to_next_inplace(result)
         return result
+
+    def _factor(self, x: Ciphertext, size: int) -> float:
+        """The scale of what x is multiplied by at `size` primes, for the product to have the scale of its depth."""
+        return self.engine.scales[size - 1] * self.engine.primes[size] / x.scale
 
     def _rotate(self, x: Ciphertext, steps: int) -> Ciphertext:
         result = seal.Ciphertext()
@@ -366,10 +382,10 @@ class CKKSOps(SlotOps[Ciphertext]):
 
     def _combine(self, xs: Sequence[Ciphertext], vectors: Sequence[np.ndarray]) -> Ciphertext:
         size = xs[0].coeff_modulus_size()
-        prime, evaluator = self.engine.primes[size], self.engine.evaluator
+        factor, evaluator = self._factor(xs[0], size), self.engine.evaluator
         total, term = seal.Ciphertext(), seal.Ciphertext()
         for number, (x, vector) in enumerate(zip(xs, vectors, strict=True)):
-            evaluator.multiply_plain(x, self.engine.encode(vector, size, prime), term if number else total)
+            evaluator.multiply_plain(x, self.engine.encode(vector, size, factor), term if number else total)
             if number:
                 evaluator.add_inplace(total, term)
         evaluator.rescale_to_next_inplace(total)
@@ -555,8 +571,8 @@ class CKKSCircuit:
                 raise CircuitFormatError(f"input {number} of {name} comes at depth {ops.depth(x)}, wanted {depth or 0}")
             inputs.append(x)
         results = list(function(ops, self._params, *inputs))
-        for number in signature.for_client:  # one modulus is all that decryption needs, and all the client shall see
-            results[number] = ops.lower(results[number], self.parameters.levels)
+        for number in signature.for_client:  # one modulus is all that decryption needs
+            results[number] = self._engine.switched(results[number], 1)
         blobs = [wire.pack("ciphertext", self.id, server.key_id, [_to_bytes(result)]) for result in results]
         return blobs, ops.tally
 

@@ -150,8 +150,15 @@ class SlotOps(ABC, Generic[V]):
         return self._deepened(both[0], self._dot(both[: len(xs)], both[len(xs) :]))
 
     def lower(self, x: V, depth: int) -> V:
-        """x at a depth that it has not reached yet, which makes what follows cheaper."""
-        return self._lower(x, depth) if depth > self.depth(x) else x
+        """x at a depth that it has not reached yet; operands of one operation are brought to one depth this way.
+
+        It takes a product with one at the last step, so that every vector of a depth has the same scale.
+        """
+        if depth <= self.depth(x):
+            return x
+        stage = ".".join(self._stages)
+        self.tally.costs.update(Cost(stage, kind, depth - 1) for kind in ("clear product", "rescaling"))
+        return self._lower(x, depth)
 
     @contextmanager
     def tag(self, name: str) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The polynomial formula: its fit, and the same head in floating point and on slots."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,11 +115,16 @@ def on_slots(layout: Layout, params: PolynomialParams, x: np.ndarray) -> tuple[l
     return [r.values for r in results[: len(tiles)]], [r.values for r in results[len(tiles) :]]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 13, 16, 32])
+@functools.cache
+def calibrated_at(width: int, size: int) -> tuple[Calibrated, list[np.ndarray]]:
+    weights, texts = head_and_texts(width, size, texts=12)
+    return attention.get("polynomial").head.calibrate(weights, texts, Bits.of(4), 64), texts
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 13, 32])
 @pytest.mark.parametrize(("width", "size", "slots"), [(24, 8, 2048), (100, 64, 8192), (40, 16, 1024), (256, 128, 8192)])
 def test_tiles_are_the_head_in_floating_point(width, size, slots, tokens):
-    weights, texts = head_and_texts(width, size, texts=12)
-    found = attention.get("polynomial").head.calibrate(weights, texts, Bits.of(4), 64)
+    found, texts = calibrated_at(width, size)
     layout = polynomial.layout_for(found.params, slots)
     x = np.concatenate(texts)[:tokens]
     results, _ = on_slots(layout, found.params, x)
