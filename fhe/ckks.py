@@ -300,7 +300,7 @@ class Engine:
         self.scales = {parameters.levels + 1: self.scale}
         for size in range(parameters.levels + 1, 1, -1):
             self.scales[size - 1] = self.scales[size] ** 2 / self.primes[size]
-        self._encoded: dict[tuple[bytes, int, float], Plaintext] = {}
+        self._encoded: dict[tuple[bytes, int, bool], Plaintext] = {}
 
     def switched(self, x: Ciphertext, size: int) -> Ciphertext:
         """x with fewer primes, of the same scale."""
@@ -308,10 +308,29 @@ class Engine:
         self.evaluator.mod_switch_to(x, self.ids[size], result)
         return result
 
-    def encode(self, vector: np.ndarray, size: int, scale: float) -> Plaintext:
-        """A clear vector at a number of primes and a scale; kept."""
-        key = vector.tobytes(), size, scale
+    def rescaled(self, x: Ciphertext) -> Ciphertext:
+        """x, a product, divided by its last prime."""
+        self.evaluator.rescale_to_next_inplace(x)
+        x.scale = self.scales[x.coeff_modulus_size()]  # SEAL's own may be off by float64's rounding
+        return x
+
+    def addend(self, vector: np.ndarray, size: int) -> Plaintext:
+        """A clear vector to be added to ciphertexts of so many primes; kept."""
+        return self._encode(vector, size, False)
+
+    def factor(self, vector: np.ndarray, size: int) -> Plaintext:
+        """A clear vector to multiply ciphertexts by, at the scale that gives the product its depth's; kept."""
+        return self._encode(vector, size, True)
+
+    def correction(self, before: int, size: int) -> Plaintext:
+        """What to multiply by after switching from `before` primes to `size`, which leaves the scale of the former."""
+        return self.factor(np.full(1, self.scales[size] / self.scales[before], np.complex128), size)
+
+    def _encode(self, vector: np.ndarray, size: int, product: bool) -> Plaintext:
+        key = vector.tobytes(), size, product
         if key not in self._encoded:
+            scale = self.scales[size]
+            scale = self.scales[size - 1] * self.primes[size] / scale if product else scale
             self._encoded[key] = self.encode_once(vector, size, scale)
         return self._encoded[key]
 
@@ -345,14 +364,9 @@ class CKKSOps(SlotOps[Ciphertext]):
     def _lower(self, x: Ciphertext, depth: int) -> Ciphertext:
         size = self.engine.parameters.levels + 2 - depth
         result = self.engine.switched(x, size)
-        plain = self.engine.encode(np.ones(1), size, self._factor(x, size))
-        self.engine.evaluator.multiply_plain_inplace(result, plain)
-        self.engine.evaluator.rescale_to_next_inplace(result)
-        return result
-
-    def _factor(self, x: Ciphertext, size: int) -> float:
-        """The scale of what x is multiplied by at `size` primes, for the product to have the scale of its depth."""
-        return self.engine.scales[size - 1] * self.engine.primes[size] / x.scale
+        result.scale = self.engine.scales[size]
+        self.engine.evaluator.multiply_plain_inplace(result, self.engine.correction(x.coeff_modulus_size(), size))
+        return self.engine.rescaled(result)
 
     def _rotate(self, x: Ciphertext, steps: int) -> Ciphertext:
         result = seal.Ciphertext()
@@ -376,20 +390,18 @@ class CKKSOps(SlotOps[Ciphertext]):
 
     def _offset(self, x: Ciphertext, vector: np.ndarray) -> Ciphertext:
         result = seal.Ciphertext()
-        plain = self.engine.encode(vector, x.coeff_modulus_size(), x.scale)
-        self.engine.evaluator.add_plain(x, plain, result)
+        self.engine.evaluator.add_plain(x, self.engine.addend(vector, x.coeff_modulus_size()), result)
         return result
 
     def _combine(self, xs: Sequence[Ciphertext], vectors: Sequence[np.ndarray]) -> Ciphertext:
         size = xs[0].coeff_modulus_size()
-        factor, evaluator = self._factor(xs[0], size), self.engine.evaluator
+        evaluator = self.engine.evaluator
         total, term = seal.Ciphertext(), seal.Ciphertext()
         for number, (x, vector) in enumerate(zip(xs, vectors, strict=True)):
-            evaluator.multiply_plain(x, self.engine.encode(vector, size, factor), term if number else total)
+            evaluator.multiply_plain(x, self.engine.factor(vector, size), term if number else total)
             if number:
                 evaluator.add_inplace(total, term)
-        evaluator.rescale_to_next_inplace(total)
-        return total
+        return self.engine.rescaled(total)
 
     def _dot(self, xs: Sequence[Ciphertext], ys: Sequence[Ciphertext]) -> Ciphertext:
         evaluator = self.engine.evaluator
@@ -403,8 +415,49 @@ class CKKSOps(SlotOps[Ciphertext]):
             if number:
                 evaluator.add_inplace(total, term)
         evaluator.relinearize_inplace(total, self.relinearization)
-        evaluator.rescale_to_next_inplace(total)
-        return total
+        return self.engine.rescaled(total)
+
+
+class _Rehearsal(SlotOps[int]):
+    """A run on nothing but depths, which encodes the clear vectors of a function before its first real run."""
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine.parameters.slots)
+        self.engine = engine
+
+    def _size(self, depth: int) -> int:
+        return self.engine.parameters.levels + 1 - depth
+
+    def depth(self, x: int) -> int:
+        return x
+
+    def _lower(self, x: int, depth: int) -> int:
+        self.engine.correction(self._size(x), self._size(depth) + 1)
+        return depth
+
+    def _rotate(self, x: int, steps: int) -> int:
+        return x
+
+    def _conjugate(self, x: int) -> int:
+        return x
+
+    def _add(self, x: int, y: int) -> int:
+        return x
+
+    def _subtract(self, x: int, y: int) -> int:
+        return x
+
+    def _offset(self, x: int, vector: np.ndarray) -> int:
+        self.engine.addend(vector, self._size(x))
+        return x
+
+    def _combine(self, xs: Sequence[int], vectors: Sequence[np.ndarray]) -> int:
+        for vector in vectors:
+            self.engine.factor(vector, self._size(xs[0]))
+        return xs[0] + 1
+
+    def _dot(self, xs: Sequence[int], ys: Sequence[int]) -> int:
+        return xs[0] + 1
 
 
 # --- keys and circuits --------------------------------------------------------------------------
@@ -575,6 +628,11 @@ class CKKSCircuit:
             results[number] = self._engine.switched(results[number], 1)
         blobs = [wire.pack("ciphertext", self.id, server.key_id, [_to_bytes(result)]) for result in results]
         return blobs, ops.tally
+
+    def prepare(self, name: str) -> None:
+        """Encode the clear vectors of a function, which its first run would do else: about as long as that run."""
+        function = self._function(name)
+        function(_Rehearsal(self._engine), self._params, *(depth or 0 for depth in self._signature(name).inputs))
 
     # Files.
 

@@ -82,6 +82,16 @@ def test_ciphertexts_do_what_the_machine_does(circuit, keys):
     assert circuit.report.depth == {"everything": 4, "second": 2}
 
 
+def test_a_prepared_function_has_nothing_left_to_encode(keys):
+    circuit = ckks.CKKSBackend().compile(functions(), PARAMS)
+    for name in circuit.signatures:
+        circuit.prepare(name)
+    encoded = dict(circuit._engine._encoded)
+    keys = circuit.make_keys()
+    circuit.run("everything", circuit.encrypt(keys, "everything", numbers(1), numbers(2)), keys.evaluation)
+    assert circuit._engine._encoded.keys() == encoded.keys()
+
+
 def test_the_report_counts_and_measures(circuit, keys):
     report = circuit.report
     blobs = circuit.encrypt(keys, "everything", numbers(1), numbers(2))
