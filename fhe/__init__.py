@@ -1,4 +1,4 @@
-"""Run integer functions on encrypted data: one interface, several engines. See `fhe.backend`.
+"""Run functions on encrypted data: one interface, several engines. See `fhe.backend`.
 
 Importing this package imports no library of encryption; `get_backend(name)` does.
 """
@@ -9,9 +9,11 @@ from .backend import (
     MILLISECONDS_PER_LOOKUP,
     Backend,
     Circuit,
-    IntegerFunction,
+    Cost,
+    Function,
     Keys,
     Ops,
+    Output,
     Report,
     Settings,
     Table,
@@ -38,13 +40,15 @@ __all__ = [
     "Circuit",
     "CircuitFormatError",
     "CompilationError",
+    "Cost",
     "FHEError",
+    "Function",
     "InsecureParameters",
-    "IntegerFunction",
     "KeyMismatch",
     "Keys",
     "NumpyOps",
     "Ops",
+    "Output",
     "Report",
     "Settings",
     "Table",

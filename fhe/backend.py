@@ -1,20 +1,22 @@
-"""The interface between an integer function and the engines that run it on encrypted data.
+"""The interface between functions of numbers and the engines that run them on encrypted data.
 
-An integer function is written once:
+A function is written once:
 
-    function(ops, params, *inputs) -> tuple of integer arrays
+    function(ops, params, *inputs) -> tuple of arrays
 
 `ops` (an `Ops`) holds the few operations that engines do differently, `params` are clear numbers known when the
-circuit is compiled, `inputs` are what a client encrypts. A `Backend` turns such a function into a `Circuit`; a
-`Circuit` makes `Keys` and takes ciphertexts from client to server and back, as bytes. A backend says in `offers`
-what it can do, so that an engine without integers or lookups fits the same interface.
+circuit is compiled, `inputs` are encrypted. A `Backend` turns one such function, or several that share their keys,
+into a `Circuit`; a `Circuit` makes `Keys` and takes ciphertexts from client to server and back, as bytes, one byte
+string an array. What a function returns may stay on the server and be handed to another one (`Function.sources`):
+encrypted state, such as the keys and values of the tokens read so far. A backend says in `offers` what it can do, so
+that an engine without integers or lookups fits the same interface.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 
@@ -123,35 +125,19 @@ class Settings:
 MILLISECONDS_PER_LOOKUP = {1: 6.0, 2: 6.0, 3: 5.9, 4: 7.8, 5: 11.7, 6: 20.9, 7: 47.0, 8: 112.0}
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a circuit costs. Sizes are in bytes; 0 or None where a backend cannot know.
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What it takes to run a function once. Sizes are in bytes; 0 where a backend cannot know.
 
     pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups. A stage
     "compiler" holds, at 0 bits, what the engine's compiler added or, negative, merged away, so that all add up.
-    max_bit_width: bits of the widest lookup input; max_integer_bits: of the widest integer anywhere.
-    evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
-    (what a client sends).
-    noise: in words, how a decrypted result may differ from the integers; empty if only by p_error.
+    max_integer_bits: of the widest integer anywhere.
     """
 
-    backend: str
-    versions: dict[str, str]
-    p_error: float
-    rounding: str
-    pbs_count: int
-    max_bit_width: int
-    max_integer_bits: int
-    pbs_by_stage: dict[str, dict[int, int]]
-    noise: str = ""
-    complexity: float = 0.0
-    global_p_error: float | None = None
-    evaluation_key_bytes: int = 0
-    evaluation_key_source: str = "compiler"
-    secret_key_bytes: int = 0
+    pbs_by_stage: dict[str, dict[int, int]] = field(default_factory=dict)
+    max_integer_bits: int = 0
     input_ciphertext_bytes: int = 0
     output_ciphertext_bytes: int = 0
-    compile_seconds: float = 0.0
 
     @property
     def pbs_by_bit_width(self) -> dict[int, int]:
@@ -161,6 +147,16 @@ class Report:
             for bits, count in widths.items():
                 totals[bits] = totals.get(bits, 0) + count
         return dict(sorted(totals.items()))
+
+    @property
+    def pbs_count(self) -> int:
+        """All lookups."""
+        return sum(self.pbs_by_bit_width.values())
+
+    @property
+    def max_bit_width(self) -> int:
+        """Bits of the widest lookup input; 0 without lookups."""
+        return max(self.pbs_by_bit_width, default=0)
 
     @property
     def estimated_run_seconds(self) -> float:
@@ -173,25 +169,73 @@ class Report:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that `json.dumps` takes; bit widths become strings."""
-        data = asdict(self)
+        """A dict that `json.dumps` takes, with the derived numbers; bit widths become strings."""
+        data = {name: getattr(self, name) for name in Cost.__dataclass_fields__}
         data["pbs_by_stage"] = {
             stage: {str(bits): count for bits, count in sorted(widths.items())}
             for stage, widths in self.pbs_by_stage.items()
         }
         data["pbs_by_bit_width"] = {str(bits): count for bits, count in self.pbs_by_bit_width.items()}
-        data["estimated_run_seconds"] = self.estimated_run_seconds
-        return data
+        return data | {name: getattr(self, name) for name in ("pbs_count", "max_bit_width", "estimated_run_seconds")}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Report":
-        """The report that `to_json` wrote."""
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` wrote."""
         data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
-        data["pbs_by_stage"] = {
-            stage: {int(bits): count for bits, count in widths.items()}
-            for stage, widths in data["pbs_by_stage"].items()
-        }
+        stages = data["pbs_by_stage"].items()
+        data["pbs_by_stage"] = {stage: {int(bits): count for bits, count in by.items()} for stage, by in stages}
         return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Cost):
+    """What a circuit costs: its functions one by one, and, in the fields of a `Cost`, each of them run once.
+
+    Sizes are in bytes; 0 or None where a backend cannot know.
+    evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
+    (what a client sends). All functions share one set of keys.
+    noise: in words, how a decrypted result may differ from the function's; empty if only by p_error.
+    """
+
+    functions: dict[str, Cost]
+    backend: str
+    versions: dict[str, str]
+    p_error: float
+    rounding: str
+    noise: str = ""
+    complexity: float = 0.0
+    global_p_error: float | None = None
+    evaluation_key_bytes: int = 0
+    evaluation_key_source: str = "compiler"
+    secret_key_bytes: int = 0
+    compile_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, functions: dict[str, Cost], **facts: Any) -> "Report":
+        """The report of a circuit of these functions; `facts` are the fields that are no sums."""
+        stages: dict[str, dict[int, int]] = {}
+        for cost in functions.values():
+            for stage, widths in cost.pbs_by_stage.items():
+                total = stages.setdefault(stage, {})
+                for bits, count in widths.items():
+                    total[bits] = total.get(bits, 0) + count
+        return cls(
+            functions=functions,
+            pbs_by_stage=stages,
+            max_integer_bits=max(cost.max_integer_bits for cost in functions.values()),
+            input_ciphertext_bytes=sum(cost.input_ciphertext_bytes for cost in functions.values()),
+            output_ciphertext_bytes=sum(cost.output_ciphertext_bytes for cost in functions.values()),
+            **facts,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        functions = {name: cost.to_json() for name, cost in self.functions.items()}
+        return asdict(self) | super().to_json() | {"functions": functions}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        functions = {name: Cost.from_json(cost) for name, cost in data["functions"].items()}
+        return replace(super().from_json(data), functions=functions)
 
 
 class Keys(Protocol):
@@ -208,10 +252,12 @@ class Keys(Protocol):
 
 
 class Circuit(Protocol):
-    """A compiled function. Everything between client and server is bytes.
+    """Compiled functions. Everything between client and server is bytes, one byte string an array.
 
-    Methods raise KeyMismatch where keys, ciphertexts and circuit do not belong together, CircuitFormatError for
-    damaged bytes or files, ValueError for inputs of another shape or range than the input set's.
+    Methods raise KeyMismatch where keys, arrays and circuit do not belong together; CircuitFormatError for damaged
+    bytes or files, and for an array handed to where it does not belong (a result that no wire leads to this input,
+    an input among results); ValueError for an unknown function, for too many or too few arrays, and for inputs of
+    another shape or range than the input set's.
     """
 
     @property
@@ -222,24 +268,29 @@ class Circuit(Protocol):
     @property
     def report(self) -> Report: ...
 
-    def simulate(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The backend's own simulation on clear integers; int64 results."""
+    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The backend's own simulation of one function on clear numbers, the inputs that are wired among them."""
         ...
 
     def make_keys(self, seed: int | None = None) -> Keys:
-        """New keys; a seed fixes the secret ones, which makes them insecure: for tests only."""
+        """New keys, for all functions; a seed fixes the secret ones, which makes them insecure: for tests only."""
         ...
 
     def load_keys(self, path: str | Path) -> Keys: ...
 
-    def encrypt(self, keys: Keys, *inputs: np.ndarray) -> bytes: ...
-
-    def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
-        """The server's part: compute on ciphertexts."""
+    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+        """The client's inputs of a function, in order and without the wired ones."""
         ...
 
-    def decrypt(self, keys: Keys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
-        """The results as int64 arrays."""
+    def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        """The server's part: a function's results from all its inputs, the client's and the wired ones.
+
+        Any array may be used again, in any later run. Two threads may run at once.
+        """
+        ...
+
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+        """What some or all results of a function hold, in the order given."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -247,7 +298,32 @@ class Circuit(Protocol):
         ...
 
 
-IntegerFunction = Callable[..., tuple[Any, ...]]
+FunctionBody = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result of one of a circuit's functions."""
+
+    function: str
+    position: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """One of a circuit's functions.
+
+    run: run(ops, params, *inputs) -> tuple of arrays.
+    inputset: tuples of arrays, one array an input, the same shapes throughout. Widths follow from it, so it must
+    reach the extremes that the circuit will meet, of what other functions hand over too: beyond them an encrypted
+    result is undefined.
+    sources: for every input, the results that the server may hand to it; none for an input that the client encrypts.
+    Inputs beyond its end are the client's.
+    """
+
+    run: FunctionBody
+    inputset: Sequence[tuple[np.ndarray, ...]]
+    sources: Sequence[Sequence[Output]] = ()
 
 
 class Backend(Protocol):
@@ -267,16 +343,12 @@ class Backend(Protocol):
         """Of the library beneath, for reports and caches."""
         ...
 
-    def compile(
-        self, function: IntegerFunction, params: Any, inputset: Iterable[tuple[np.ndarray, ...]], settings: Settings
-    ) -> Circuit:
-        """Compile function(ops, params, *inputs).
+    def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings) -> Circuit:
+        """Compile functions that share keys and params, and hand each other their results.
 
-        params: whatever the function takes, with NumPy arrays as leaves. inputset: tuples of int64 arrays, the same
-        shapes throughout. The widths of all integers follow from it, so it must reach the extremes that the circuit
-        will meet: beyond them an encrypted result is undefined.
+        functions: by name, a Python identifier. params: whatever the functions take, with NumPy arrays as leaves.
 
-        Raises CompilationError, or ValueError for an empty or uneven input set.
+        Raises CompilationError, or ValueError for functions that do not fit together (see `check_functions`).
         """
         ...
 
@@ -285,15 +357,33 @@ class Backend(Protocol):
         ...
 
 
-def check_inputset(inputset: Iterable[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
-    """The input set as a list of tuples of int64 arrays; ValueError if empty or of uneven shapes."""
-    samples = [tuple(np.asarray(value, np.int64) for value in sample) for sample in inputset]
-    if not samples:
-        raise ValueError("the input set is empty: a circuit's bit widths are taken from it")
-    shapes = {tuple(value.shape for value in sample) for sample in samples}
-    if len(shapes) != 1:
-        raise ValueError(f"the input set mixes shapes: {sorted(shapes)}")
-    return samples
+def check_functions(functions: Mapping[str, Function]) -> dict[str, Function]:
+    """The functions with their input sets as lists of tuples of arrays, and one tuple of sources for every input.
+
+    Raises ValueError for no function, a name that is no identifier, an input set that is empty or of uneven shapes,
+    more sources than inputs, or a source that is no function.
+    """
+    if not functions:
+        raise ValueError("a circuit needs a function")
+    checked = {}
+    for name, function in functions.items():
+        if not name.isidentifier():
+            raise ValueError(f"a function's name must be an identifier, not {name!r}")
+        samples = [tuple(np.asarray(value) for value in sample) for sample in function.inputset]
+        if not samples:
+            raise ValueError(f"the input set of {name} is empty: a circuit's bit widths are taken from it")
+        shapes = {tuple(value.shape for value in sample) for sample in samples}
+        if len(shapes) != 1:
+            raise ValueError(f"the input set of {name} mixes shapes: {sorted(shapes)}")
+        free = len(samples[0]) - len(function.sources)
+        if free < 0:
+            raise ValueError(f"{name} has {len(samples[0])} inputs, and sources for {len(function.sources)}")
+        sources = (*map(tuple, function.sources), *[()] * free)
+        unknown = {source.function for group in sources for source in group} - set(functions)
+        if unknown:
+            raise ValueError(f"an input of {name} is wired to {', '.join(sorted(unknown))}, which is no function")
+        checked[name] = Function(function.run, samples, sources)
+    return checked
 
 
 @dataclass

@@ -9,14 +9,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .backend import Backend, Circuit, IntegerFunction, Keys, Settings, check_inputset
+from .backend import Backend, Circuit, Function, Keys, Settings, check_functions
 from .errors import CircuitFormatError, KeyMismatch
 
 logger = logging.getLogger(__name__)
@@ -24,29 +24,28 @@ logger = logging.getLogger(__name__)
 
 def compile_cached(
     backend: Backend,
-    function: IntegerFunction,
+    functions: Mapping[str, Function],
     params: Any,
-    inputset: Iterable[tuple[np.ndarray, ...]],
     settings: Settings,
     directory: str | Path,
 ) -> Circuit:
     """`backend.compile`, or the circuit that it made of exactly the same things before.
 
-    directory: holds one directory per circuit, named by a SHA-256 of the backend and its version, the function's
-    module and everything it closes over, this package, params, input set and settings. An entry appears whole or
-    not at all; a damaged one is made again, with a warning in the log.
+    directory: holds one directory per circuit, named by a SHA-256 of the backend and its version, the functions'
+    modules and everything they close over, their input sets and wires, this package, params and settings. An entry
+    appears whole or not at all; a damaged one is made again, with a warning in the log.
 
     Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
     """
-    samples = check_inputset(inputset)
-    entry = Path(directory) / fingerprint(backend, function, params, samples, settings)
+    functions = check_functions(functions)
+    entry = Path(directory) / fingerprint(backend, functions, params, settings)
     if entry.exists():
         try:
             return backend.load(entry)
         except CircuitFormatError as error:
             logger.warning("compiling again: %s", error)
             shutil.rmtree(entry)
-    circuit = backend.compile(function, params, samples, settings)
+    circuit = backend.compile(functions, params, settings)
     entry.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
     try:
@@ -79,16 +78,10 @@ def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
     return keys
 
 
-def fingerprint(
-    backend: Backend,
-    function: IntegerFunction,
-    params: Any,
-    samples: list[tuple[np.ndarray, ...]],
-    settings: Settings,
-) -> str:
+def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any, settings: Settings) -> str:
     """SHA-256 of everything that a circuit is made from."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return _hash((backend.name, backend.version(), sources, function, params, samples, settings))
+    return _hash((backend.name, backend.version(), sources, dict(functions), params, settings))
 
 
 def _hash(value: Any) -> str:

@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import tenseal.sealapi as seal
 
 from . import wire
+from .backend import Function, Settings, check_functions
 from .errors import CircuitFormatError, CompilationError, InsecureParameters, KeyMismatch
 from .packing import SlotMachine, SlotOps, Tally
 
@@ -55,18 +56,6 @@ MILLISECONDS = {
 
 
 @dataclass(frozen=True)
-class CKKSSettings:
-    """What may be chosen when functions are compiled.
-
-    headroom_bits: bits of the last modulus beyond the scale: results must stay below 2**(headroom_bits - 1).
-    scale_bits: binary digits of a number; None for as many as security leaves room for, at most 40.
-    """
-
-    headroom_bits: int = 14
-    scale_bits: int | None = None
-
-
-@dataclass(frozen=True)
 class Parameters:
     """A ring and a chain of moduli, checked for 128-bit security when made.
 
@@ -91,20 +80,20 @@ class Parameters:
             )
 
     @classmethod
-    def choose(cls, ring: int, levels: int, settings: CKKSSettings) -> "Parameters":
-        """The largest scale that is secure, or the one of the settings.
+    def choose(cls, ring: int, levels: int, headroom_bits: int, scale_bits: int | None = None) -> "Parameters":
+        """These bits of scale, or as many as are secure.
 
         Raises InsecureParameters if that leaves fewer than 25 bits, where SEAL's noise reaches the third decimal.
         """
-        scale = settings.scale_bits
+        scale = scale_bits
         if scale is None:
-            scale = min(40, (most_bits(ring) - 2 * settings.headroom_bits) // (levels + 2))
+            scale = min(40, (most_bits(ring) - 2 * headroom_bits) // (levels + 2))
             if scale < 25:
                 raise InsecureParameters(
                     f"{levels} levels at ring {ring} leave {max(scale, 0)} bits a level at {SECURITY}-bit security, "
                     f"too few to compute with: use a larger ring or fewer levels"
                 )
-        return cls(ring, levels, scale, settings.headroom_bits)
+        return cls(ring, levels, scale, headroom_bits)
 
     @property
     def slots(self) -> int:
@@ -140,47 +129,6 @@ class Parameters:
 def most_bits(ring: int) -> int:
     """The most bits that all moduli of a ring may have together for 128-bit security; 0 for an unknown ring."""
     return seal.CoeffModulus.MaxBitCount(ring, seal.SEC_LEVEL_TYPE.TC128)
-
-
-@dataclass(frozen=True)
-class Output:
-    """One result of one of a circuit's functions."""
-
-    function: str
-    position: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class SlotFunction:
-    """One function of a circuit.
-
-    run: `run(ops, params, *inputs)`, a slot function (see `fhe.packing`).
-    inputset: tuples of slot vectors, one for each input. It must reach the extremes that the circuit will meet.
-    sources: for every input, the results that the server may hand to it, all of the same depth; none for an input that
-    the client encrypts. Inputs beyond its end are the client's. A result that is some input's source is the server's to
-    keep; the client gets the others.
-    """
-
-    run: Run
-    inputset: Sequence[tuple[np.ndarray, ...]]
-    sources: Sequence[Sequence[Output]] = ()
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a client must know of a function.
-
-    inputs: for each input None if the client encrypts it, or the depth at which an earlier run left it.
-    kept: which results stay on the server; results: how many there are.
-    """
-
-    inputs: tuple[int | None, ...]
-    kept: tuple[int, ...]
-    results: int
-
-    @property
-    def for_client(self) -> tuple[int, ...]:
-        return tuple(i for i in range(self.results) if i not in self.kept)
 
 
 @dataclass(frozen=True)
@@ -483,26 +431,24 @@ class _Description:
 
     id: str
     parameters: Parameters
-    signatures: dict[str, Signature]
+    ports: wire.Ports
+    depths: dict[str, tuple[int, ...]]  # of every input of every function: levels used up when it comes
     rotations: tuple[int, ...]
     conjugates: bool
     report: SlotReport
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"format": FORMAT, "report": self.report.to_json()}
+        return asdict(self) | {"format": FORMAT, "ports": self.ports.to_json(), "report": self.report.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "_Description":
         if data["format"] != FORMAT:
             raise CircuitFormatError(f"the circuit has format {data['format']}, not {FORMAT}")
-        signatures = {
-            name: Signature(tuple(item["inputs"]), tuple(item["kept"]), item["results"])
-            for name, item in data["signatures"].items()
-        }
         return cls(
             data["id"],
             Parameters(**data["parameters"]),
-            signatures,
+            wire.Ports.from_json(data["ports"]),
+            {name: tuple(depths) for name, depths in data["depths"].items()},
             tuple(data["rotations"]),
             data["conjugates"],
             SlotReport.from_json(data["report"]),
@@ -543,14 +489,14 @@ class CKKSCircuit:
         return self._description.parameters
 
     @property
-    def signatures(self) -> dict[str, Signature]:
-        return self._description.signatures
+    def _ports(self) -> wire.Ports:
+        return self._description.ports
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """The function on clear slot vectors, in float64 and without noise: complex128 results (slots,)."""
-        function, signature = self._function(name), self._signature(name, len(inputs))
-        machine = SlotMachine(self.parameters.slots)
-        loaded = [machine.load(x, depth or 0) for x, depth in zip(inputs, signature.inputs, strict=True)]
+        wire.check_count(f"the inputs of {name}", len(inputs), len(self._ports[name].sources))
+        function, machine = self._function(name), SlotMachine(self.parameters.slots)
+        loaded = [machine.load(x, depth) for x, depth in zip(inputs, self._description.depths[name], strict=True)]
         return tuple(result.values for result in function(machine, self._params, *loaded))
 
     # The client's part.
@@ -572,67 +518,64 @@ class CKKSCircuit:
         return self._with_keys(CKKSKeys(self.id, key_id, generator.secret_key(), evaluation))
 
     def load_keys(self, path: str | Path) -> CKKSKeys:
-        key_id, (secret, evaluation) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        key_id, _, (secret, evaluation) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
         key = _from_bytes(seal.SecretKey(), self._engine.context, secret, "keys")
         return self._with_keys(CKKSKeys(self.id, key_id, key, evaluation))
 
     def encrypt(self, keys: CKKSKeys, name: str, *inputs: np.ndarray) -> list[bytes]:
         """The inputs that the client encrypts, in their order, each (slots,): one blob each."""
         keys = self._checked(keys)
-        wanted = [depth for depth in self._signature(name).inputs if depth is None]
-        if len(inputs) != len(wanted):
-            raise ValueError(f"{name} takes {len(wanted)} inputs from a client, got {len(inputs)}")
+        wire.check_count(f"the client's inputs of {name}", len(inputs), len(self._ports[name].client_inputs))
         encryptor = seal.Encryptor(self._engine.context, keys.secret)
-        blobs = []
+        parts = []
         for x in inputs:
             x = np.asarray(x, np.complex128)
             if x.shape != (self.parameters.slots,) or not np.isfinite(x).all():
                 raise ValueError(f"an input must hold {self.parameters.slots} finite numbers, got shape {x.shape}")
             # What a client encrypts is kept nowhere.
             plain = self._engine.encode_once(x, self.parameters.levels + 1, self._engine.scale)
-            data = _to_bytes(encryptor.encrypt_symmetric(plain))  # half of it is a seed
-            blobs.append(wire.pack("ciphertext", self.id, keys.id, [data]))
-        return blobs
+            parts.append(_to_bytes(encryptor.encrypt_symmetric(plain)))  # half of it is a seed
+        return self._ports.pack_inputs(name, self.id, keys.id, parts)
 
-    def decrypt(self, keys: CKKSKeys, name: str, blobs: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: CKKSKeys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         """What some or all results of a function hold, in the order given: complex128 (slots,) each."""
         keys = self._checked(keys)
-        self._signature(name)
+        parts = self._ports.unpack_outputs(name, self.id, keys.id, arrays)
         decryptor = seal.Decryptor(self._engine.context, keys.secret)
         results = []
-        for blob in blobs:
+        for _, data in parts:
             plain = seal.Plaintext()
-            decryptor.decrypt(self._ciphertext(blob, keys.id), plain)
+            decryptor.decrypt(self._ciphertext(data), plain)
             results.append(np.asarray(self._engine.encoder.decode_complex(plain), np.complex128))
         return tuple(results)
 
     # The server's part.
 
-    def run(self, name: str, blobs: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
-        """Compute on ciphertexts: blobs of all inputs in, blobs of all results out, those to be kept among them."""
-        return self.run_counted(name, blobs, evaluation_keys)[0]
+    def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        """Compute on ciphertexts: all inputs in, all results out, those that stay on the server among them."""
+        return self.run_counted(name, arrays, evaluation_keys)[0]
 
-    def run_counted(self, name: str, blobs: Sequence[bytes], evaluation_keys: bytes) -> tuple[list[bytes], Tally]:
+    def run_counted(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> tuple[list[bytes], Tally]:
         """`run`, and what it did."""
-        function, signature = self._function(name), self._signature(name, len(blobs))
+        function, depths = self._function(name), self._description.depths[name]
         server = self._with_evaluation_keys(evaluation_keys)
         ops = CKKSOps(self._engine, server.relinearization, server.rotations)
-        inputs = []
-        for number, (blob, depth) in enumerate(zip(blobs, signature.inputs, strict=True)):
-            x = self._ciphertext(blob, server.key_id)
-            if ops.depth(x) != (depth or 0):
-                raise CircuitFormatError(f"input {number} of {name} comes at depth {ops.depth(x)}, wanted {depth or 0}")
-            inputs.append(x)
-        results = list(function(ops, self._params, *inputs))
-        for number in signature.for_client:  # one modulus is all that decryption needs
-            results[number] = self._engine.switched(results[number], 1)
-        blobs = [wire.pack("ciphertext", self.id, server.key_id, [_to_bytes(result)]) for result in results]
-        return blobs, ops.tally
+        parts = self._ports.unpack_inputs(name, self.id, server.key_id, arrays)
+        inputs = [self._ciphertext(part) for part in parts]
+        for number, (x, depth) in enumerate(zip(inputs, depths, strict=True)):
+            if ops.depth(x) != depth:
+                raise CircuitFormatError(f"input {number} of {name} comes at depth {ops.depth(x)}, wanted {depth}")
+        kept = _kept(self._ports)
+        results = [
+            # One modulus is all that decryption needs.
+            _to_bytes(result if (name, number) in kept else self._engine.switched(result, 1))
+            for number, result in enumerate(function(ops, self._params, *inputs))
+        ]
+        return self._ports.pack_outputs(name, self.id, server.key_id, results), ops.tally
 
     def prepare(self, name: str) -> None:
         """Encode the clear vectors of a function, which its first run would do else: about as long as that run."""
-        function = self._function(name)
-        function(_Rehearsal(self._engine), self._params, *(depth or 0 for depth in self._signature(name).inputs))
+        self._function(name)(_Rehearsal(self._engine), self._params, *self._description.depths[name])
 
     # Files.
 
@@ -653,16 +596,8 @@ class CKKSCircuit:
     def _function(self, name: str) -> Run:
         if self._functions is None:
             raise CompilationError("this circuit was loaded without its weights: it can encrypt and decrypt only")
-        self._signature(name)
+        assert self._ports[name] is not None  # raises for a function that is not there
         return self._functions[name]
-
-    def _signature(self, name: str, inputs: int | None = None) -> Signature:
-        if name not in self.signatures:
-            raise ValueError(f"the circuit has no function {name!r}; it has: {', '.join(self.signatures)}")
-        signature = self.signatures[name]
-        if inputs is not None and inputs != len(signature.inputs):
-            raise ValueError(f"{name} takes {len(signature.inputs)} inputs, got {inputs}")
-        return signature
 
     def _checked(self, keys: Any) -> CKKSKeys:
         if not isinstance(keys, CKKSKeys):
@@ -670,14 +605,13 @@ class CKKSCircuit:
         wire.check_circuit("keys", keys.circuit, self.id)
         return keys
 
-    def _ciphertext(self, blob: bytes, key_id: str) -> Ciphertext:
-        _, (data,) = wire.unpack(blob, "ciphertext", self.id, key_id)
+    def _ciphertext(self, data: bytes) -> Ciphertext:
         return _from_bytes(seal.Ciphertext(), self._engine.context, data, "ciphertexts")
 
     def _with_evaluation_keys(self, evaluation: bytes) -> _Server:
         with self._server.lock:
             if self._server.evaluation is not evaluation:
-                key_id, (relinearization, rotations) = wire.unpack(evaluation, "evaluation keys", self.id)
+                key_id, _, (relinearization, rotations) = wire.unpack(evaluation, "evaluation keys", self.id)
                 context = self._engine.context
                 self._server = _Server(
                     evaluation,
@@ -694,49 +628,56 @@ class CKKSCircuit:
         return keys
 
 
+@dataclass(frozen=True)
 class CKKSBackend:
-    """CKKS: vectors of approximate numbers; products are cheap, depth is dear, there are no lookups."""
+    """CKKS: vectors of approximate numbers; products are cheap, depth is dear, there are no lookups.
 
-    name = "ckks"
-    offers = frozenset({"slots", "encrypted"})
+    headroom_bits: bits of the last modulus beyond the scale: results must stay below 2**(headroom_bits - 1).
+    scale_bits: binary digits of a number; None for as many as security leaves room for, at most 40.
+    """
+
+    headroom_bits: int = 14
+    scale_bits: int | None = None
+
+    name: ClassVar[str] = "ckks"
+    offers: ClassVar[frozenset[str]] = frozenset({"slots", "encrypted"})
 
     def version(self) -> str:
         return f"tenseal {version('tenseal')}"
 
-    def compile(
-        self, functions: Mapping[str, SlotFunction], params: Any, settings: CKKSSettings | None = None
-    ) -> CKKSCircuit:
-        """Compile `function.run(ops, params, *inputs)` for each function.
+    def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings | None = None) -> CKKSCircuit:
+        """Compile slot functions, `run(ops, params, *inputs)` (see `fhe.packing`).
 
         All slot vectors must have the same length, which fixes the ring. From the input sets come levels and rotations,
-        and the largest numbers, which must fit the moduli.
+        and the largest numbers, which must fit the moduli. What the server keeps for an input must have the same depth
+        whichever function it comes from. `settings` are of lookups, and there are none.
 
-        Raises CompilationError (numbers too large for the headroom, an empty input set, sources of unknown or uneven
-        depth), InsecureParameters.
+        Raises CompilationError (numbers too large for the headroom, kept results of several depths),
+        InsecureParameters, or ValueError for functions that do not fit together.
         """
         start = time.perf_counter()
-        settings = settings or CKKSSettings()
+        functions = check_functions(functions)
         lengths = {np.shape(x) for function in functions.values() for sample in function.inputset for x in sample}
-        if not functions or not all(len(function.inputset) for function in functions.values()) or len(lengths) != 1:
-            raise CompilationError(f"input sets must hold slot vectors of one length, got {sorted(lengths) or 'none'}")
+        if len(lengths) != 1 or len(next(iter(lengths))) != 1:
+            raise ValueError(f"input sets must hold slot vectors of one length, got shapes {sorted(lengths)}")
         ((slots,),) = lengths
         traced = _trace_all(functions, params, slots)
         levels = max(trace.tally.depth for trace in traced.values())
-        parameters = Parameters.choose(2 * slots, levels, settings)
-        kept = _kept(functions)
-        signatures = {
-            name: Signature(
-                trace.inputs, tuple(i for i in range(len(trace.results)) if (name, i) in kept), len(trace.results)
-            )
-            for name, trace in traced.items()
-        }
+        parameters = Parameters.choose(2 * slots, levels, self.headroom_bits, self.scale_bits)
+        ports = wire.Ports(
+            {
+                name: wire.Port(tuple(map(tuple, function.sources)), len(traced[name].results))
+                for name, function in functions.items()
+            }
+        )
+        depths = {name: traced[name].inputs for name in functions}
         rotations = tuple(sorted(set().union(*(trace.tally.rotations for trace in traced.values()))))
         conjugates = any(trace.tally.conjugates for trace in traced.values())
         report = _report(parameters, traced)
         report = replace(report, compile_seconds=time.perf_counter() - start)
-        content = pickle.dumps((sorted(functions), params, parameters, signatures, rotations, conjugates))
+        content = pickle.dumps((ports.to_json(), depths, params, parameters, rotations, conjugates))
         identity = hashlib.sha256(content).hexdigest()
-        description = _Description(identity, parameters, signatures, rotations, conjugates, report)
+        description = _Description(identity, parameters, ports, depths, rotations, conjugates, report)
         return CKKSCircuit(description, {name: function.run for name, function in functions.items()}, params)
 
     def load(self, directory: str | Path) -> CKKSCircuit:
@@ -748,9 +689,8 @@ class CKKSBackend:
             raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
         if not (directory / "server.bin").exists():
             return CKKSCircuit(description)
-        _, (content,) = wire.unpack(
-            wire.read_file(directory / "server.bin", "CKKS circuit"), "CKKS circuit", description.id
-        )
+        data = wire.read_file(directory / "server.bin", "CKKS circuit")
+        (content,) = wire.unpack(data, "CKKS circuit", description.id).parts
         try:
             functions, params = pickle.loads(content)
         except Exception as error:
@@ -762,30 +702,26 @@ class CKKSBackend:
 class _Trace:
     """What a function does: its costs, depths of inputs and results, and the largest number at each depth.
 
-    shown: the largest number among all results, which for the client's are lowered to the last modulus.
+    shown: the largest number among the results that no function takes: the client's are switched to the last modulus.
     """
 
     tally: Tally
-    inputs: tuple[int | None, ...]
+    inputs: tuple[int, ...]
     results: tuple[int, ...]
     largest: dict[int, float]
     shown: float
 
 
-def _kept(functions: Mapping[str, SlotFunction]) -> set[tuple[str, int]]:
-    """The results that are some input's source."""
-    return {
-        (source.function, source.position)
-        for function in functions.values()
-        for group in function.sources
-        for source in group
-    }
+def _kept(ports: wire.Ports) -> set[tuple[str, int]]:
+    """The results that are some input's source, and stay on the server."""
+    sources = (source for port in ports.functions.values() for group in port.sources for source in group)
+    return {(source.function, source.position) for source in sources}
 
 
-def _trace_all(functions: Mapping[str, SlotFunction], params: Any, slots: int) -> dict[str, _Trace]:
+def _trace_all(functions: Mapping[str, Function], params: Any, slots: int) -> dict[str, _Trace]:
     """Traces every function after one that its inputs come from; a source not traced yet is checked afterwards."""
     traced: dict[str, _Trace] = {}
-    kept = _kept(functions)
+    kept = {(o.function, o.position) for function in functions.values() for group in function.sources for o in group}
 
     def depths(name: str) -> list[set[int]]:
         """For each input with sources, the depths of those that are known."""
@@ -812,18 +748,14 @@ def _trace_all(functions: Mapping[str, SlotFunction], params: Any, slots: int) -
 
 
 def _trace(
-    name: str, function: SlotFunction, params: Any, slots: int, depths: list[set[int]], kept: set[tuple[str, int]]
+    name: str, function: Function, params: Any, slots: int, depths: list[set[int]], kept: set[tuple[str, int]]
 ) -> _Trace:
     largest: dict[int, float] = {}
     shown, machine, results = 0.0, SlotMachine(slots), ()
-    count = len(function.inputset[0])
-    inputs = [min(group) if sources else None for group, sources in zip(depths, function.sources, strict=True)]
-    inputs += [None] * (count - len(inputs))
+    inputs = [min(group) for group in depths]
     for sample in function.inputset:
-        if len(sample) != count:
-            raise CompilationError(f"the input set of {name} mixes {count} and {len(sample)} inputs")
         machine = SlotMachine(slots)
-        loaded = [machine.load(x, depth or 0) for x, depth in zip(sample, inputs, strict=True)]
+        loaded = [machine.load(x, depth) for x, depth in zip(sample, inputs, strict=True)]
         results = function.run(machine, params, *loaded)
         for depth, value in machine.largest.items():
             largest[depth] = max(largest.get(depth, 0.0), value)

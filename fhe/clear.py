@@ -9,7 +9,7 @@ import io
 import pickle
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import wire
-from .backend import IntegerFunction, Keys, Report, Settings, Table, check_inputset
+from .backend import Cost, Function, FunctionBody, Keys, Report, Settings, Table, check_functions
 from .errors import CircuitFormatError, CompilationError, KeyMismatch
 
 UNTAGGED = "untagged"
@@ -154,13 +154,30 @@ def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
     return min(a[0], b[0]), max(a[1], b[1])
 
 
-def observe(function: IntegerFunction, params: Any, samples: list[tuple[np.ndarray, ...]]) -> Observer:
-    """Run a function on samples and note what it costs and the range of every lookup's input."""
-    observer = Observer()
-    for sample in samples:
-        observer.start_sample()
-        function(observer, params, *(observer.mark(value) for value in sample))
-    return observer
+def observe(functions: Mapping[str, Function], params: Any) -> tuple[dict[str, Observer], wire.Ports]:
+    """Run checked functions on their input sets, as int64: what each costs, the range of every lookup's input, and
+    where its arrays come from.
+
+    Raises ValueError for a wire from a result that does not exist or has another shape than its input.
+    """
+    observers, shapes = {}, {}
+    for name, function in functions.items():
+        observers[name] = observer = Observer()
+        for sample in function.inputset:
+            observer.start_sample()
+            results = function.run(observer, params, *(observer.mark(np.asarray(x, np.int64)) for x in sample))
+        shapes[name] = [np.shape(result) for result in results]
+    for name, function in functions.items():
+        for position, (sources, x) in enumerate(zip(function.sources, function.inputset[0], strict=True)):
+            for source in sources:
+                given = shapes[source.function][source.position : source.position + 1]
+                if given != [x.shape]:
+                    raise ValueError(
+                        f"input {position} of {name} has shape {x.shape}; output {source.position} of"
+                        f" {source.function}, which is wired to it, {f'has {given[0]}' if given else 'does not exist'}"
+                    )
+    ports = {name: wire.Port(tuple(map(tuple, f.sources)), len(shapes[name])) for name, f in functions.items()}
+    return observers, wire.Ports(ports)
 
 
 def product_range(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[int, int]:
@@ -242,48 +259,57 @@ class ClearKeys:
 
 @dataclass(frozen=True)
 class ClearCircuit:
-    """A function and its parameters. `encrypt` only writes the integers down: **anyone can read them**."""
+    """Functions and their parameters. `encrypt` only writes the integers down: **anyone can read them**."""
 
     id: str
     report: Report
-    function: IntegerFunction
+    functions: dict[str, FunctionBody]
     params: Any
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: dict[str, tuple[tuple[int, ...], ...]]
+    ports: wire.Ports
 
-    def simulate(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        if tuple(np.shape(value) for value in inputs) != self.shapes:
-            raise ValueError(f"inputs of shapes {[np.shape(value) for value in inputs]}; wanted {list(self.shapes)}")
-        outputs = self.function(NumpyOps(), self.params, *(np.asarray(value, np.int64) for value in inputs))
+    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        wire.check_count(f"the inputs of {name}", len(inputs), len(self.ports[name].sources))
+        self._check_shapes(name, range(len(inputs)), inputs)
+        outputs = self.functions[name](NumpyOps(), self.params, *(np.asarray(value, np.int64) for value in inputs))
         return tuple(np.asarray(value, np.int64) for value in outputs)
 
     def make_keys(self, seed: int | None = None) -> ClearKeys:
         return ClearKeys(self.id, secrets.token_hex(16) if seed is None else f"{seed:032x}")
 
     def load_keys(self, path: str | Path) -> ClearKeys:
-        return ClearKeys(self.id, wire.unpack(wire.read_file(path, "keys"), "keys", self.id)[0])
+        return ClearKeys(self.id, wire.unpack(wire.read_file(path, "keys"), "keys", self.id).keys)
 
-    def encrypt(self, keys: Keys, *inputs: np.ndarray) -> bytes:
+    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
         key_id = self._id_of(keys)
-        return wire.pack("ciphertexts", self.id, key_id, [_to_bytes(value) for value in inputs])
+        positions = self.ports[name].client_inputs
+        wire.check_count(f"the client's inputs of {name}", len(inputs), len(positions))
+        self._check_shapes(name, positions, inputs)
+        return self.ports.pack_inputs(name, self.id, key_id, [_to_bytes(value) for value in inputs])
 
-    def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
-        key_id, _ = wire.unpack(evaluation_keys, "evaluation keys", self.id)
-        _, parts = wire.unpack(ciphertexts, "ciphertexts", self.id, key_id)
-        outputs = self.simulate(*(_from_bytes(part) for part in parts))
-        return wire.pack("results", self.id, key_id, [_to_bytes(value) for value in outputs])
+    def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        key_id = wire.unpack(evaluation_keys, "evaluation keys", self.id).keys
+        inputs = self.ports.unpack_inputs(name, self.id, key_id, arrays)
+        outputs = self.simulate(name, *map(_from_bytes, inputs))
+        return self.ports.pack_outputs(name, self.id, key_id, [_to_bytes(value) for value in outputs])
 
-    def decrypt(self, keys: Keys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
-        _, parts = wire.unpack(ciphertexts, "results", self.id, self._id_of(keys))
-        return tuple(_from_bytes(part) for part in parts)
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+        results = self.ports.unpack_outputs(name, self.id, self._id_of(keys), arrays)
+        return tuple(_from_bytes(part) for _, part in results)
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            content = pickle.dumps((self.report, self.function, self.params, self.shapes))
+            content = pickle.dumps((self.report, self.functions, self.params, self.shapes, self.ports))
         except (pickle.PicklingError, AttributeError) as error:
-            raise CompilationError(f"a clear circuit is saved with its function's name: {error}") from error
+            raise CompilationError(f"a clear circuit is saved with its functions' names: {error}") from error
         (directory / "circuit.bin").write_bytes(wire.pack("clear circuit", "", "", [self.id.encode(), content]))
+
+    def _check_shapes(self, name: str, positions: Iterable[int], inputs: Sequence[np.ndarray]) -> None:
+        shapes = [self.shapes[name][position] for position in positions]
+        if [np.shape(value) for value in inputs] != shapes:
+            raise ValueError(f"{name} has inputs of shapes {[np.shape(value) for value in inputs]}; wanted {shapes}")
 
     def _id_of(self, keys: Keys) -> str:
         if not isinstance(keys, ClearKeys):
@@ -301,39 +327,38 @@ class ClearBackend:
     def version(self) -> str:
         return f"numpy {np.__version__}"
 
-    def compile(
-        self, function: IntegerFunction, params: Any, inputset: Iterable[tuple[np.ndarray, ...]], settings: Settings
-    ) -> ClearCircuit:
+    def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings) -> ClearCircuit:
         start = time.perf_counter()
-        samples = check_inputset(inputset)
-        observer = observe(function, params, samples)
-        stages = count_lookups(observer.sites, settings.rounding)
-        widths = [bits for stage in stages.values() for bits in stage]
-        report = Report(
+        functions = check_functions(functions)
+        observers, ports = observe(functions, params)
+        report = Report.of(
+            {
+                name: Cost(
+                    pbs_by_stage=count_lookups(observer.sites, settings.rounding), max_integer_bits=observer.largest
+                )
+                for name, observer in observers.items()
+            },
             backend=self.name,
             versions={"numpy": np.__version__},
             p_error=0.0,
             rounding=settings.rounding,
-            pbs_count=sum(count for stage in stages.values() for count in stage.values()),
-            max_bit_width=max(widths, default=0),
-            max_integer_bits=observer.largest,
-            pbs_by_stage=stages,
             noise="none: nothing is encrypted, and rounding is exact",
             compile_seconds=time.perf_counter() - start,
         )
-        shapes = tuple(value.shape for value in samples[0])
-        name = getattr(function, "__qualname__", repr(function))
-        identity = hashlib.sha256(pickle.dumps((name, params, shapes, settings))).hexdigest()
-        return ClearCircuit(identity, report, function, params, shapes)
+        shapes = {name: tuple(value.shape for value in f.inputset[0]) for name, f in functions.items()}
+        names = {name: getattr(function.run, "__qualname__", "") for name, function in functions.items()}
+        identity = hashlib.sha256(pickle.dumps((names, params, shapes, ports, settings))).hexdigest()
+        bodies = {name: function.run for name, function in functions.items()}
+        return ClearCircuit(identity, report, bodies, params, shapes, ports)
 
     def load(self, directory: str | Path) -> ClearCircuit:
         data = wire.read_file(Path(directory) / "circuit.bin", "clear circuit")
-        _, (identity, content) = wire.unpack(data, "clear circuit", "")
+        identity, content = wire.unpack(data, "clear circuit", "").parts
         try:
-            report, function, params, shapes = pickle.loads(content)
+            report, functions, params, shapes, ports = pickle.loads(content)
         except Exception as error:
             raise CircuitFormatError(f"the circuit in {directory} needs code that is not here: {error}") from error
-        return ClearCircuit(identity.decode(), report, function, params, shapes)
+        return ClearCircuit(identity.decode(), report, functions, params, shapes, ports)
 
 
 def _to_bytes(value: np.ndarray) -> bytes:

@@ -7,6 +7,12 @@ What it does for every function, so that formulas need not know it:
 - max(a, b) is b + relu(a - b): one lookup per comparison, whatever the width.
 - Products and slices of arrays that differ in sign, where concrete-python 2.11.0 is wrong or fails, are mended.
 - Results are int64 arrays in a tuple, also where Concrete gives a bare number.
+- A result and the inputs it is wired to agree on their sign, which Concrete demands when it runs but does not see to.
+
+Functions of one circuit share their parameters and keys. What is handed from one to another must come out of a lookup:
+a sum of results of lookups is fine, an input in that sum is not, because Concrete sizes the noise of what is handed on
+by the last lookup before it. Such results can be decrypted, though, so a sum over many runs is one function of many
+inputs, or the client's work.
 
 Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently.
 """
@@ -20,7 +26,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -29,18 +35,22 @@ from typing import Any
 
 import numpy as np
 from concrete import fhe
+from concrete.compiler import ClientProgram
+from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
+from concrete.fhe.compilation.module import FheModule
+from concrete.fhe.compilation.module_compiler import FunctionDef, ModuleCompiler
 from concrete.fhe.dtypes import Integer
 from concrete.fhe.extensions.tag import tag_context
-from concrete.fhe.representation import Graph, GraphProcessor
+from concrete.fhe.representation import Graph, GraphProcessor, MultiGraphProcessor
 from concrete.fhe.tracing import Tracer
 
 from . import wire
-from .backend import IntegerFunction, Keys, Report, Settings, Table, check_inputset
-from .clear import UNTAGGED, Site, lookup_slots, maximum_by_lookups, observe, product_range, signed_bits
+from .backend import Cost, Function, Keys, Report, Settings, Table, check_functions
+from .clear import UNTAGGED, Observer, Site, lookup_slots, maximum_by_lookups, observe, product_range, signed_bits
 from .errors import CircuitFormatError, CompilationError, KeyMismatch
 
 MAX_LOOKUP_BITS = 16  # of a Concrete lookup's input
-FORMAT = 1
+FORMAT = 2
 NOISE = {
     "approximate": "a lookup whose input lies near a rounding boundary may give the neighbouring entry of its table",
     "exact": "",
@@ -107,6 +117,13 @@ if not hasattr(Tracer, "sum"):
     Tracer.sum = _sum  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _is_product(graph: Graph, node: Any) -> bool:
+    """Whether a node multiplies ciphertexts, which takes lookups."""
+    return node.properties.get("name") in ("multiply", "matmul", "dot") and all(
+        operand.output.is_encrypted for operand in graph.ordered_preds_of(node)
+    )
+
+
 class _Repair(GraphProcessor):
     """Two faults of concrete-python 2.11.0, mended in the graph before bit widths are assigned."""
 
@@ -116,7 +133,7 @@ class _Repair(GraphProcessor):
             name = node.properties.get("name")
             if name in ("index_static", "reshape", "transpose", "expand_dims", "squeeze", "broadcast_to"):
                 self.keep_sign(node, operands[0])
-            elif name in ("multiply", "matmul", "dot") and all(operand.output.is_encrypted for operand in operands):
+            elif _is_product(graph, node):
                 self.widen_mixed(operands)
 
     @staticmethod
@@ -140,6 +157,70 @@ class _Repair(GraphProcessor):
 
 
 @dataclass(frozen=True)
+class _Wires:
+    """Concrete's composition policy and graph processor for results that are handed from function to function."""
+
+    rules: tuple[CompositionRule, ...]
+
+    @classmethod
+    def of(cls, ports: wire.Ports) -> "_Wires":
+        return cls(
+            tuple(
+                CompositionRule(CompositionClause(source.function, source.position), CompositionClause(name, position))
+                for name, port in ports.functions.items()
+                for position, sources in enumerate(port.sources)
+                for source in sources
+            )
+        )
+
+    def get_rules_iter(self, funcs: list[Graph]) -> Iterable[CompositionRule]:
+        return self.rules
+
+
+class _AgreeOnSign(MultiGraphProcessor):
+    """Both ends of a wire are signed if either is, and no result that is handed on contains an input.
+
+    Concrete makes both ends of equal width, but refuses at run time to take a result for an input of another sign.
+    """
+
+    def __init__(self, wires: _Wires):
+        self._wires = wires
+
+    def apply_many(self, graphs: dict[str, Graph]) -> None:
+        ends = []
+        for rule in self._wires.rules:
+            result = graphs[rule.from_.func].ordered_outputs()[rule.from_.pos]
+            if inputs := _inputs_within(graphs[rule.from_.func], result):
+                raise CompilationError(
+                    f"output {rule.from_.pos} of {rule.from_.func} is handed to {rule.to.func} and contains input"
+                    f" {', '.join(map(str, inputs))} as it is: what is handed on must come out of a lookup, be it one"
+                    " that changes nothing"
+                )
+            taken = graphs[rule.to.func].ordered_inputs()[rule.to.pos]
+            if taken not in graphs[rule.to.func].graph:
+                raise _unused(rule)
+            ends.append((result, taken))
+        changed = True
+        while changed:  # one result may go to several inputs, and one input take several results
+            unequal = [pair for pair in ends if pair[0].output.dtype.is_signed != pair[1].output.dtype.is_signed]
+            changed = bool(unequal)
+            for node in (node for pair in unequal for node in pair if not node.output.dtype.is_signed):
+                node.output.dtype = Integer(is_signed=True, bit_width=node.output.dtype.bit_width + 1)
+
+
+def _inputs_within(graph: Graph, result: Any) -> list[int]:
+    """The positions of the inputs that reach a node through no lookup."""
+    pending, reached = [result], set()
+    while pending:
+        node = pending.pop()
+        if node in reached or node.output.is_clear or node.converted_to_table_lookup or _is_product(graph, node):
+            continue
+        reached.add(node)
+        pending += graph.ordered_preds_of(node)
+    return sorted(position for position, node in graph.input_nodes.items() if node in reached)
+
+
+@dataclass(frozen=True)
 class ConcreteKeys:
     """A client's keys. `keys` holds the secret ones; `evaluation` is for the server and cannot decrypt."""
 
@@ -153,27 +234,34 @@ class ConcreteKeys:
 
 
 class ConcreteCircuit:
-    """A compiled function: client and server in one object that keeps their data apart (see `fhe.Circuit`)."""
+    """Compiled functions: client and server in one object that keeps their data apart (see `fhe.Circuit`)."""
 
-    def __init__(self, server: fhe.Server, mlir: str, configuration: fhe.Configuration, report: Report):
+    def __init__(
+        self, server: fhe.Server, mlir: str, ports: wire.Ports, configuration: fhe.Configuration, report: Report
+    ):
         self.report = report
         self._server = server
         self._specs = server.client_specs
         self._mlir = mlir
+        self._ports = ports
         self._configuration = configuration
         self._simulator: tuple[fhe.Server, fhe.Client] | None = None
         self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
-        self.id = hashlib.sha256(self._specs.serialize() + mlir.encode()).hexdigest()
+        wires = json.dumps(ports.to_json(), sort_keys=True)
+        self.id = hashlib.sha256(self._specs.serialize() + mlir.encode() + wires.encode()).hexdigest()
         weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
 
-    def simulate(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        wire.check_count(f"the inputs of {name}", len(inputs), len(self._ports[name].sources))
         if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
-            server = fhe.Server.create(self._mlir, self._configuration, is_simulated=True)
+            rules = _Wires.of(self._ports).rules
+            server = fhe.Server.create(self._mlir, self._configuration, is_simulated=True, composition_rules=rules)
             weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
             self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
         server, client = self._simulator
-        values = client.simulate_encrypt(*map(np.asarray, inputs))
-        return _as_tuple(client.simulate_decrypt(server.run(*_as_values(values))))
+        values = client.simulate_encrypt(*(np.asarray(x, np.int64) for x in inputs), function_name=name)
+        results = server.run(*_as_values(values), function_name=name)
+        return _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
 
     def make_keys(self, seed: int | None = None) -> ConcreteKeys:
         # Concrete takes seed 0 where it is given none; all 128 bits are drawn here, from the operating system.
@@ -183,27 +271,39 @@ class ConcreteCircuit:
         return self._with_evaluation(keys, secrets.token_hex(16))
 
     def load_keys(self, path: str | Path) -> ConcreteKeys:
-        key_id, (data,) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        key_id, _, (data,) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
         return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
 
-    def encrypt(self, keys: Keys, *inputs: np.ndarray) -> bytes:
+    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
         keys = self._checked(keys)
-        values = _as_values(self._client(keys).encrypt(*(np.asarray(value, np.int64) for value in inputs)))
-        return wire.pack("ciphertexts", self.id, keys.id, [value.serialize() for value in values])
+        port = self._ports[name]
+        wire.check_count(f"the client's inputs of {name}", len(inputs), len(port.client_inputs))
+        places: list[np.ndarray | None] = [None] * len(port.sources)  # Concrete skips what is None
+        for position, x in zip(port.client_inputs, inputs, strict=True):
+            places[position] = np.asarray(x, np.int64)
+        values = _as_values(self._client(keys).encrypt(*places, function_name=name))
+        parts = [value.serialize() for value in values if value is not None]
+        return self._ports.pack_inputs(name, self.id, keys.id, parts)
 
-    def run(self, ciphertexts: bytes, evaluation_keys: bytes) -> bytes:
-        if self._server_keys is None or self._server_keys[0] is not evaluation_keys:
-            key_id, (data,) = wire.unpack(evaluation_keys, "evaluation keys", self.id)
-            self._server_keys = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
-        _, server_keys, key_id = self._server_keys
-        _, parts = wire.unpack(ciphertexts, "ciphertexts", self.id, key_id)
-        results = self._server.run(*(fhe.Value.deserialize(part) for part in parts), evaluation_keys=server_keys)
-        return wire.pack("results", self.id, key_id, [value.serialize() for value in _as_values(results)])
+    def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        held = self._server_keys
+        if held is None or held[0] is not evaluation_keys:
+            key_id, _, (data,) = wire.unpack(evaluation_keys, "evaluation keys", self.id)
+            self._server_keys = held = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
+        _, server_keys, key_id = held
+        values = [fhe.Value.deserialize(x) for x in self._ports.unpack_inputs(name, self.id, key_id, arrays)]
+        results = self._server.run(*values, evaluation_keys=server_keys, function_name=name)
+        return self._ports.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
 
-    def decrypt(self, keys: Keys, ciphertexts: bytes) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         keys = self._checked(keys)
-        _, parts = wire.unpack(ciphertexts, "results", self.id, keys.id)
-        return _as_tuple(self._client(keys).decrypt(*(fhe.Value.deserialize(part) for part in parts)))
+        parts = self._ports.unpack_outputs(name, self.id, keys.id, arrays)
+        # Client.decrypt takes all results of a function or its first ones; this is what it does with each.
+        circuit = ClientProgram.create_encrypted(self._specs.program_info, keys.keys._keyset).get_client_circuit(name)
+        return tuple(
+            np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
+            for position, part in parts
+        )
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
@@ -214,6 +314,7 @@ class ConcreteCircuit:
         files = {name: _digest(directory / name) for name in ("server.zip", "circuit.mlir", "client.json")}
         settings = {"p_error": self.report.p_error, "rounding": self.report.rounding}
         content = {"format": FORMAT, "id": self.id, "settings": settings, "report": self.report.to_json()}
+        content["ports"] = self._ports.to_json()
         (directory / "circuit.json").write_text(json.dumps(content | {"files": files}, indent=1))
 
     def _checked(self, keys: Keys) -> ConcreteKeys:
@@ -242,37 +343,38 @@ class ConcreteBackend:
     def version(self) -> str:
         return f"concrete-python {version('concrete-python')}"
 
-    def compile(
-        self, function: IntegerFunction, params: Any, inputset: Iterable[tuple[np.ndarray, ...]], settings: Settings
-    ) -> ConcreteCircuit:
+    def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings) -> ConcreteCircuit:
         start = time.perf_counter()
-        samples = check_inputset(inputset)
-        observer = observe(function, params, samples)
+        functions = check_functions(functions)
+        observers, ports = observe(functions, params)
+        wires = _Wires.of(ports)
         configuration = _configuration(settings)
-        names = [f"input{i}" for i in range(len(samples[0]))]
-
-        def circuit(**inputs: Any) -> Any:
-            ops = ConcreteOps(observer.sites, settings.rounding)
-            return tuple(function(ops, params, *(inputs[name] for name in names)))
-
-        # Concrete asks the signature for the names of the inputs.
-        circuit.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
-            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-        )
+        samples: dict[str, Any] = {
+            name: [tuple(np.asarray(x, np.int64) for x in sample) for sample in function.inputset]
+            for name, function in functions.items()
+        }
         with _compiling:
             # Concrete makes its stack of tags for the thread that imported it, and for no other.
             tag_context.stack = []
             try:
-                compiler = fhe.Compiler(circuit, dict.fromkeys(names, "encrypted"))
-                compiled = compiler.compile(samples, configuration)
+                definitions = [
+                    _definition(name, function, params, observers[name].sites, settings.rounding)
+                    for name, function in functions.items()
+                ]
+                processors = [_AgreeOnSign(wires), _Repair()]
+                compiled = ModuleCompiler(definitions, wires).compile(
+                    samples, configuration, additional_pre_processors=processors
+                )
             except CompilationError:
                 raise
             except RuntimeError as error:
-                raise CompilationError(_explain(error, observer.sites, settings)) from error
+                sites = [site for observer in observers.values() for site in observer.sites]
+                raise CompilationError(_explain(error, sites, settings)) from error
             finally:
                 Tracer._is_tracing = False  # stays set when a trace fails
-        report = _report(compiled, settings, observer.largest, time.perf_counter() - start)
-        return ConcreteCircuit(compiled.server, compiled.mlir, configuration, report)
+        _check_wires(wires, compiled.server.client_specs)
+        report = _report(compiled, settings, observers, time.perf_counter() - start)
+        return ConcreteCircuit(compiled.server, compiled.mlir, ports, configuration, report)
 
     def load(self, directory: str | Path) -> ConcreteCircuit:
         directory = Path(directory)
@@ -286,9 +388,10 @@ class ConcreteBackend:
             mlir = (directory / "circuit.mlir").read_text()
             report = Report.from_json(content["report"])
             settings = Settings(**content["settings"])
+            ports = wire.Ports.from_json(content["ports"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
-        return ConcreteCircuit(fhe.Server.load(directory / "server.zip"), mlir, _configuration(settings), report)
+        return ConcreteCircuit(fhe.Server.load(directory / "server.zip"), mlir, ports, _configuration(settings), report)
 
 
 def _configuration(settings: Settings) -> fhe.Configuration:
@@ -299,38 +402,75 @@ def _configuration(settings: Settings) -> fhe.Configuration:
         dump_artifacts_on_unexpected_failures=False,
         # A lookup is paid by the width of its own input, not of what that is added to.
         optimize_tlu_based_on_original_bit_width=True,
-        additional_pre_processors=[_Repair()],
     )
 
 
-def _report(compiled: fhe.Circuit, settings: Settings, largest: int, seconds: float) -> Report:
-    stages = _lookups_by_stage(compiled.mlir_module)
-    total = compiled.programmable_bootstrap_count
-    counted = sum(count for widths in stages.values() for count in widths.values())
-    if counted != total:  # Concrete merges lookups that follow each other directly
-        stages["compiler"] = {0: total - counted}
-    return Report(
+def _definition(name: str, function: Function, params: Any, sites: list[Site], rounding: str) -> FunctionDef:
+    """What Concrete compiles: a function of that name, whose inputs it learns from the signature."""
+    inputs = [f"input{i}" for i in range(len(function.sources))]
+
+    def circuit(**values: Any) -> Any:
+        return tuple(function.run(ConcreteOps(sites, rounding), params, *(values[name] for name in inputs)))
+
+    circuit.__name__ = name
+    circuit.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
+    )
+    return FunctionDef(circuit, dict.fromkeys(inputs, "encrypted"))
+
+
+def _unused(rule: CompositionRule) -> CompilationError:
+    return CompilationError(
+        f"Concrete cannot hand output {rule.from_.pos} of {rule.from_.func} to input {rule.to.pos} of {rule.to.func}:"
+        f" nothing that {rule.to.func} returns depends on it"
+    )
+
+
+def _check_wires(wires: _Wires, specs: fhe.ClientSpecs) -> None:
+    """CompilationError where the ends of a wire differ in key or encoding, which Concrete only says when it runs."""
+    circuits = {circuit["name"]: circuit for circuit in json.loads(specs.program_info.serialize())["circuits"]}
+    for rule in wires.rules:
+        ends = circuits[rule.from_.func]["outputs"][rule.from_.pos], circuits[rule.to.func]["inputs"][rule.to.pos]
+        result, taken = (end["typeInfo"]["lweCiphertext"] for end in ends)
+        if any(result[part] != taken[part] for part in ("encryption", "encoding")):
+            raise _unused(rule)
+
+
+def _report(compiled: FheModule, settings: Settings, observers: dict[str, Observer], seconds: float) -> Report:
+    server = compiled.server
+    functions = {}
+    for name, stages in _lookups_by_stage(compiled.mlir_module).items():
+        total = server.programmable_bootstrap_count(name)
+        counted = sum(count for widths in stages.values() for count in widths.values())
+        if counted != total:  # Concrete merges lookups that follow each other directly
+            stages["compiler"] = {0: total - counted}
+        functions[name] = Cost(
+            pbs_by_stage=stages,
+            max_integer_bits=observers[name].largest,
+            input_ciphertext_bytes=server.size_of_inputs(name),
+            output_ciphertext_bytes=server.size_of_outputs(name),
+        )
+    return Report.of(
+        functions,
         backend="concrete",
         versions={name: version(name) for name in ("concrete-python", "numpy")},
         p_error=settings.p_error,
         rounding=settings.rounding,
-        pbs_count=total,
-        max_bit_width=max((bits for widths in stages.values() for bits in widths), default=0),
-        max_integer_bits=largest,
-        pbs_by_stage=stages,
         noise=NOISE[settings.rounding],
-        complexity=compiled.complexity,
-        global_p_error=compiled.server.global_p_error,
-        evaluation_key_bytes=compiled.size_of_bootstrap_keys + compiled.size_of_keyswitch_keys,
-        secret_key_bytes=compiled.size_of_secret_keys,
-        input_ciphertext_bytes=compiled.size_of_inputs,
-        output_ciphertext_bytes=compiled.size_of_outputs,
+        complexity=server.complexity,
+        global_p_error=server.global_p_error,
+        evaluation_key_bytes=server.size_of_bootstrap_keys + server.size_of_keyswitch_keys,
+        secret_key_bytes=server.size_of_secret_keys,
         compile_seconds=seconds,
     )
 
 
-def _lookups_by_stage(module: Any) -> dict[str, dict[int, int]]:
-    """{stage: {input bits: lookups}} of the program handed to the compiler, less what no result depends on."""
+def _lookups_by_stage(module: Any) -> dict[str, dict[str, dict[int, int]]]:
+    """{function: {stage: {input bits: lookups}}} of a program for the compiler, less what no result depends on."""
+    return {function.name.value: _lookups_of(function) for function in module.body.operations}
+
+
+def _lookups_of(function: Any) -> dict[str, dict[int, int]]:
     stages: dict[str, dict[int, int]] = {}
 
     def add(operation: Any, bits: int, count: int) -> None:
@@ -338,7 +478,6 @@ def _lookups_by_stage(module: Any) -> dict[str, dict[int, int]]:
         widths = stages.setdefault(tag.group(1) if tag else UNTAGGED, {})
         widths[bits] = widths.get(bits, 0) + count
 
-    (function,) = module.body.operations
     needed: set[Any] = set()
     for operation in reversed(list(function.regions[0].blocks[0].operations)):
         name = operation.operation.name.partition(".")[2]

@@ -22,7 +22,7 @@ class KeyMismatch(FHEError):
 
 
 class CircuitFormatError(FHEError):
-    """Bytes or files that are damaged, cut short, or of another format."""
+    """Bytes or files that are damaged, cut short, of another format, or not what is wanted in their place."""
 
 
 class InsecureParameters(FHEError):

@@ -1,4 +1,4 @@
-"""The envelope of everything that leaves a process: who it belongs to, and whether it arrived whole."""
+"""The envelope of everything that leaves a process: who it belongs to, what it is, and whether it arrived whole."""
 
 import hashlib
 import json
@@ -6,8 +6,11 @@ import os
 import secrets
 import struct
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from .backend import Output
 from .errors import CircuitFormatError, KeyMismatch
 
 MAGIC = b"FHEWIRE1"
@@ -17,7 +20,7 @@ DIGEST = 32
 def pack(kind: str, circuit: str, keys: str, parts: Sequence[bytes]) -> bytes:
     """Byte strings in one envelope.
 
-    kind: what it is ("keys", "evaluation keys", "ciphertexts", "results"); circuit, keys: what it belongs to.
+    kind: what it is ("keys", "evaluation keys", "input 0 of head"); circuit, keys: what it belongs to.
     Layout: magic, header length (uint32), header (JSON), the parts, SHA-256 of all that.
     """
     header = json.dumps({"kind": kind, "circuit": circuit, "keys": keys, "sizes": [len(p) for p in parts]}).encode()
@@ -25,35 +28,128 @@ def pack(kind: str, circuit: str, keys: str, parts: Sequence[bytes]) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def unpack(data: bytes, kind: str, circuit: str, keys: str | None = None) -> tuple[str, list[bytes]]:
-    """The id of the keys an envelope belongs to, and its parts.
+class Envelope(NamedTuple):
+    """What was in one: the id of the keys it belongs to, what it is, and its parts."""
+
+    keys: str
+    kind: str
+    parts: list[bytes]
+
+
+def unpack(data: bytes, kinds: str | Sequence[str], circuit: str, keys: str | None = None) -> Envelope:
+    """Open an envelope that must be of a kind, or of one of several.
 
     Raises CircuitFormatError if damaged or of another kind, KeyMismatch if of another circuit or other keys.
     """
+    wanted = [kinds] if isinstance(kinds, str) else kinds
+    what = " or ".join(wanted)
     if not data.startswith(MAGIC):
-        raise CircuitFormatError(f"these bytes are no {kind}: they do not begin with {MAGIC.decode()}")
+        raise CircuitFormatError(f"these bytes are no {what}: they do not begin with {MAGIC.decode()}")
     body = memoryview(data)[:-DIGEST]
     if hashlib.sha256(body).digest() != data[-DIGEST:]:
-        raise CircuitFormatError(f"the {kind} are damaged or cut short: their checksum does not match")
+        raise CircuitFormatError(f"the bytes of {what} are damaged or cut short: their checksum does not match")
     start = len(MAGIC) + 4
     (length,) = struct.unpack("<I", body[len(MAGIC) : start])
     header = json.loads(bytes(body[start : start + length]))
-    if header["kind"] != kind:
-        raise CircuitFormatError(f"expected {kind}, got {header['kind']}")
+    kind = header["kind"]
+    if kind not in wanted:
+        raise CircuitFormatError(f"expected {what}, got {kind}")
     check_circuit(kind, header["circuit"], circuit)
     if keys is not None and header["keys"] != keys:
-        raise KeyMismatch(f"the {kind} belong to keys {header['keys'][:12]}, not to these, {keys[:12]}")
+        raise KeyMismatch(f"{kind}: made with keys {header['keys'][:12]}, not with these, {keys[:12]}")
     parts, position = [], start + length
     for size in header["sizes"]:
         parts.append(bytes(body[position : position + size]))
         position += size
-    return header["keys"], parts
+    return Envelope(header["keys"], kind, parts)
 
 
 def check_circuit(kind: str, theirs: str, ours: str) -> None:
     """KeyMismatch unless both are the same circuit."""
     if theirs != ours:
-        raise KeyMismatch(f"the {kind} belong to circuit {theirs[:12]}, not to this one, {ours[:12]}")
+        raise KeyMismatch(f"{kind}: made for circuit {theirs[:12]}, not for this one, {ours[:12]}")
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where arrays enter and leave a function.
+
+    sources: for every input the results that may be handed to it; none for what the client encrypts. outputs: how
+    many results there are.
+    """
+
+    sources: tuple[tuple[Output, ...], ...]
+    outputs: int
+
+    @property
+    def client_inputs(self) -> list[int]:
+        """The positions of the inputs that the client encrypts."""
+        return [position for position, sources in enumerate(self.sources) if not sources]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The functions of a circuit by name, and the envelopes of their arrays: one each, labelled by where it is from.
+
+    An array whose label does not fit is a CircuitFormatError; see `unpack` for what else is noticed.
+    """
+
+    functions: dict[str, Port]
+
+    def __getitem__(self, name: str) -> Port:
+        if name not in self.functions:
+            raise ValueError(f"there is no function {name!r} in this circuit; there are: {', '.join(self.functions)}")
+        return self.functions[name]
+
+    def pack_inputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
+        """What the client encrypted for a function."""
+        positions = self[name].client_inputs
+        return [pack(_input(name, i), circuit, keys, [part]) for i, part in zip(positions, parts, strict=True)]
+
+    def unpack_inputs(self, name: str, circuit: str, keys: str, arrays: Sequence[bytes]) -> list[bytes]:
+        """All inputs of a function, the client's and the wired ones."""
+        sources = self[name].sources
+        check_count(f"the inputs of {name}", len(arrays), len(sources))
+        kinds = [[_output(o) for o in group] or [_input(name, i)] for i, group in enumerate(sources)]
+        return [unpack(array, kind, circuit, keys).parts[0] for array, kind in zip(arrays, kinds, strict=True)]
+
+    def pack_outputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
+        """What a function returned."""
+        return [pack(_output(Output(name, i)), circuit, keys, [part]) for i, part in enumerate(parts)]
+
+    def unpack_outputs(self, name: str, circuit: str, keys: str, arrays: Sequence[bytes]) -> list[tuple[int, bytes]]:
+        """Some of the results of a function, each with its position."""
+        kinds = [_output(Output(name, i)) for i in range(self[name].outputs)]
+        envelopes = [unpack(array, kinds, circuit, keys) for array in arrays]
+        return [(kinds.index(envelope.kind), envelope.parts[0]) for envelope in envelopes]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes."""
+        return {name: asdict(port) for name, port in self.functions.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Ports":
+        """What `to_json` wrote."""
+        return cls(
+            {
+                name: Port(tuple(tuple(Output(**o) for o in group) for group in port["sources"]), port["outputs"])
+                for name, port in data.items()
+            }
+        )
+
+
+def check_count(what: str, got: int, wanted: int) -> None:
+    """ValueError unless there are as many arrays as there must be."""
+    if got != wanted:
+        raise ValueError(f"{what} are {wanted} arrays, not {got}")
+
+
+def _input(function: str, position: int) -> str:
+    return f"input {position} of {function}"
+
+
+def _output(output: Output) -> str:
+    return f"output {output.position} of {output.function}"
 
 
 def write_private(path: str | Path, data: bytes) -> None:

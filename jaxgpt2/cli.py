@@ -51,14 +51,18 @@ model_options = options(
     click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR|HUB_ID", help="Which GPT-2."),
 )
 head_options = options(
-    click.option("--head", "heads", default="0.0", show_default=True, metavar="L.H[,L.H...]",
-                 help="Protected heads: layer.head from 0, or L.all for a whole block."),
-    click.option("--attention", "formula", default="lowrank", show_default=True, help="Attention formula; see info."),
-    click.option("--bits", default=4, show_default=True, help="Bits of inputs, weights and activations."),
+    click.option("--head", "heads", metavar="L.H[,L.H...]",
+                 help="Protected heads: layer.head from 0, or L.all for a whole block.  [default: 0.0]"),
+    click.option("--recipes", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Formula, bits and options of every head, as tune writes them; instead of the options below."),
+    click.option("--attention", "formula", help="Attention formula; see info.  [default: lowrank]"),
+    click.option("--bits", type=int, help="Bits of inputs, weights and activations.  [default: 4]"),
     click.option("--input-bits", type=int, help="Bits of inputs, instead of --bits."),
     click.option("--weight-bits", type=int, help="Bits of weights, instead of --bits."),
     click.option("--activation-bits", type=int, help="Bits of activations, instead of --bits."),
     click.option("--lookup-bits", type=int, help="Top bits of a sum that a lookup sees.  [default: activations + 2]"),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+                 help="An option of the formula, as score_rank=8; may be repeated."),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
                  help="Text to calibrate on, one passage a line.  [default: bundled]"),
 )  # fmt: skip
@@ -75,14 +79,47 @@ mode_option = click.option("--mode", type=click.Choice(MODES), default="float", 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
-def make_hybrid(model: str, heads: str, formula: str, bits: int, input_bits: int | None, weight_bits: int | None,
-                activation_bits: int | None, lookup_bits: int | None) -> Any:  # fmt: skip
-    from jaxgpt2.hybrid import HybridGPT2
+def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: str | None, bits: int | None,
+                input_bits: int | None, weight_bits: int | None, activation_bits: int | None, lookup_bits: int | None,
+                settings: tuple[str, ...]) -> Any:  # fmt: skip
+    from jaxgpt2.attention import Recipe
+    from jaxgpt2.gpt2 import GPT2
+    from jaxgpt2.hybrid import HeadError, HybridGPT2, parse_heads, read_recipes
     from jaxgpt2.quantize import Bits
 
-    activations = activation_bits or bits
-    widths = Bits(input_bits or bits, weight_bits or bits, activations, lookup_bits or activations + 2)
-    return HybridGPT2.from_pretrained(model, heads, widths, formula)
+    if recipes is not None:
+        chosen = (formula, bits, input_bits, weight_bits, activation_bits, lookup_bits)
+        if any(option is not None for option in chosen) or settings:
+            raise InputError("--recipes FILE says formula, bits and options: leave the options for them out")
+        gpt2 = GPT2.from_pretrained(model)
+        known = read_recipes(recipes, gpt2.config)
+        units = tuple(known) if heads is None else parse_heads(heads, gpt2.config)
+        for unit in units:
+            if unit not in known:
+                raise HeadError(f"{recipes} has no recipe for head {unit}; it has: {', '.join(map(str, known))}")
+        return HybridGPT2(gpt2, {unit: known[unit] for unit in units})
+    bits = 4 if bits is None else bits
+    activations = bits if activation_bits is None else activation_bits
+    widths = Bits(
+        bits if input_bits is None else input_bits,
+        bits if weight_bits is None else weight_bits,
+        activations,
+        activations + 2 if lookup_bits is None else lookup_bits,
+    )
+    recipe = Recipe.of(formula or "lowrank", widths, parse_settings(settings))
+    return HybridGPT2.protect(GPT2.from_pretrained(model), heads or "0.0", recipe)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, int]:
+    """`NAME=VALUE` options of a formula."""
+    parsed = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            parsed[name.strip()] = int(value)
+        except ValueError:
+            raise InputError(f"--set {setting!r} cannot be read: wanted NAME=WHOLE NUMBER, as score_rank=8") from None
+    return parsed
 
 
 def make_settings(p_error: float, rounding: str) -> Any:
@@ -129,6 +166,25 @@ def announce_run(hybrid: Any, runs: int) -> None:
         f"{lookups:,} lookups of up to {max(report.max_bit_width for report in reports)} bits a token: "
         f"about {seconds(each)} a token, {seconds(each * runs)} in all (2 cores of an AMD EPYC; yours will differ)"
     )
+
+
+def heads_of(hybrid: Any) -> dict[str, Any]:
+    """What is protected and how, for a JSON object."""
+    return {
+        "head": ",".join(map(str, hybrid.units)),
+        "recipes": {str(unit): recipe.to_json() for unit, recipe in hybrid.recipes.items()},
+    }
+
+
+def describe(hybrid: Any) -> str:
+    """The recipes of a hybrid model for people: one where all are equal, how many else."""
+    recipes = set(hybrid.recipes.values())
+    if len(recipes) > 1:
+        return f"{len(recipes)} recipes"
+    recipe = recipes.pop()
+    options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
+    bits = recipe.bits
+    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"
 
 
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
@@ -178,7 +234,7 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_e
         if mode == "encrypted":
             keys = make_keys(hybrid, cache)
             announce_run(hybrid, max_new_tokens)
-        result |= {"head": head["heads"], "attention": head["formula"], "bits": dataclasses.asdict(hybrid.bits)}
+        result |= heads_of(hybrid)
     tokens: list[int] = []
     stream = gpt2.stream()
     iterator = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
@@ -252,13 +308,11 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error:
         "recovered_kl": measured.recovered_kl,
         "mode": mode,
         "model": head["model"],
-        "head": head["heads"],
-        "attention": head["formula"],
-        "bits": dataclasses.asdict(hybrid.bits),
+        **heads_of(hybrid),
         "seconds": time.monotonic() - started,
     }
     lines = [
-        f"head {head['heads']} of {head['model']}, {head['formula']}, {head['bits']} bits, {mode}: "
+        f"head {result['head']} of {head['model']}, {describe(hybrid)}, {mode}: "
         f"{measured.positions} positions in {measured.passages} passages",
         "",
         f"{'':22}{'quantized':>12}{'ablated':>12}",
@@ -290,7 +344,7 @@ def compile_command(calibration: Path | None, backend: str, p_error: float, roun
     with step("calibrating"):
         hybrid = hybrid.calibrate(passages, seq_len)
     hybrid = compiled(hybrid, passages, seq_len, settings, backend, cache)
-    result = compile_result(hybrid, head["heads"], head["formula"])
+    result = compile_result(hybrid)
     if out is not None:
         from weights.checkpoint import write_atomically
 
@@ -300,10 +354,10 @@ def compile_command(calibration: Path | None, backend: str, p_error: float, roun
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(out / "report.json", lambda path: Path(path).write_text(text))
         note(f"wrote {out}")
-    emit(as_json, result, cost_lines(result))
+    emit(as_json, result, cost_lines(result, describe(hybrid)))
 
 
-def compile_result(hybrid: Any, heads: str, formula: str) -> dict[str, Any]:
+def compile_result(hybrid: Any) -> dict[str, Any]:
     """The cost of all compiled units together, and each one's own report."""
     reports = {str(unit): circuit.report for unit, circuit in hybrid.circuits.items()}
     stages: dict[str, dict[str, int]] = {}
@@ -314,9 +368,7 @@ def compile_result(hybrid: Any, heads: str, formula: str) -> dict[str, Any]:
                 total[str(bits)] = total.get(str(bits), 0) + count
     everything = list(reports.values())
     return {
-        "head": heads,
-        "attention": formula,
-        "bits": dataclasses.asdict(hybrid.bits),
+        **heads_of(hybrid),
         "seq_len": hybrid.seq_len,
         "backend": everything[0].backend,
         "pbs_count": sum(report.pbs_count for report in everything),
@@ -337,12 +389,12 @@ def compile_result(hybrid: Any, heads: str, formula: str) -> dict[str, Any]:
     }
 
 
-def cost_lines(cost: dict[str, Any]) -> list[str]:
+def cost_lines(cost: dict[str, Any], recipes: str) -> list[str]:
     """A cost report for people."""
     megabyte = 1e6
     widths = sorted({int(bits) for counts in cost["pbs_by_stage"].values() for bits in counts})
     lines = [
-        f"head {cost['head']}, {cost['attention']}, {cost['seq_len']} tokens, backend {cost['backend']}",
+        f"head {cost['head']}, {recipes}, {cost['seq_len']} tokens, backend {cost['backend']}",
         "",
         f"{'lookups (PBS) by bits':24}" + "".join(f"{bits:>8}" for bits in widths) + f"{'all':>9}",
     ]

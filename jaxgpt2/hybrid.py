@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from flax import nnx
 
 import fhe
 from jaxgpt2 import attention
-from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, quantize_input
+from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, Recipe, quantize_input
 from jaxgpt2.config import GPT2Config
 from jaxgpt2.errors import InputError
 from jaxgpt2.generation import GREEDY, Sampling, generate_tokens
@@ -84,6 +85,24 @@ def parse_heads(text: str, config: GPT2Config) -> tuple[Unit, ...]:
         if twice:
             raise HeadError(f"head {unit} is named twice")
     return tuple(sorted(units, key=lambda unit: (unit.layer, unit.head or 0)))
+
+
+def read_recipes(path: str | os.PathLike[str], config: GPT2Config) -> dict[Unit, Recipe]:
+    """The recipes of a JSON file `{"heads": {"L.H": {"attention": ..., "bits": ..., "options": ...}, ...}}`.
+
+    Raises:
+        HeadError: not such a file, or a head that the model does not have; FormulaError: a recipe that cannot be read.
+    """
+    try:
+        heads = json.loads(Path(path).read_text(encoding="utf-8"))["heads"]
+        recipes = {parse_heads(name, config)[0]: attention.Recipe.from_json(data) for name, data in heads.items()}
+    except OSError as error:
+        raise HeadError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise HeadError(f'{path} is no file of recipes: wanted {{"heads": {{"L.H": {{...}}}}}} in JSON') from None
+    return dict(sorted(recipes.items()))
 
 
 def head_weights(model: Transformer, layer: int, head: int) -> HeadWeights:
@@ -204,17 +223,13 @@ class HybridGPT2:
 
     Args:
         gpt2: the float model; it computes everything but the protected heads.
-        units: what is protected.
-        formula: name of the attention formula that computes them.
-        bits: widths of its integers.
+        recipes: what is protected, and how it is computed.
         calibrated: the integer programs, by unit; made by `calibrate`.
         circuits: the compiled ones; made by `compile`.
     """
 
     gpt2: GPT2
-    units: tuple[Unit, ...]
-    formula: str = "lowrank"
-    bits: Bits = Bits.of(4)
+    recipes: Mapping[Unit, Recipe]
     calibrated: Mapping[Unit, Calibrated] = dataclasses.field(default_factory=dict)
     circuits: Mapping[Unit, fhe.Circuit] = dataclasses.field(default_factory=dict)
     seq_len: int | None = None
@@ -230,17 +245,26 @@ class HybridGPT2:
         heads: str = "0.0",
         bits: Bits | int = 4,
         formula: str = "lowrank",
+        **options: int,
     ) -> HybridGPT2:
         """A model by name (see `GPT2.from_pretrained`) with protected heads, as `"0.3"`, `"0.0,1.2"` or `"0.all"`.
 
-        `bits` as a number stands for inputs, weights and activations, with lookups that see two bits more.
+        All heads get the same recipe, see `attention.Recipe.of`.
         """
-        gpt2 = GPT2.from_pretrained(name)
-        widths = bits if isinstance(bits, Bits) else Bits.of(bits, lookup=bits + 2)
-        return cls(gpt2, parse_heads(heads, gpt2.config), formula, widths)
+        return cls.protect(GPT2.from_pretrained(name), heads, attention.Recipe.of(formula, bits, options))
+
+    @classmethod
+    def protect(cls, gpt2: GPT2, heads: str, recipe: Recipe) -> HybridGPT2:
+        """A model with protected heads, as `"0.3"`, `"0.0,1.2"` or `"0.all"`, all of one recipe."""
+        return cls(gpt2, dict.fromkeys(parse_heads(heads, gpt2.config), recipe))
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What is protected, in order."""
+        return tuple(self.recipes)
 
     def _program(self, unit: Unit) -> Program:
-        formula = attention.get(self.formula)
+        formula = attention.get(self.recipes[unit].formula)
         if unit.head is not None:
             return formula.head
         if formula.block is None:
@@ -300,7 +324,10 @@ class HybridGPT2:
         for unit in self.units:
             parts = tuple(head_weights(model, unit.layer, head) for head in self._heads(unit))
             weights = parts if unit.head is None else parts[0]
-            calibrated[unit] = self._program(unit).calibrate(weights, inputs[unit.layer], self.bits, max_tokens)
+            recipe = self.recipes[unit]
+            calibrated[unit] = self._program(unit).calibrate(
+                weights, inputs[unit.layer], recipe.bits, max_tokens, **recipe.settings
+            )
         return dataclasses.replace(self, calibrated=calibrated, circuits={}, seq_len=None)
 
     def _calibrated(self, unit: Unit) -> Calibrated:
@@ -328,14 +355,14 @@ class HybridGPT2:
             cache: directory in which compiled circuits are kept; None compiles anew.
         """
         engine = fhe.get_backend(backend)
-        formula = attention.get(self.formula)
-        lacking = formula.needs - engine.offers
-        if lacking:
-            fitting = [name for name in attention.formulas() if attention.get(name).needs <= engine.offers]
-            raise attention.FormulaError(
-                f"formula {formula.name!r} needs {', '.join(sorted(lacking))}, which backend {backend!r} lacks; "
-                f"formulas that fit it: {', '.join(fitting) or 'none'}"
-            )
+        for name in sorted({recipe.formula for recipe in self.recipes.values()}):
+            lacking = attention.get(name).needs - engine.offers
+            if lacking:
+                fitting = [other for other in attention.formulas() if attention.get(other).needs <= engine.offers]
+                raise attention.FormulaError(
+                    f"formula {name!r} needs {', '.join(sorted(lacking))}, which backend {backend!r} lacks; "
+                    f"formulas that fit it: {', '.join(fitting) or 'none'}"
+                )
         settings = settings or fhe.Settings()
         inputs = self.head_inputs(passages, seq_len)
         circuits = {}
@@ -350,11 +377,11 @@ class HybridGPT2:
                 for stretch in (1.0, STRETCH):
                     levels = _quantize_input(calibrated, jnp.asarray(padded * np.float32(stretch)))
                     inputset.append((np.asarray(levels, np.int64),))
-            run = self._program(unit).run
+            functions = {"head": fhe.Function(self._program(unit).run, inputset)}
             if cache is None:
-                circuits[unit] = engine.compile(run, calibrated.params, inputset, settings)
+                circuits[unit] = engine.compile(functions, calibrated.params, settings)
             else:
-                circuits[unit] = fhe.compile_cached(engine, run, calibrated.params, inputset, settings, cache)
+                circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings, cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
     # Running -------------------------------------------------------------------------------------
@@ -414,13 +441,13 @@ class HybridGPT2:
         if missing:
             raise NotReady(f"mode {mode} needs compiled heads, and {', '.join(missing)} is not: call compile first")
         if mode == "simulate":
-            return self._each_text(lambda unit, x: self.circuits[unit].simulate(x))
+            return self._each_text(lambda unit, x: self.circuits[unit].simulate("head", x))
         if keys is None or any(unit not in keys for unit in self.units):
             raise NotReady("mode encrypted needs keys: call make_keys first")
 
         def encrypted(unit: Unit, x: np.ndarray) -> tuple[np.ndarray, ...]:
             circuit, key = self.circuits[unit], keys[unit]
-            return circuit.decrypt(key, circuit.run(circuit.encrypt(key, x), key.evaluation))
+            return circuit.decrypt(key, "head", circuit.run("head", circuit.encrypt(key, "head", x), key.evaluation))
 
         return self._each_text(encrypted)
 

@@ -11,10 +11,11 @@ import click
 import numpy as np
 
 import fhe
+from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import calibration_passages, model_options
 from jaxgpt2.evaluation import evaluate, longest_passage, read_passages
 from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, parse_heads
+from jaxgpt2.hybrid import HybridGPT2
 from jaxgpt2.quantize import Bits
 from machine import environment
 from weights.checkpoint import TINY
@@ -29,14 +30,14 @@ from weights.checkpoint import TINY
 def main(model: str, formulas: str, bits: int, lookup_bits: int, seq_len: int) -> None:
     gpt2 = GPT2.from_pretrained(model)
     passages, calibration = read_passages(TINY / "eval.txt"), calibration_passages(None)
-    longest = max(longest_passage(HybridGPT2(gpt2, parse_heads("0.0", gpt2.config)), passages), seq_len)
+    longest = max(longest_passage(HybridGPT2.protect(gpt2, "0.0", Recipe.of("softmax", bits)), passages), seq_len)
     heads = [f"{layer}.{head}" for layer in range(gpt2.config.n_layer) for head in range(gpt2.config.n_head)]
     click.echo(f"{len(heads)} heads of {model}, {bits} bits, lookups of {lookup_bits}; {environment('jax', 'numpy')}")
     click.echo(f"{'':10}{'recovered KL':>14}{'worst head':>12}{'head error':>12}{'lookups':>10}{'about':>9}")
     for formula in formulas.split(","):
         measured, reports = [], []
         for head in heads:
-            hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), formula, Bits.of(bits, lookup_bits))
+            hybrid = HybridGPT2.protect(gpt2, head, Recipe.of(formula, Bits.of(bits, lookup_bits)))
             hybrid = hybrid.calibrate(calibration, longest)
             measured.append(evaluate(hybrid, passages, hybrid.engine("quantized")))
             compiled = hybrid.calibrate(calibration, seq_len).compile(

@@ -21,11 +21,12 @@ import click
 import numpy as np
 
 import fhe
-from jaxgpt2.cli import Commands, calibration_passages, compile_result, cost_lines, model_options
+from jaxgpt2.attention import Recipe
+from jaxgpt2.cli import Commands, calibration_passages, compile_result, cost_lines, describe, model_options
 from jaxgpt2.config import GPT2Config
 from jaxgpt2.evaluation import check_disjoint, evaluate, longest_passage, read_passages
 from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, parse_heads
+from jaxgpt2.hybrid import HybridGPT2
 from jaxgpt2.parameters import parameter_shapes
 from jaxgpt2.progress import seconds, step
 from jaxgpt2.quantize import Bits
@@ -61,7 +62,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
         f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
     )
     for bits in range(2, 10):
-        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), "softmax", Bits.of(bits))
+        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
         hybrid = hybrid.calibrate(calibration, longest_passage(hybrid, passages))
         measured = evaluate(hybrid, passages, hybrid.engine("quantized"))
         rows.append((bits, measured))
@@ -112,7 +113,7 @@ def demonstration(model: str, head: str, prompt: str, max_new_tokens: int) -> No
     length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens
     click.echo(f"{'float':>9}  {prompt}{gpt2.text(list(gpt2.generate(prompt, max_new_tokens)))}")
     for bits in (2, 3, 4, 6, 8):
-        hybrid = HybridGPT2(gpt2, parse_heads(head, gpt2.config), "softmax", Bits.of(bits))
+        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
         hybrid = hybrid.calibrate(calibration_passages(None), length)
         text = gpt2.text(list(hybrid.generate(prompt, max_new_tokens, "quantized")))
         click.echo(f"{bits:>2} bits    {prompt}{text}")
@@ -155,7 +156,7 @@ def with_shape(function):
 def compile_yardstick(width: int, heads: int, tokens: int, bits: int, lookup_bits: int, rounding: str, p_error: float):
     with tempfile.TemporaryDirectory() as directory:
         gpt2 = GPT2.from_pretrained(random_model(Path(directory), width, heads))
-    hybrid = HybridGPT2(gpt2, parse_heads("0.0", gpt2.config), "softmax", Bits.of(bits, lookup_bits))
+    hybrid = HybridGPT2.protect(gpt2, "0.0", Recipe.of("softmax", Bits.of(bits, lookup_bits)))
     passages = calibration_passages(None)
     hybrid = hybrid.calibrate(passages, tokens)
     with step(f"compiling for {tokens} tokens"):
@@ -167,12 +168,12 @@ def compile_yardstick(width: int, heads: int, tokens: int, bits: int, lookup_bit
 def lookups(as_json: bool, **shape) -> None:
     """How many lookups (PBS) the post's head takes; the post says 11,622."""
     hybrid = compile_yardstick(**shape)
-    result = compile_result(hybrid, "0.0", "softmax")
+    result = compile_result(hybrid)
     if as_json:
         click.echo(json.dumps(result))
         return
     click.echo(environment(*PACKAGES))
-    click.echo("\n".join(cost_lines(result)))
+    click.echo("\n".join(cost_lines(result, describe(hybrid))))
     click.echo(f"\nthe post: {POST_LOOKUPS:,}; here {result['pbs_count'] / POST_LOOKUPS - 1:+.1%}")
 
 
@@ -181,7 +182,7 @@ def lookups(as_json: bool, **shape) -> None:
 def run(as_json: bool, **shape) -> None:
     """The head on ciphertexts: key making, one run, memory, and whether the result is right."""
     hybrid = compile_yardstick(**shape)
-    result = compile_result(hybrid, "0.0", "softmax")
+    result = compile_result(hybrid)
     (circuit,) = hybrid.circuits.values()
     started = time.monotonic()
     with step("making keys"):
@@ -189,12 +190,12 @@ def run(as_json: bool, **shape) -> None:
     result["key_seconds"] = time.monotonic() - started
     (calibrated,) = hybrid.calibrated.values()
     x = np.random.default_rng(1).integers(-3, 4, (shape["tokens"], shape["width"]))
-    ciphertexts = circuit.encrypt(keys, x)
+    ciphertexts = circuit.encrypt(keys, "head", x)
     started = time.monotonic()
     with step("running on ciphertexts", circuit.report.estimated_run_seconds):
-        outputs = circuit.run(ciphertexts, keys.evaluation)
+        outputs = circuit.run("head", ciphertexts, keys.evaluation)
     result["run_seconds"] = time.monotonic() - started
-    (decrypted,) = circuit.decrypt(keys, outputs)
+    (decrypted,) = circuit.decrypt(keys, "head", outputs)
     from fhe import NumpyOps
     from jaxgpt2 import attention
 
@@ -207,7 +208,7 @@ def run(as_json: bool, **shape) -> None:
         click.echo(json.dumps(result))
         return
     click.echo(environment(*PACKAGES))
-    click.echo("\n".join(cost_lines(result)))
+    click.echo("\n".join(cost_lines(result, describe(hybrid))))
     click.echo(
         f"\nkeys made in {seconds(result['key_seconds'])}, one run {seconds(result['run_seconds'])}, "
         f"peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB\n"

@@ -58,7 +58,7 @@ def integers(calibrated, x: np.ndarray) -> np.ndarray:
 )
 def test_jax_equals_numpy(formula, seed, bits, lookup, tokens, head_dim):
     head = random_head(seed, 7, head_dim)
-    calibrated = formula.head.calibrate(head, random_inputs(seed, 3, 6, 7), Bits.of(bits, lookup), 6)
+    calibrated = formula.head.calibrate(head, random_inputs(seed, 3, 6, 7), Bits.of(bits, lookup), 6, **formula.options)
     x = integers(calibrated, random_inputs(seed + 1, 1, tokens, 7)[0] * 2)  # beyond the calibrated range too
     in_numpy = formula.head.run(NumpyOps(), calibrated.params, x)
     in_jax = jax.jit(lambda p, x: formula.head.run(JaxOps(), p, x))(calibrated.params, jnp.asarray(x, jnp.int32))
@@ -93,7 +93,9 @@ def test_heads_and_bit_widths_can_be_stacked_under_vmap():
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), tokens=st.integers(2, 6))
 def test_a_row_sees_only_rows_before_it(formula, seed, tokens):
-    calibrated = formula.head.calibrate(random_head(seed, 7, 3), random_inputs(seed, 3, 6, 7), Bits.of(4), 6)
+    calibrated = formula.head.calibrate(
+        random_head(seed, 7, 3), random_inputs(seed, 3, 6, 7), Bits.of(4), 6, **formula.options
+    )
     x = integers(calibrated, random_inputs(seed + 1, 1, tokens, 7)[0])
     whole = formula.head.run(NumpyOps(), calibrated.params, x)
     shorter = formula.head.run(NumpyOps(), calibrated.params, x[:-1])
@@ -102,7 +104,7 @@ def test_a_row_sees_only_rows_before_it(formula, seed, tokens):
 
 def head_error(formula: attention.Formula, bits: int, seed: int, sharpness: float = 1.0) -> float:
     head = random_head(seed, 24, 8, sharpness=sharpness)
-    calibrated = formula.head.calibrate(head, random_inputs(seed, 30, 6, 24), Bits.of(bits), 6)
+    calibrated = formula.head.calibrate(head, random_inputs(seed, 30, 6, 24), Bits.of(bits), 6, **formula.options)
     difference = norm = 0.0
     for x in random_inputs(seed + 7, 10, 6, 24):
         wanted = float_head(head, x)
@@ -159,17 +161,21 @@ def concrete():
 def test_numpy_equals_jax_equals_simulated_equals_decrypted(concrete, formula, seed, width, head_dim, tokens, bits):
     head = random_head(seed, width, head_dim)
     inputs = random_inputs(seed, 40, tokens, width)
-    calibrated = formula.head.calibrate(head, inputs, Bits.of(bits), tokens)
+    calibrated = formula.head.calibrate(head, inputs, Bits.of(bits), tokens, **formula.options)
     inputset = [(integers(calibrated, x),) for x in inputs]
     circuit = concrete.compile(
-        formula.head.run, calibrated.params, inputset, fhe.Settings(p_error=1e-6, rounding="none")
+        {"head": fhe.Function(formula.head.run, inputset)},
+        calibrated.params,
+        fhe.Settings(p_error=1e-6, rounding="none"),
     )
     keys = circuit.make_keys()
     for (x,) in inputset[:3]:
         wanted = formula.head.run(NumpyOps(), calibrated.params, x)
         in_jax = formula.head.run(JaxOps(), calibrated.params, jnp.asarray(x, jnp.int32))
-        decrypted = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, x), keys.evaluation))
-        for exact, *others in zip(wanted, in_jax, circuit.simulate(x), decrypted, strict=True):
+        decrypted = circuit.decrypt(
+            keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation)
+        )
+        for exact, *others in zip(wanted, in_jax, circuit.simulate("head", x), decrypted, strict=True):
             assert all(np.array_equal(exact, other) for other in others)
 
 
@@ -178,10 +184,12 @@ def test_a_block_decrypts_to_its_integers(concrete):
     inputs = random_inputs(5, 40, 2, 4)
     calibrated = BLOCK.calibrate(heads, inputs, Bits.of(2), 2)
     inputset = [(integers(calibrated, x),) for x in inputs]
-    circuit = concrete.compile(BLOCK.run, calibrated.params, inputset, fhe.Settings(p_error=1e-6, rounding="none"))
+    circuit = concrete.compile(
+        {"head": fhe.Function(BLOCK.run, inputset)}, calibrated.params, fhe.Settings(p_error=1e-6, rounding="none")
+    )
     keys = circuit.make_keys()
     x = inputset[0][0]
-    (decrypted,) = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, x), keys.evaluation))
+    (decrypted,) = circuit.decrypt(keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation))
     assert np.array_equal(BLOCK.run(NumpyOps(), calibrated.params, x)[0], decrypted)
     assert "projection" not in circuit.report.pbs_by_stage  # clear weights cost no lookup
 

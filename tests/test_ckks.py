@@ -12,7 +12,7 @@ from fhe.packing import Layout, SlotMachine, project
 
 pytest.importorskip("tenseal", reason="the CKKS engine is optional")
 
-from fhe import ckks
+from fhe import ckks, wire
 from jaxgpt2 import attention
 from jaxgpt2.attention import polynomial
 from jaxgpt2.attention.formula import HeadWeights, float_head
@@ -50,9 +50,9 @@ def numbers(seed: int) -> np.ndarray:
 PARAMS = np.random.default_rng(0).normal(size=(20, 4)) * 0.2, np.arange(4.0)
 
 
-def functions() -> dict[str, ckks.SlotFunction]:
-    first = ckks.SlotFunction(everything, [(numbers(i), numbers(i + 9)) for i in range(3)])
-    second = ckks.SlotFunction(with_kept, [(numbers(1), numbers(2))], ((), (ckks.Output("everything", 1),)))
+def functions() -> dict[str, fhe.Function]:
+    first = fhe.Function(everything, [(numbers(i), numbers(i + 9)) for i in range(3)])
+    second = fhe.Function(with_kept, [(numbers(1), numbers(2))], ((), (fhe.Output("everything", 1),)))
     return {"second": second, "everything": first}  # the order does not matter
 
 
@@ -73,7 +73,8 @@ def test_ciphertexts_do_what_the_machine_does(circuit, keys):
     wanted, kept = circuit.simulate("everything", x, y)
     (found,) = circuit.decrypt(keys, "everything", results[:1])
     assert close(found, wanted)
-    (found,) = circuit.decrypt(keys, "second", circuit.run("second", [blobs[0], results[1]], keys.evaluation)[:1])
+    again = circuit.encrypt(keys, "second", x)
+    (found,) = circuit.decrypt(keys, "second", circuit.run("second", [*again, results[1]], keys.evaluation)[:1])
     assert close(found, circuit.simulate("second", x, kept)[0])
 
     machine = SlotMachine(SLOTS)
@@ -84,7 +85,7 @@ def test_ciphertexts_do_what_the_machine_does(circuit, keys):
 
 def test_a_prepared_function_has_nothing_left_to_encode(keys):
     circuit = ckks.CKKSBackend().compile(functions(), PARAMS)
-    for name in circuit.signatures:
+    for name in functions():
         circuit.prepare(name)
     encoded = dict(circuit._engine._encoded)
     keys = circuit.make_keys()
@@ -119,7 +120,13 @@ def test_keys_hold_the_rotations_in_use_and_no_others(circuit, keys):
     assert 5 not in machine.tally.rotations
     with pytest.raises(ValueError, match="not present"):
         ops = ckks.CKKSOps(circuit._engine, *_loaded(circuit, keys))
-        ops.rotate(circuit._ciphertext(circuit.encrypt(keys, "second", numbers(0))[0], keys.id), 5)
+        ops.rotate(_input(circuit, keys), 5)
+
+
+def _input(circuit, keys):
+    return circuit._ciphertext(
+        wire.unpack(circuit.encrypt(keys, "second", numbers(0))[0], "input 0 of second", circuit.id).parts[0]
+    )
 
 
 def _loaded(circuit, keys):
@@ -179,10 +186,10 @@ def test_damaged_files(circuit, tmp_path):
 def test_keys_and_ciphertexts_of_another_client_or_circuit(circuit, keys):
     blobs = circuit.encrypt(keys, "everything", numbers(1), numbers(2))
     other = circuit.make_keys()
-    with pytest.raises(fhe.KeyMismatch, match="belong to keys"):
+    with pytest.raises(fhe.KeyMismatch, match="made with keys"):
         circuit.run("everything", blobs, other.evaluation)
     elsewhere = ckks.CKKSBackend().compile(functions(), (PARAMS[0] * 2, PARAMS[1]))
-    with pytest.raises(fhe.KeyMismatch, match="belong to circuit"):
+    with pytest.raises(fhe.KeyMismatch, match="made for circuit"):
         elsewhere.encrypt(keys, "second", numbers(1))
     with pytest.raises(fhe.KeyMismatch, match="not keys of the ckks backend"):
         circuit.encrypt(object(), "second", numbers(1))
@@ -192,15 +199,15 @@ def test_inputs_that_do_not_fit(circuit, keys):
     x = numbers(1)
     with pytest.raises(ValueError, match="no function 'third'"):
         circuit.encrypt(keys, "third", x)
-    with pytest.raises(ValueError, match="takes 2 inputs from a client, got 1"):
+    with pytest.raises(ValueError, match="are 2 arrays, not 1"):
         circuit.encrypt(keys, "everything", x)
     with pytest.raises(ValueError, match="finite"):
         circuit.encrypt(keys, "second", x * np.nan)
     with pytest.raises(ValueError, match="finite"):
         circuit.encrypt(keys, "second", x[:10])
     blobs = circuit.encrypt(keys, "everything", x, x)
-    with pytest.raises(fhe.CircuitFormatError, match="comes at depth 0, wanted 1"):
-        circuit.run("second", blobs, keys.evaluation)
+    with pytest.raises(fhe.CircuitFormatError, match="expected output 1 of everything"):
+        circuit.run("second", circuit.encrypt(keys, "second", x) * 2, keys.evaluation)
     with pytest.raises(fhe.CircuitFormatError, match="checksum"):
         circuit.run("everything", [blobs[0], blobs[1][:-1] + b"?"], keys.evaluation)
 
@@ -209,33 +216,33 @@ def test_parameters_below_128_bits_are_refused():
     with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
         ckks.Parameters(ring=8192, levels=8, scale_bits=40, headroom_bits=10)
     with pytest.raises(fhe.InsecureParameters, match="too few to compute with"):
-        ckks.Parameters.choose(8192, 20, ckks.CKKSSettings())
+        ckks.Parameters.choose(8192, 20, 14)
     with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
-        ckks.CKKSBackend().compile(functions(), PARAMS, ckks.CKKSSettings(scale_bits=60))
+        ckks.CKKSBackend(scale_bits=60).compile(functions(), PARAMS)
 
 
 @pytest.mark.parametrize("ring", [8192, 16384, 32768])
 def test_chosen_parameters_use_what_is_secure(ring):
-    parameters = ckks.Parameters.choose(ring, 4, ckks.CKKSSettings())
+    parameters = ckks.Parameters.choose(ring, 4, 14)
     assert parameters.total_bits <= ckks.most_bits(ring)
     assert parameters.scale_bits == 40 or parameters.total_bits > ckks.most_bits(ring) - 6
     assert parameters.context().parameters_set()
 
 
 def test_numbers_too_large_for_the_moduli_are_refused_before_they_overflow():
-    function = {"f": ckks.SlotFunction(lambda ops, _, x: (ops.combine([x], [1e4]),), [(numbers(0),)])}
+    function = {"f": fhe.Function(lambda ops, _, x: (ops.combine([x], [1e4]),), [(numbers(0),)])}
     with pytest.raises(fhe.CompilationError, match="2 more bits of headroom"):
         ckks.CKKSBackend().compile(function, None)
-    ckks.CKKSBackend().compile(function, None, ckks.CKKSSettings(headroom_bits=17))
+    ckks.CKKSBackend(headroom_bits=17).compile(function, None)
 
 
 def test_functions_that_wait_for_each_other():
     inputset = [(numbers(1), numbers(2))]
-    loop = {"a": ckks.SlotFunction(with_kept, inputset, ((), (ckks.Output("a", 1),)))}
+    loop = {"a": fhe.Function(with_kept, inputset, ((), (fhe.Output("a", 1),)))}
     with pytest.raises(fhe.CompilationError, match="wait for each other"):
         ckks.CKKSBackend().compile(loop, PARAMS)
     uneven = functions() | {
-        "third": ckks.SlotFunction(with_kept, inputset, ((), (ckks.Output("everything", 1), ckks.Output("second", 1))))
+        "third": fhe.Function(with_kept, inputset, ((), (fhe.Output("everything", 1), fhe.Output("second", 1))))
     }
     with pytest.raises(fhe.CompilationError, match="several depths"):
         ckks.CKKSBackend().compile(uneven, PARAMS)
@@ -266,7 +273,7 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
         draw(size, width),
     )
     texts = [draw(tokens + 1, width) for _ in range(60)]
-    found = attention.get("polynomial").head.calibrate(weights, texts, Bits.of(4), 8)
+    found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=0)
     layout = polynomial.layout_for(found.params, 8192)
     bodies = polynomial.functions(layout, tokens + 1, cached=True)
 
@@ -276,10 +283,8 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     steps = [(layout.pack_one(x[tokens]), cache) for x, cache in zip(texts, caches, strict=False)]
     circuit = ckks.CKKSBackend().compile(
         {
-            "prompt": ckks.SlotFunction(bodies["prompt"], inputset),
-            "step_7": ckks.SlotFunction(
-                bodies["step_7"], steps, ((), (ckks.Output("prompt", 1), ckks.Output("step_7", 1)))
-            ),
+            "prompt": fhe.Function(bodies["prompt"], inputset),
+            "step_7": fhe.Function(bodies["step_7"], steps, ((), (fhe.Output("prompt", 1), fhe.Output("step_7", 1)))),
         },
         found.params,
     )

@@ -5,10 +5,11 @@ import pytest
 import scipy.special
 
 import helpers
+from jaxgpt2.attention import Recipe
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
 from jaxgpt2.gpt2 import GPT2, PromptError
-from jaxgpt2.hybrid import HybridGPT2, parse_heads
+from jaxgpt2.hybrid import HybridGPT2
 from jaxgpt2.quantize import Bits
 
 # The tokenizer of the random models has a token a byte.
@@ -21,7 +22,7 @@ def hybrid(tmp_path_factory) -> HybridGPT2:
     directory = tmp_path_factory.mktemp("three-heads")
     helpers.random_checkpoint(directory, n_embd=24, n_head=3)
     gpt2 = GPT2.from_pretrained(directory)
-    return HybridGPT2(gpt2, parse_heads("0.1", gpt2.config), bits=Bits.of(3)).calibrate(CALIBRATION, 8)
+    return HybridGPT2.protect(gpt2, "0.1", Recipe.of("lowrank", Bits.of(3))).calibrate(CALIBRATION, 8)
 
 
 def test_measures_equal_their_definitions(hybrid):

@@ -38,8 +38,8 @@ def small_head(ops, params, x):
     return both, scores.sum(axis=-1, keepdims=False).reshape((1, 3))
 
 
-def compiled(**changes: Any) -> Any:
-    return fhe.get_backend("clear").compile(small_head, PARAMS, INPUTSET, fhe.Settings(**changes))
+def compiled(function: Any = small_head, params: Any = PARAMS, inputset: Any = INPUTSET, **changes: Any) -> Any:
+    return fhe.get_backend("clear").compile({"head": fhe.Function(function, inputset)}, params, fhe.Settings(**changes))
 
 
 @given(
@@ -137,31 +137,33 @@ def test_round_trip():
     keys = circuit.make_keys()
     for sample in INPUTSET[:3]:
         expected = small_head(fhe.NumpyOps(), PARAMS, *sample)
-        decrypted = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, *sample), keys.evaluation))
-        for results in (circuit.simulate(*sample), decrypted):
+        decrypted = circuit.decrypt(
+            keys, "head", circuit.run("head", circuit.encrypt(keys, "head", *sample), keys.evaluation)
+        )
+        for results in (circuit.simulate("head", *sample), decrypted):
             assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_inputs_and_input_sets_are_checked():
     with pytest.raises(ValueError, match="shapes"):
-        compiled().simulate(np.zeros((2, 4), int))
-    with pytest.raises(ValueError, match="input set is empty"):
-        fhe.get_backend("clear").compile(small_head, PARAMS, [], fhe.Settings())
+        compiled().simulate("head", np.zeros((2, 4), int))
+    with pytest.raises(ValueError, match="input set of head is empty"):
+        compiled(inputset=[])
     with pytest.raises(ValueError, match="mixes shapes"):
-        fhe.get_backend("clear").compile(small_head, PARAMS, [*INPUTSET, (np.zeros((2, 4), int),)], fhe.Settings())
+        compiled(inputset=[*INPUTSET, (np.zeros((2, 4), int),)])
 
 
 def test_keys_belong_to_one_circuit(tmp_path):
     circuit = compiled()
-    other = fhe.get_backend("clear").compile(small_head, PARAMS | {"a": 1}, INPUTSET, fhe.Settings())
+    other = compiled(params=PARAMS | {"a": 1})
     keys, stranger = circuit.make_keys(), circuit.make_keys()
-    ciphertexts = circuit.encrypt(keys, *INPUTSET[0])
+    ciphertexts = circuit.encrypt(keys, "head", *INPUTSET[0])
     with pytest.raises(fhe.KeyMismatch, match="circuit"):
-        other.encrypt(keys, *INPUTSET[0])
+        other.encrypt(keys, "head", *INPUTSET[0])
     with pytest.raises(fhe.KeyMismatch, match="keys"):
-        circuit.run(ciphertexts, stranger.evaluation)
+        circuit.run("head", ciphertexts, stranger.evaluation)
     with pytest.raises(fhe.KeyMismatch, match="keys"):
-        circuit.decrypt(stranger, circuit.run(ciphertexts, keys.evaluation))
+        circuit.decrypt(stranger, "head", circuit.run("head", ciphertexts, keys.evaluation))
     keys.save(tmp_path / "keys")
     with pytest.raises(fhe.KeyMismatch, match="circuit"):
         other.load_keys(tmp_path / "keys")
@@ -189,7 +191,7 @@ def test_key_files_are_private_and_whole(tmp_path):
 @given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
 def test_any_flipped_byte_is_noticed(position, flip):
     data = bytearray(wire.pack("results", "circuit", "keys", [b"one", b"", b"three"]))
-    assert wire.unpack(bytes(data), "results", "circuit", "keys") == ("keys", [b"one", b"", b"three"])
+    assert wire.unpack(bytes(data), "results", "circuit", "keys") == ("keys", "results", [b"one", b"", b"three"])
     data[position % len(data)] ^= flip
     with pytest.raises(fhe.CircuitFormatError):
         wire.unpack(bytes(data), "results", "circuit", "keys")
@@ -200,11 +202,11 @@ def test_saved_circuit(tmp_path):
     circuit.save(tmp_path / "circuit")
     loaded = fhe.get_backend("clear").load(tmp_path / "circuit")
     assert (loaded.id, loaded.report) == (circuit.id, circuit.report)
-    assert np.array_equal(loaded.simulate(*INPUTSET[0])[0], circuit.simulate(*INPUTSET[0])[0])
+    assert np.array_equal(loaded.simulate("head", *INPUTSET[0])[0], circuit.simulate("head", *INPUTSET[0])[0])
     with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
         fhe.get_backend("clear").load(tmp_path)
-    nameless = fhe.get_backend("clear").compile(lambda ops, params, x: (x,), None, INPUTSET, fhe.Settings())
-    with pytest.raises(fhe.CompilationError, match="saved with its function's name"):
+    nameless = compiled(lambda ops, params, x: (x,), None)
+    with pytest.raises(fhe.CompilationError, match="saved with its functions' names"):
         nameless.save(tmp_path)
 
 
@@ -214,15 +216,15 @@ class CountingBackend(clear.ClearBackend):
     name = "counting"
     compilations = 0
 
-    def compile(self, function, params, inputset, settings):
+    def compile(self, functions, params, settings):
         self.compilations += 1
-        return super().compile(function, params, inputset, settings)
+        return super().compile(functions, params, settings)
 
 
 def test_a_third_backend(monkeypatch):
     monkeypatch.setattr(fhe.backend._registry, "factories", dict(fhe.backend._registry.factories))
     fhe.register_backend("counting", CountingBackend)
-    assert fhe.backends() == ("clear", "concrete", "counting")
+    assert fhe.backends() == ("ckks", "clear", "concrete", "counting")
     assert isinstance(fhe.get_backend("counting"), CountingBackend)
     with pytest.raises(ValueError, match="exists already"):
         fhe.register_backend("counting", CountingBackend)
@@ -230,15 +232,16 @@ def test_a_third_backend(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(fhe.UnknownBackend, match="unknown backend 'seal'; known: clear, concrete"):
+    with pytest.raises(fhe.UnknownBackend, match="unknown backend 'seal'; known: ckks, clear, concrete"):
         fhe.get_backend("seal")
 
 
 def test_circuits_are_cached(tmp_path, caplog):
     backend = CountingBackend()
 
-    def make(params=PARAMS, inputset=INPUTSET, rounding: Any = "exact"):
-        return fhe.compile_cached(backend, small_head, params, inputset, fhe.Settings(rounding=rounding), tmp_path)
+    def make(params=PARAMS, inputset=INPUTSET, rounding: Any = "exact", name="head"):
+        functions = {name: fhe.Function(small_head, inputset)}
+        return fhe.compile_cached(backend, functions, params, fhe.Settings(rounding=rounding), tmp_path)
 
     first = make()
     assert make().id == first.id
@@ -247,15 +250,16 @@ def test_circuits_are_cached(tmp_path, caplog):
     make(params=PARAMS | {"square": dataclasses.replace(SQUARE, low=-7)})
     make(inputset=INPUTSET[1:])
     make(rounding="none")
-    assert backend.compilations == 5
-    assert len(list(tmp_path.iterdir())) == 5  # nothing unfinished is left
+    make(name="other")
+    assert backend.compilations == 6
+    assert len(list(tmp_path.iterdir())) == 6  # nothing unfinished is left
     for entry in tmp_path.glob("*/circuit.bin"):
         entry.write_bytes(entry.read_bytes()[:100])
     with caplog.at_level(logging.WARNING, logger="fhe.cache"):
         make()
     assert "compiling again" in caplog.text
     make()
-    assert backend.compilations == 6
+    assert backend.compilations == 7
 
 
 def test_what_a_function_closes_over_is_hashed():
@@ -263,7 +267,8 @@ def test_what_a_function_closes_over_is_hashed():
         return lambda ops, params, x: (x * factor,)
 
     def fingerprint(function):
-        return cache.fingerprint(CountingBackend(), function, None, INPUTSET, fhe.Settings())
+        functions = {"head": fhe.Function(function, INPUTSET)}
+        return cache.fingerprint(CountingBackend(), functions, None, fhe.Settings())
 
     assert fingerprint(make(2)) == fingerprint(make(2)) != fingerprint(make(3))
     with pytest.raises(TypeError, match="cannot hash a object"):

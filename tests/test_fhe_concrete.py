@@ -66,11 +66,11 @@ INPUTSET = samples((2, 4), -2, 2)
 
 
 def compiled(function: Any = tiny_head, params: Any = PARAMS, inputset: Any = INPUTSET, **changes: Any) -> Any:
-    return fhe.get_backend(BACKEND).compile(function, params, inputset, fhe.Settings(**changes))
+    return fhe.get_backend(BACKEND).compile({"head": fhe.Function(function, inputset)}, params, fhe.Settings(**changes))
 
 
 def encrypted(circuit, keys, *inputs):
-    return circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, *inputs), keys.evaluation))
+    return circuit.decrypt(keys, "head", circuit.run("head", circuit.encrypt(keys, "head", *inputs), keys.evaluation))
 
 
 def assert_same(results, expected):
@@ -90,7 +90,7 @@ def test_head_is_numpys(head):
     circuit, keys = head
     for sample in INPUTSET[:2] + INPUTSET[-2:]:
         expected = tiny_head(fhe.NumpyOps(), PARAMS, *sample)
-        assert_same(circuit.simulate(*sample), expected)
+        assert_same(circuit.simulate("head", *sample), expected)
         assert_same(encrypted(circuit, keys, *sample), expected)
 
 
@@ -110,7 +110,7 @@ def test_report(head):
 @pytest.mark.parametrize("rounding", ["exact", "approximate", "none"])
 def test_clear_backend_counts_what_concrete_charges(rounding):
     settings = fhe.Settings(rounding=rounding)
-    report = fhe.get_backend("clear").compile(tiny_head, PARAMS, INPUTSET, settings).report
+    report = fhe.get_backend("clear").compile({"head": fhe.Function(tiny_head, INPUTSET)}, PARAMS, settings).report
     charged = compiled(rounding=rounding).report
     assert {stage: sum(widths.values()) for stage, widths in report.pbs_by_stage.items()} == {
         stage: sum(widths.values()) for stage, widths in charged.pbs_by_stage.items()
@@ -156,7 +156,7 @@ def test_random_functions_simulate_to_numpys(seed):
     function, params, inputset = random_function(seed)
     circuit = compiled(function, params, inputset, rounding=("none", "exact")[seed % 4 == 0])
     for sample in inputset[:3] + inputset[-2:]:
-        assert_same(circuit.simulate(*sample), function(fhe.NumpyOps(), params, *sample))
+        assert_same(circuit.simulate("head", *sample), function(fhe.NumpyOps(), params, *sample))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -186,7 +186,7 @@ def test_whatever_is_returned_decrypts(name):
     keys = circuit.make_keys()
     for sample in inputset[:2] + inputset[-2:]:
         expected = RETURNS[name](fhe.NumpyOps(), table, *sample)
-        assert_same(circuit.simulate(*sample), expected)
+        assert_same(circuit.simulate("head", *sample), expected)
         assert_same(encrypted(circuit, keys, *sample), expected)
 
 
@@ -201,7 +201,7 @@ def test_unsigned_times_signed_at_the_ends():
     circuit = compiled(function, table, ends)
     keys = circuit.make_keys()
     for sample in ends:
-        assert_same(circuit.simulate(*sample), (sample[0] * sample[1],))
+        assert_same(circuit.simulate("head", *sample), (sample[0] * sample[1],))
         assert_same(encrypted(circuit, keys, *sample), (sample[0] * sample[1],))
 
 
@@ -213,7 +213,7 @@ def test_approximate_rounding_gives_the_same_or_a_neighbouring_entry():
     assert circuit.report.pbs_count == 40
     keys = circuit.make_keys()
     x = np.concatenate((np.arange(-56, -36), np.arange(36, 56)))  # every boundary of both ends
-    off = [np.abs(results[0] - table(x)) for results in (circuit.simulate(x), encrypted(circuit, keys, x))]
+    off = [np.abs(results[0] - table(x)) for results in (circuit.simulate("head", x), encrypted(circuit, keys, x))]
     assert np.max(off) <= 1
     assert np.mean(off) < 0.5
     far = np.abs((x + 8) % 16 - 8) < 4  # more than four from a boundary: a neighbour would be a 2-sigma event
@@ -225,25 +225,27 @@ def test_another_process_can_go_on(head, tmp_path):
     circuit, keys = head
     circuit.save(tmp_path / "circuit")
     keys.save(tmp_path / "keys")
-    (tmp_path / "ciphertexts").write_bytes(circuit.encrypt(keys, *INPUTSET[0]))
+    (tmp_path / "ciphertexts").write_bytes(*circuit.encrypt(keys, "head", *INPUTSET[0]))
     (tmp_path / "evaluation").write_bytes(keys.evaluation)
     code = """if True:
         import sys, pathlib, numpy, fhe
         here = pathlib.Path(sys.argv[1])
         circuit = fhe.get_backend("concrete").load(here / "circuit")
-        results = circuit.run((here / "ciphertexts").read_bytes(), (here / "evaluation").read_bytes())
-        (here / "results").write_bytes(results)
+        results = circuit.run("head", [(here / "ciphertexts").read_bytes()], (here / "evaluation").read_bytes())
+        [(here / f"result{i}").write_bytes(result) for i, result in enumerate(results)]
         keys = circuit.load_keys(here / "keys")
         x = numpy.array(eval(sys.argv[2]))
-        decrypted = circuit.decrypt(keys, circuit.run(circuit.encrypt(keys, x), keys.evaluation))
-        print([y.tolist() for y in circuit.simulate(x)], [y.tolist() for y in decrypted], circuit.report.pbs_count)
+        results = circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation)
+        decrypted = circuit.decrypt(keys, "head", results)
+        simulated = circuit.simulate("head", x)
+        print([y.tolist() for y in simulated], [y.tolist() for y in decrypted], circuit.report.pbs_count)
     """
     arguments = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(INPUTSET[1][0].tolist())]
     result = subprocess.run(arguments, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     expected = [y.tolist() for y in tiny_head(fhe.NumpyOps(), PARAMS, *INPUTSET[1])]
     assert result.stdout == f"{expected} {expected} {circuit.report.pbs_count}\n"
-    results = circuit.decrypt(keys, (tmp_path / "results").read_bytes())
+    results = circuit.decrypt(keys, "head", [(tmp_path / f"result{i}").read_bytes() for i in range(2)])
     assert_same(results, tiny_head(fhe.NumpyOps(), PARAMS, *INPUTSET[0]))
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
@@ -262,7 +264,7 @@ def test_damaged_files_are_refused(head, tmp_path):
     with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
         backend.load(tmp_path / "absent")
     with pytest.raises(fhe.CircuitFormatError, match="damaged or cut short"):
-        circuit.run(circuit.encrypt(keys, *INPUTSET[0])[:-5], keys.evaluation)
+        circuit.run("head", [x[:-5] for x in circuit.encrypt(keys, "head", *INPUTSET[0])], keys.evaluation)
 
 
 def test_wrong_keys_are_refused(head, tmp_path):
@@ -270,13 +272,15 @@ def test_wrong_keys_are_refused(head, tmp_path):
     other = compiled(RETURNS["an input"], None, samples((2, 4), -2, 2))
     stranger = replace(keys, id="0" * 32)
     with pytest.raises(fhe.KeyMismatch, match="circuit"):
-        other.encrypt(keys, *INPUTSET[0])
+        other.encrypt(keys, "head", *INPUTSET[0])
     with pytest.raises(fhe.KeyMismatch, match="keys"):
-        circuit.decrypt(stranger, circuit.run(circuit.encrypt(keys, *INPUTSET[0]), keys.evaluation))
+        circuit.decrypt(
+            stranger, "head", circuit.run("head", circuit.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation)
+        )
     with pytest.raises(fhe.KeyMismatch, match="keys"):
-        circuit.run(circuit.encrypt(stranger, *INPUTSET[0]), keys.evaluation)
+        circuit.run("head", circuit.encrypt(stranger, "head", *INPUTSET[0]), keys.evaluation)
     with pytest.raises(fhe.KeyMismatch, match="ClearKeys"):
-        circuit.encrypt(clear.ClearKeys(circuit.id, keys.id), *INPUTSET[0])
+        circuit.encrypt(clear.ClearKeys(circuit.id, keys.id), "head", *INPUTSET[0])
     keys.save(tmp_path / "keys")
     with pytest.raises(fhe.KeyMismatch, match="circuit"):
         other.load_keys(tmp_path / "keys")
@@ -285,9 +289,9 @@ def test_wrong_keys_are_refused(head, tmp_path):
 def test_inputs_beyond_the_circuit_are_refused(head):
     circuit, keys = head
     with pytest.raises(ValueError):
-        circuit.encrypt(keys, np.full((2, 4), 1000))
+        circuit.encrypt(keys, "head", np.full((2, 4), 1000))
     with pytest.raises(ValueError):
-        circuit.encrypt(keys, np.zeros((3, 4), int))
+        circuit.encrypt(keys, "head", np.zeros((3, 4), int))
 
 
 def test_too_wide_a_lookup_says_where():
@@ -319,9 +323,10 @@ def test_cached_circuit_and_keys(head, tmp_path, monkeypatch):
     circuit, keys = head
     backend = fhe.get_backend(BACKEND)
     settings = fhe.Settings(rounding="none")
-    fhe.compile_cached(backend, tiny_head, PARAMS, INPUTSET, settings, tmp_path)
+    functions = {"head": fhe.Function(tiny_head, INPUTSET)}
+    fhe.compile_cached(backend, functions, PARAMS, settings, tmp_path)
     monkeypatch.setattr(type(backend), "compile", None)
-    again = fhe.compile_cached(backend, tiny_head, PARAMS, INPUTSET, settings, tmp_path)
+    again = fhe.compile_cached(backend, functions, PARAMS, settings, tmp_path)
     assert again.id == circuit.id
     keys.save(tmp_path / f"{circuit.id}.keys")
     monkeypatch.setattr(type(circuit), "make_keys", None)

@@ -7,6 +7,7 @@ import pytest
 import fhe
 import helpers
 from jaxgpt2 import attention
+from jaxgpt2.attention import Recipe
 from jaxgpt2.attention.formula import float_head
 from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import GPT2
@@ -27,7 +28,7 @@ def gpt2(tmp_path_factory) -> GPT2:
 
 def hybrid_of(gpt2: GPT2, heads: str, bits: int = 8, max_tokens: int = 8, formula: str | None = None) -> HybridGPT2:
     formula = formula or ("softmax" if "all" in heads else "lowrank")  # softmax has a whole-block form
-    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), formula, Bits.of(bits))
+    hybrid = HybridGPT2.protect(gpt2, heads, Recipe.of(formula, Bits.of(bits)))
     return hybrid.calibrate(CALIBRATION, max_tokens)
 
 
@@ -37,13 +38,13 @@ def token_ids(gpt2: GPT2, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("heads", ["0.0", "1.2", "0.1,1.0", "0.all", "1.all,0.2", "0.0,0.1,0.2"])
 def test_float_engine_gives_the_float_model(gpt2, heads):
-    hybrid = HybridGPT2(gpt2, parse_heads(heads, gpt2.config), "softmax")
+    hybrid = HybridGPT2.protect(gpt2, heads, Recipe.of("softmax", Bits.of(4)))
     tokens = token_ids(gpt2, "on a mat")
     assert np.allclose(hybrid.trace(tokens, "float").logits, gpt2(tokens), atol=1e-5)
 
 
 def test_contributions_are_the_heads_through_the_projection(gpt2):
-    hybrid = HybridGPT2(gpt2, parse_heads("0.2", gpt2.config))
+    hybrid = HybridGPT2.protect(gpt2, "0.2", Recipe.of("lowrank", Bits.of(4)))
     tokens = token_ids(gpt2, "on a mat")
     weights = head_weights(gpt2.model, 0, 2)
     block = gpt2.model.h[0]
@@ -90,7 +91,7 @@ def test_generate_works_in_every_mode_and_gives_the_same_text(gpt2):
 
 
 def test_no_mode_stands_in_for_another(gpt2):
-    bare = HybridGPT2(gpt2, parse_heads("0.1", gpt2.config))
+    bare = HybridGPT2.protect(gpt2, "0.1", Recipe.of("lowrank", Bits.of(4)))
     with pytest.raises(NotReady, match=r"0\.1 is not calibrated"):
         list(bare.generate(PROMPT, 2, "quantized"))
     with pytest.raises(NotReady, match=r"0\.1 is not calibrated"):
@@ -132,7 +133,7 @@ def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
 
 def test_a_formula_without_a_block_is_refused_for_a_block(gpt2):
     with pytest.raises(attention.FormulaError, match="'lowrank' has no whole-block form"):
-        HybridGPT2(gpt2, (Unit(0, None),), "lowrank")
+        HybridGPT2.protect(gpt2, "0.all", Recipe.of("lowrank", Bits.of(4)))
 
 
 def test_heads_are_read_in_order(gpt2):

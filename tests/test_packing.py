@@ -186,7 +186,7 @@ def test_the_machine_counts_by_stage_and_depth():
         z = machine.dot([y, y], [x, y])  # x is lowered to y's depth
     assert machine.tally.by_stage() == {
         "first": {"rotation": 1, "clear product": 2, "rescaling": 1},
-        "second": {"product": 2, "rescaling": 1},
+        "second": {"product": 2, "clear product": 1, "rescaling": 2},  # lowering takes one of each
     }
     assert machine.tally.depth == 2 and z.depth == 2
     assert np.allclose(y.values, 2 * np.arange(8) + np.roll(np.arange(8), 1) * (np.arange(8) >= 4))

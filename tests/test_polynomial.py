@@ -44,8 +44,12 @@ def head_and_texts(width: int = WIDTH, size: int = SIZE, texts: int = 30, seed: 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[HeadWeights, Calibrated, list[np.ndarray]]:
     weights, texts = head_and_texts()
-    program = attention.get("polynomial").head
-    return weights, program.calibrate(weights, texts[:20], Bits.of(4), 64), texts[20:]
+    return weights, calibrate(weights, texts[:20]), texts[20:]
+
+
+def calibrate(weights: HeadWeights, texts: list[np.ndarray], **options: int) -> Calibrated:
+    formula = attention.get("polynomial")
+    return formula.head.calibrate(weights, texts, Bits.of(4), 64, **{**formula.options, **options})
 
 
 def error(given: np.ndarray, wanted: np.ndarray) -> float:
@@ -69,6 +73,13 @@ def test_rounded_in_jax_it_is_the_same_head(calibrated):
         levels = quantize_input(found, jnp.asarray(x, jnp.float32))
         output = program.decode(found.decoding, program.run(JaxOps(), found.params, levels))
         assert error(np.asarray(output), float_head(weights, x)) < 0.05
+
+
+@pytest.mark.parametrize("squarings", [2, 3, 4])
+def test_squarings_can_be_chosen(squarings):
+    weights, texts = head_and_texts(texts=5)
+    found = calibrate(weights, texts, squarings=squarings)
+    assert found.params.constants.shape == (squarings,) and found.params.constants[-1] == 0
 
 
 def test_no_row_depends_on_a_later_one(calibrated):
@@ -118,7 +129,7 @@ def on_slots(layout: Layout, params: PolynomialParams, x: np.ndarray) -> tuple[l
 @functools.cache
 def calibrated_at(width: int, size: int) -> tuple[Calibrated, list[np.ndarray]]:
     weights, texts = head_and_texts(width, size, texts=12)
-    return attention.get("polynomial").head.calibrate(weights, texts, Bits.of(4), 64), texts
+    return calibrate(weights, texts), texts
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 13, 32])
@@ -206,9 +217,8 @@ def test_an_input_far_out_of_range_is_noticed(calibrated):
 def test_low_rank_takes_fewer_slots_and_products():
     weights, texts = head_and_texts(100, 64)
     calls = {}
-    for rank in (None, 15):
-        formula = polynomial.polynomial_formula("ranks", rank, rank and 16)
-        found = formula.head.calibrate(weights, texts, Bits.of(4), 64)
+    for rank in (0, 15):
+        found = calibrate(weights, texts, score_rank=rank, value_rank=rank and 16)
         layout = polynomial.layout_for(found.params, 8192)
         machine = SlotMachine(layout.slots)
         x = [machine.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]

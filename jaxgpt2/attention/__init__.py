@@ -11,6 +11,7 @@ from jaxgpt2.attention.formula import (
     FormulaError,
     HeadWeights,
     Program,
+    Recipe,
     formulas,
     get,
     register,
@@ -23,4 +24,4 @@ register(SOFTMAX)
 register(LOWRANK)
 register(POLYNOMIAL)
 
-__all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "formulas", "get", "register"]
+__all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "Recipe", "formulas", "get", "register"]

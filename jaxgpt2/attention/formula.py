@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -63,9 +63,9 @@ class Program:
         run: `run(ops, params, x)`: integers (T, C) to a tuple of integer arrays, causal: row i of every result
             depends on rows 0 to i of x alone, so that a text may be padded at its end. Uses operators, methods and
             `ops` (see `fhe.Ops`) only, and never asks which namespace it got.
-        calibrate: `calibrate(weights, inputs, bits, max_tokens)`: a Calibrated from float weights and calibration
-            inputs, a sequence of (T, C) float64 arrays of at most max_tokens rows, one for each passage. `weights`
-            is a HeadWeights for a head, a tuple of them for a block.
+        calibrate: `calibrate(weights, inputs, bits, max_tokens, **options)`: a Calibrated from float weights and
+            calibration inputs, a sequence of (T, C) float64 arrays of at most max_tokens rows, one for each passage.
+            `weights` is a HeadWeights for a head, a tuple of them for a block; `options` are all of the formula's.
         decode: `decode(decoding, outputs)`: the decrypted integers to reals, in JAX: the head's output (T, D), or
             for a block what it adds to the residual stream less the bias of its projection, (T, C).
     """
@@ -84,12 +84,66 @@ class Formula:
         head: computes one head.
         block: computes all heads of a layer and their output projection; None if the formula has no such program.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
+        options: what else may be chosen, such as ranks: names and default values.
     """
 
     name: str
     head: Program
     block: Program | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head is computed: everything that may be chosen before calibration.
+
+    Args:
+        formula: name of the attention formula.
+        bits: widths of its integers.
+        options: the formula's options that differ from its defaults, in order of their names.
+
+    Raises:
+        FormulaError: no such formula, or an option that it does not have.
+    """
+
+    formula: str
+    bits: Bits
+    options: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        known = get(self.formula).options
+        for name, _ in self.options:
+            if name not in known:
+                there = f"it has: {', '.join(known)}" if known else "it has none"
+                raise FormulaError(f"formula {self.formula!r} has no option {name!r}; {there}")
+
+    @classmethod
+    def of(cls, formula: str, bits: Bits | int, options: Mapping[str, int] | None = None) -> Recipe:
+        """`bits` as a number stands for inputs, weights and activations, with lookups that see two bits more."""
+        widths = bits if isinstance(bits, Bits) else Bits.of(bits, lookup=bits + 2)
+        return cls(formula, widths, tuple(sorted((options or {}).items())))
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """All options of the formula, defaults included."""
+        return {**get(self.formula).options, **dict(self.options)}
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes and `from_json` reads."""
+        return {"attention": self.formula, "bits": asdict(self.bits), "options": self.settings}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Recipe:
+        """The recipe that `to_json` wrote.
+
+        Raises:
+            FormulaError: it is not of that form; InputError: a formula, an option or a width that does not exist.
+        """
+        try:
+            return cls.of(data["attention"], Bits(**data["bits"]), data.get("options", {}))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise FormulaError(f"wanted a recipe with attention, bits and options, got {data!r:.80}") from error
 
 
 _FORMULAS: dict[str, Formula] = {}

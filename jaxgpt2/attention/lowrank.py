@@ -157,75 +157,78 @@ def best_scale(values: np.ndarray, bits: int) -> float:
     return min((largest * factor for factor in np.linspace(0.3, 1.0, 29)), key=error)
 
 
-def make_calibrate(score_rank: int, value_rank: int):
-    """A `calibrate` for these ranks; a head_dim below them bounds them."""
+def calibrate(
+    weights: HeadWeights,
+    inputs: Sequence[np.ndarray],
+    bits: Bits,
+    max_tokens: int,
+    score_rank: int,
+    value_rank: int,
+) -> Calibrated:
+    """The head in integers; a head_dim below the ranks bounds them."""
+    levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
+    head_dim = weights.query.shape[1]
+    rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
+    real = np.concatenate(inputs)
+    starts = np.cumsum([len(passage) for passage in inputs])[:-1]
+    input_scale = np.array([best_scale(feature, bits.inputs) for feature in real.T])
+    limit = largest_level(bits.inputs)
+    x = np.clip(np.rint(real / input_scale), -limit, limit).astype(np.int64)
 
-    def calibrate(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int) -> Calibrated:
-        levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
-        head_dim = weights.query.shape[1]
-        rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
-        real = np.concatenate(inputs)
-        starts = np.cumsum([len(passage) for passage in inputs])[:-1]
-        input_scale = np.array([best_scale(feature, bits.inputs) for feature in real.T])
-        limit = largest_level(bits.inputs)
-        x = np.clip(np.rint(real / input_scale), -limit, limit).astype(np.int64)
+    # Float factors, from float activations.
+    q = real @ weights.query + weights.query_bias
+    k = real @ weights.key  # its bias shifts whole rows of scores
+    v = real @ weights.value
+    k_mean, v_mean = k.mean(axis=0), v.mean(axis=0)
+    p_query, p_key = factor_scores(q, k - k_mean, rank)
+    p_value, basis = factor_values(v - v_mean, weights.output, width)
 
-        # Float factors, from float activations.
-        q = real @ weights.query + weights.query_bias
-        k = real @ weights.key  # its bias shifts whole rows of scores
-        v = real @ weights.value
-        k_mean, v_mean = k.mean(axis=0), v.mean(axis=0)
-        p_query, p_key = factor_scores(q, k - k_mean, rank)
-        p_value, basis = factor_values(v - v_mean, weights.output, width)
+    # Integer projections. The input scales go into the weights.
+    scaled = input_scale[:, None]
+    query, q, q_step = calibrate_projection(
+        "query", scaled * weights.query @ p_query, weights.query_bias @ p_query, x, bits, best_scale
+    )
+    key, k, k_step = calibrate_projection("key", scaled * weights.key @ p_key, -k_mean @ p_key, x, bits, best_scale)
+    value, _, v_step = calibrate_projection(
+        "value", scaled * weights.value @ p_value, -v_mean @ p_value, x, bits, best_scale
+    )
 
-        # Integer projections. The input scales go into the weights.
-        scaled = input_scale[:, None]
-        query, q, q_step = calibrate_projection(
-            "query", scaled * weights.query @ p_query, weights.query_bias @ p_query, x, bits, best_scale
-        )
-        key, k, k_step = calibrate_projection("key", scaled * weights.key @ p_key, -k_mean @ p_key, x, bits, best_scale)
-        value, _, v_step = calibrate_projection(
-            "value", scaled * weights.value @ p_value, -v_mean @ p_value, x, bits, best_scale
-        )
-
-        # Scores in steps of 2 q k, the predicted row maximum in SHIFT_STEPS-ths of them.
-        step = q_step * k_step / 2 / SHIFT_STEPS
-        scores = [2 * SHIFT_STEPS * (a @ b.T) for a, b in zip(np.split(q, starts), np.split(k, starts), strict=True)]
-        causal = [np.where(np.tri(len(s), dtype=bool), s * step, -np.inf) for s in scores]
-        maxima = np.concatenate([s.max(axis=1) for s in causal])
-        shift_weight, shift_bias = predict_row_maxima(x * input_scale, maxima)
-        integer_shift = np.rint(shift_weight * input_scale / step).astype(np.int64)[:, None]
-        integer_bias = np.rint([shift_bias / step]).astype(np.int64)
-        shifts = x @ integer_shift + integer_bias  # (N, 1)
-        below = [s - m for s, m in zip(scores, np.split(shifts, starts), strict=True)]
-        lower = np.concatenate([b[np.tri(len(b), dtype=bool)] for b in below])
-        reach = max(1, min(HEADROOM * int(np.abs(lower).max()), 2**30))
-        bound = 2 * SHIFT_STEPS * rank * levels**2 + projection_bound(integer_shift, integer_bias, limit)
-        check_accumulator("softmax", bound)
-        offset = best_offset(causal, [b * step for b in below], largest_weight)
-        exponential = symmetric_table(
-            lambda s: np.minimum(largest_weight, np.rint(largest_weight * np.exp(np.minimum(s * step - offset, 0.0)))),
-            min(reach, bound),
-            EXPONENTIAL_BITS[1] if bits.lookup is None else max(bits.lookup, EXPONENTIAL_BITS[0]),
-        )
-        check_accumulator("output", max_tokens * 2 * largest_weight * levels)
-        params = LowRankParams(
-            query=query,
-            key=key,
-            value=value,
-            shift_weight=integer_shift,
-            shift_bias=integer_bias,
-            level_square=Table.build(np.square, -levels, levels),
-            sum_square=Table.build(np.square, -2 * levels, 2 * levels),
-            exponential=exponential,
-            weight_square=Table.build(np.square, 0, largest_weight),
-            mixed_square=Table.build(np.square, -levels, levels + largest_weight),
-            largest_weight=largest_weight,
-        )
-        decoding = LowRankDecoding(np.asarray(v_step / 2), basis, v_mean + weights.value_bias)
-        return Calibrated(params, input_scale, decoding, bits, max_tokens)
-
-    return calibrate
+    # Scores in steps of 2 q k, the predicted row maximum in SHIFT_STEPS-ths of them.
+    step = q_step * k_step / 2 / SHIFT_STEPS
+    scores = [2 * SHIFT_STEPS * (a @ b.T) for a, b in zip(np.split(q, starts), np.split(k, starts), strict=True)]
+    causal = [np.where(np.tri(len(s), dtype=bool), s * step, -np.inf) for s in scores]
+    maxima = np.concatenate([s.max(axis=1) for s in causal])
+    shift_weight, shift_bias = predict_row_maxima(x * input_scale, maxima)
+    integer_shift = np.rint(shift_weight * input_scale / step).astype(np.int64)[:, None]
+    integer_bias = np.rint([shift_bias / step]).astype(np.int64)
+    shifts = x @ integer_shift + integer_bias  # (N, 1)
+    below = [s - m for s, m in zip(scores, np.split(shifts, starts), strict=True)]
+    lower = np.concatenate([b[np.tri(len(b), dtype=bool)] for b in below])
+    reach = max(1, min(HEADROOM * int(np.abs(lower).max()), 2**30))
+    bound = 2 * SHIFT_STEPS * rank * levels**2 + projection_bound(integer_shift, integer_bias, limit)
+    check_accumulator("softmax", bound)
+    offset = best_offset(causal, [b * step for b in below], largest_weight)
+    exponential = symmetric_table(
+        lambda s: np.minimum(largest_weight, np.rint(largest_weight * np.exp(np.minimum(s * step - offset, 0.0)))),
+        min(reach, bound),
+        EXPONENTIAL_BITS[1] if bits.lookup is None else max(bits.lookup, EXPONENTIAL_BITS[0]),
+    )
+    check_accumulator("output", max_tokens * 2 * largest_weight * levels)
+    params = LowRankParams(
+        query=query,
+        key=key,
+        value=value,
+        shift_weight=integer_shift,
+        shift_bias=integer_bias,
+        level_square=Table.build(np.square, -levels, levels),
+        sum_square=Table.build(np.square, -2 * levels, 2 * levels),
+        exponential=exponential,
+        weight_square=Table.build(np.square, 0, largest_weight),
+        mixed_square=Table.build(np.square, -levels, levels + largest_weight),
+        largest_weight=largest_weight,
+    )
+    decoding = LowRankDecoding(np.asarray(v_step / 2), basis, v_mean + weights.value_bias)
+    return Calibrated(params, input_scale, decoding, bits, max_tokens)
 
 
 def best_offset(scores: list[np.ndarray], below: list[np.ndarray], largest_weight: int) -> float:
@@ -258,9 +261,4 @@ def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Arr
     return numerators / jnp.maximum(denominators, 1.0) * step @ basis + mean
 
 
-def lowrank(name: str, score_rank: int, value_rank: int) -> Formula:
-    """The formula with these ranks, to be registered under a name of its own."""
-    return Formula(name, head=Program(run_head, make_calibrate(score_rank, value_rank), decode))
-
-
-LOWRANK = lowrank("lowrank", score_rank=16, value_rank=32)
+LOWRANK = Formula("lowrank", head=Program(run_head, calibrate, decode), options={"score_rank": 16, "value_rank": 32})

@@ -48,6 +48,10 @@ from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
 from jaxgpt2.attention.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
 from jaxgpt2.quantize import Bits, scale_for
 
+# What the polynomial alone may change, relative to the head's output, and the squarings tried to get there.
+POLYNOMIAL_ERROR = 0.01
+SQUARINGS = (3, 4, 5)
+
 # The client rounds its input to so many bits of the largest that calibration saw; in CKKS that costs nothing.
 INPUT_BITS = 12
 
@@ -198,85 +202,83 @@ def fit(pairs: Pairs, squarings: int) -> tuple[float, float, np.ndarray, float]:
     return float(best.x[0]), float(best.x[1]), np.append(best.x[2:], 0.0), float(best.fun)
 
 
-def make_calibrate(
-    score_rank: int | None = None,
-    value_rank: int | None = None,
-    tolerance: float = 0.01,
-    squarings: tuple[int, int] = (3, 5),
-):
-    """A `calibrate` for these ranks; None for the head's own, of which the scores give one dimension to the shift.
+def calibrate(
+    weights: HeadWeights,
+    inputs: Sequence[np.ndarray],
+    bits: Bits,
+    max_tokens: int,
+    *,
+    score_rank: int,
+    value_rank: int,
+    squarings: int,
+) -> Calibrated:
+    """Ranks of 0 are the head's own, of which the scores give one dimension to the shift.
 
-    tolerance: of the head's relative error, on the calibration activations, from the polynomial alone; the squarings
-    are the least within their bounds that reach it.
+    squarings: of the polynomial; 0 for the fewest, 3 to 5, whose error on the calibration activations is at most
+    POLYNOMIAL_ERROR of the head's output. `bits` play no part: the engine's numbers have the precision that they have.
     """
+    head_dim = weights.query.shape[1]
+    width = min(value_rank or head_dim, head_dim)
+    slots = power_of_two(max(min(score_rank + 1, head_dim) if score_rank else head_dim, width))
+    rank = min(score_rank or head_dim, slots - 1)
+    real = np.concatenate(inputs)
+    cuts = np.cumsum([len(passage) for passage in inputs])[:-1]
 
-    def calibrate(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int) -> Calibrated:
-        head_dim = weights.query.shape[1]
-        width = min(value_rank or head_dim, head_dim)
-        slots = power_of_two(max(min(score_rank + 1, head_dim) if score_rank else head_dim, width))
-        rank = min(score_rank or head_dim, slots - 1)
-        real = np.concatenate(inputs)
-        cuts = np.cumsum([len(passage) for passage in inputs])[:-1]
+    q = real @ weights.query + weights.query_bias
+    k = real @ weights.key  # its bias shifts whole rows of scores
+    v = real @ weights.value
+    k_mean, v_mean = k.mean(axis=0), v.mean(axis=0)
+    p_query, p_key = factor_scores(q, k - k_mean, rank)
+    p_value, basis = factor_values(v - v_mean, weights.output, width)
+    q, k, v = q @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
 
-        q = real @ weights.query + weights.query_bias
-        k = real @ weights.key  # its bias shifts whole rows of scores
-        v = real @ weights.value
-        k_mean, v_mean = k.mean(axis=0), v.mean(axis=0)
-        p_query, p_key = factor_scores(q, k - k_mean, rank)
-        p_value, basis = factor_values(v - v_mean, weights.output, width)
-        q, k, v = q @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
+    texts = [a @ b.T for a, b in zip(np.split(q, cuts), np.split(k, cuts), strict=True)]
+    maxima = np.concatenate([np.where(np.tri(len(s), dtype=bool), s, -np.inf).max(axis=1) for s in texts])
+    shift_weight, shift_bias = predict_row_maxima(real, maxima)
+    pairs = causal_pairs(texts, np.split(real @ shift_weight + shift_bias, cuts))
 
-        texts = [a @ b.T for a, b in zip(np.split(q, cuts), np.split(k, cuts), strict=True)]
-        maxima = np.concatenate([np.where(np.tri(len(s), dtype=bool), s, -np.inf).max(axis=1) for s in texts])
-        shift_weight, shift_bias = predict_row_maxima(real, maxima)
-        pairs = causal_pairs(texts, np.split(real @ shift_weight + shift_bias, cuts))
+    columns = np.concatenate([np.concatenate([np.arange(r + 1) for r in range(len(s))]) for s in texts])
+    first = np.repeat([0, *cuts], [len(s) * (len(s) + 1) // 2 for s in texts])
+    taken = v[first + columns]  # (N, W): the value of each pair
+    wanted = np.add.reduceat(pairs.weights[:, None] * taken, pairs.starts)
+    for count in (squarings,) if squarings else SQUARINGS:
+        scale, start, constants, _ = fit(pairs, count)
+        e = polynomial(scale, start, constants, pairs.scores)
+        denominators = np.add.reduceat(e, pairs.starts)
+        given = np.add.reduceat(e[:, None] * taken, pairs.starts) / denominators[:, None]
+        if np.linalg.norm(given - wanted) <= POLYNOMIAL_ERROR * np.linalg.norm(wanted):
+            break
 
-        columns = np.concatenate([np.concatenate([np.arange(r + 1) for r in range(len(s))]) for s in texts])
-        first = np.repeat([0, *cuts], [len(s) * (len(s) + 1) // 2 for s in texts])
-        taken = v[first + columns]  # (N, W): the value of each pair
-        wanted = np.add.reduceat(pairs.weights[:, None] * taken, pairs.starts)
-        for count in range(squarings[0], squarings[1] + 1):
-            scale, start, constants, _ = fit(pairs, count)
-            e = polynomial(scale, start, constants, pairs.scores)
-            denominators = np.add.reduceat(e, pairs.starts)
-            given = np.add.reduceat(e[:, None] * taken, pairs.starts) / denominators[:, None]
-            if np.linalg.norm(given - wanted) <= tolerance * np.linalg.norm(wanted):
-                break
+    # (c x)^2 + c^2 g = c^2 (x^2 + g): a factor of the weights costs nothing.
+    factor = (LARGEST_DENOMINATOR / denominators.max()) ** 0.5 ** len(constants)
+    constants = constants * factor**2.0 ** np.arange(1, len(constants) + 1)
+    v_scale = np.abs(v).max(initial=1e-9)
+    denominators = denominators * LARGEST_DENOMINATOR / denominators.max()
 
-        # (c x)^2 + c^2 g = c^2 (x^2 + g): a factor of the weights costs nothing.
-        factor = (LARGEST_DENOMINATOR / denominators.max()) ** 0.5 ** len(constants)
-        constants = constants * factor**2.0 ** np.arange(1, len(constants) + 1)
-        v_scale = np.abs(v).max(initial=1e-9)
-        denominators = denominators * LARGEST_DENOMINATOR / denominators.max()
-
-        # The shift is one more dimension, of the same size on both sides; then both sides are turned.
-        size = np.sqrt(np.abs(maxima).mean() + 1e-9)
-        turn = rotation(slots, 2)[: rank + 1]
-        query = np.column_stack([weights.query @ p_query, -shift_weight / size]) @ turn * (scale * factor)
-        query_bias = np.append(weights.query_bias @ p_query, -shift_bias / size) @ turn * (scale * factor)
-        key = np.column_stack([weights.key @ p_key, np.zeros(len(weights.key))]) @ turn
-        key_bias = np.append(-k_mean @ p_key, size) @ turn
-        balance = np.sqrt(
-            np.linalg.norm(real @ query + query_bias) / max(np.linalg.norm(real @ key + key_bias), 1e-9) + 1e-9
-        )
-        input_step = np.array([scale_for(feature, INPUT_BITS) for feature in real.T])
-        params = PolynomialParams(
-            input_step=input_step,
-            query=query / balance,
-            query_bias=query_bias / balance,
-            key=key * balance,
-            key_bias=key_bias * balance,
-            value=weights.value @ p_value / v_scale,
-            value_bias=-v_mean @ p_value / v_scale,
-            start=np.asarray(start * factor),
-            constants=constants,
-        )
-        decoding = PolynomialDecoding(
-            basis * v_scale, v_mean + weights.value_bias, denominators.min(), denominators.max()
-        )
-        return Calibrated(params, input_step, decoding, Bits(INPUT_BITS, INPUT_BITS, INPUT_BITS), max_tokens)
-
-    return calibrate
+    # The shift is one more dimension, of the same size on both sides; then both sides are turned.
+    size = np.sqrt(np.abs(maxima).mean() + 1e-9)
+    turn = rotation(slots, 2)[: rank + 1]
+    query = np.column_stack([weights.query @ p_query, -shift_weight / size]) @ turn * (scale * factor)
+    query_bias = np.append(weights.query_bias @ p_query, -shift_bias / size) @ turn * (scale * factor)
+    key = np.column_stack([weights.key @ p_key, np.zeros(len(weights.key))]) @ turn
+    key_bias = np.append(-k_mean @ p_key, size) @ turn
+    balance = np.sqrt(
+        np.linalg.norm(real @ query + query_bias) / max(np.linalg.norm(real @ key + key_bias), 1e-9) + 1e-9
+    )
+    input_step = np.array([scale_for(feature, INPUT_BITS) for feature in real.T])
+    params = PolynomialParams(
+        input_step=input_step,
+        query=query / balance,
+        query_bias=query_bias / balance,
+        key=key * balance,
+        key_bias=key_bias * balance,
+        value=weights.value @ p_value / v_scale,
+        value_bias=-v_mean @ p_value / v_scale,
+        start=np.asarray(start * factor),
+        constants=constants,
+    )
+    decoding = PolynomialDecoding(basis * v_scale, v_mean + weights.value_bias, denominators.min(), denominators.max())
+    return Calibrated(params, input_step, decoding, Bits(INPUT_BITS, INPUT_BITS, INPUT_BITS), max_tokens)
 
 
 # --- on slots -----------------------------------------------------------------------------------
@@ -476,10 +478,9 @@ def check(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> Non
         )
 
 
-def polynomial_formula(name: str, score_rank: int | None, value_rank: int | None, **options: Any) -> Formula:
-    """The formula with these ranks (None: the head's own), to be registered under a name of its own."""
-    program = Program(run_head, make_calibrate(score_rank, value_rank, **options), decode)
-    return Formula(name, head=program, needs=frozenset({"slots"}))
-
-
-POLYNOMIAL = polynomial_formula("polynomial", None, None)
+POLYNOMIAL = Formula(
+    "polynomial",
+    head=Program(run_head, calibrate, decode),
+    needs=frozenset({"slots"}),
+    options={"score_rank": 0, "value_rank": 0, "squarings": 0},
+)
