@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxgpt2.attention as attention
+from fhe.backend import check_functions
 from fhe.packing import Layout, SlotMachine
 from jaxgpt2.attention import polynomial
 from jaxgpt2.attention.formula import Calibrated, HeadWeights, float_head, quantize_input
 from jaxgpt2.attention.polynomial import PolynomialParams
 from jaxgpt2.ops import JaxOps
-from jaxgpt2.quantize import Bits
+from jaxgpt2.quantize import Bits, CalibrationError
 
 WIDTH, SIZE = 24, 8
 
@@ -227,7 +228,56 @@ def test_low_rank_takes_fewer_slots_and_products():
     assert set(calls) == {16, 64} and calls[16] < calls[64] / 2
 
 
-def test_slot_functions_by_name():
-    layout = Layout.fit(512, WIDTH, SIZE)
-    assert set(polynomial.functions(layout, 3)) == {"head"}
-    assert set(polynomial.functions(layout, 3, cached=True)) == {"prompt", "step_1", "step_2"}
+def test_a_circuit_of_prompts_and_steps(calibrated):
+    weights, found, texts = calibrated
+    x = np.concatenate(texts)[:37]
+    whole = polynomial.SlotHead(found, 37, 512, cached=True)
+    assert whole.layout.tokens == 4 and whole.layout.capacity == 32
+    functions = check_functions(whole.functions([x]))
+    assert set(functions) == {f"prompt_{n}" for n in range(1, 11)} | {f"step_{n}" for n in range(1, 37)}
+
+    def run(name: str, *inputs: np.ndarray) -> list[np.ndarray]:
+        machine = SlotMachine(512)
+        sources = functions[name].sources
+        assert len(sources) == len(inputs)
+        loaded = [machine.load(v, 2 if group else 0) for v, group in zip(inputs, sources, strict=True)]
+        return [result.values for result in functions[name].run(machine, found.params, *loaded)]
+
+    results = run(whole.name(30), *whole.encode(x[:30]))
+    assert error(whole.decode(results[:8], 30), float_head(weights, x[:30])) < 0.05
+    caches = results[8:]
+    for count in range(30, 37):
+        result, *caches = run(f"step_{count}", *whole.encode_step(x[count]), *caches)
+        assert error(whole.decode_step(result), float_head(weights, x[: count + 1])[-1:]) < 0.1
+
+
+def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
+    _, found, texts = calibrated
+    whole = polynomial.SlotHead(found, 40, 512, cached=True)
+    functions = check_functions(whole.functions([np.concatenate(texts)[:40]]))
+    results = {}
+    for name, function in functions.items():
+        machine = SlotMachine(512)
+        inputs = [
+            machine.load(v, 2 if group else 0) for v, group in zip(function.inputset[0], function.sources, strict=True)
+        ]
+        results[name] = function.run(machine, found.params, *inputs)
+    for name, function in functions.items():
+        for group, values in zip(function.sources, function.inputset[0], strict=True):
+            for source in group:
+                given = results[source.function][source.position]
+                assert given.depth == 2, (name, source)
+                if source.function.startswith("step"):  # of the same text: the very cache
+                    assert np.allclose(given.values, values)
+
+
+def test_a_head_of_one_length_pads_shorter_texts(calibrated):
+    weights, found, texts = calibrated
+    whole = polynomial.SlotHead(found, 8, 512)
+    functions = whole.functions([x for x in texts if len(x) >= 8])
+    machine = SlotMachine(512)
+    x = texts[0][:4]
+    results = functions["head"].run(machine, found.params, *map(machine.load, whole.encode(x)))
+    assert error(whole.decode([r.values for r in results], 4), float_head(weights, x)) < 0.05
+    with pytest.raises(CalibrationError, match="no calibration text has 8 tokens"):
+        whole.functions([x])

@@ -30,9 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
+from fhe import Function, Output
 from fhe.errors import FHEError
 from fhe.packing import (
     Layout,
+    SlotMachine,
     SlotOps,
     V,
     gather,
@@ -46,7 +48,7 @@ from fhe.packing import (
 )
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
 from jaxgpt2.attention.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
-from jaxgpt2.quantize import Bits, scale_for
+from jaxgpt2.quantize import Bits, CalibrationError, scale_for
 
 # What the polynomial alone may change, relative to the head's output, and the squarings tried to get there.
 POLYNOMIAL_ERROR = 0.01
@@ -61,6 +63,9 @@ RESULT_BITS = 18
 # Calibration scales the polynomial so that the largest denominator is this. SLACK times as much must fit what the
 # engine can hold (`fhe.ckks.CKKSSettings.headroom_bits`), and 2**(31 - RESULT_BITS).
 LARGEST_DENOMINATOR = 128.0
+
+# Texts that tell the numbers in the functions for one more token, of which there are many.
+STEP_TEXTS = 1
 
 # A decrypted denominator outside the range of calibration by more than this factor is refused.
 SLACK = 32.0
@@ -395,24 +400,111 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
         return gather(ops, layout, total), *updated
 
 
-def functions(layout: Layout, tokens: int, cached: bool = False) -> dict[str, Any]:
-    """The slot functions for texts of up to so many tokens, by name.
+@dataclass(frozen=True)
+class SlotHead:
+    """A calibrated head as functions of a circuit, and what the client does around them.
 
-    "head" or, cached, "prompt" for the whole text, and "step_N" for one more token after N.
+    Args:
+        calibrated: of this formula.
+        tokens: longest text.
+        slots: of a ciphertext, half the ring's degree.
+        cached: with functions for one more token, which keep keys and values on the server.
     """
-    if not cached:
-        return {"head": functools.partial(head, layout)}
-    steps = {f"step_{count}": functools.partial(step, layout, count) for count in range(1, tokens)}
-    return {"prompt": functools.partial(prompt, layout), **steps}
+
+    calibrated: Calibrated
+    tokens: int
+    slots: int = 8192
+    cached: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return layout_for(self.calibrated.params, self.slots)
+
+    def functions(self, inputs: Sequence[np.ndarray]) -> dict[str, Function]:
+        """The circuit's functions, by name.
+
+        Not cached: "head", for a text in all its tiles. Cached: "prompt_M" for a text of M tiles, and "step_N" for one
+        more token after N, which takes caches from the prompt before it or from the step before it.
+
+        Args:
+            inputs: texts (T, C), of which those of all `tokens` are used; the numbers in the circuit follow from them.
+
+        Raises:
+            CalibrationError: there is none so long.
+        """
+        texts = [x[: self.tokens] for x in inputs if len(x) >= self.tokens]
+        if not texts:
+            raise CalibrationError(
+                f"no calibration text has {self.tokens} tokens: give longer ones, or use fewer tokens"
+            )
+        layout, tiles = self.layout, -(-self.tokens // self.layout.tokens)
+        if not self.cached:
+            return {"head": Function(functools.partial(head, layout), [tuple(pack(layout, x)) for x in texts])}
+        made = {
+            f"prompt_{count}": Function(
+                functools.partial(prompt, layout), [tuple(pack(layout, x)[:count]) for x in texts]
+            )
+            for count in range(1, tiles + 1)
+        }
+        # The caches that a step takes are what the steps before it make.
+        machine, params = SlotMachine(self.slots), self.calibrated.params
+        run = made["prompt_1"].run
+        caches = [run(machine, params, machine.load(layout.pack(x[:1])))[1:] for x in texts[:STEP_TEXTS]]
+        for count in range(1, self.tokens):
+            body = functools.partial(step, layout, count)
+            new = [layout.pack_one(x[count]) for x in texts[:STEP_TEXTS]]
+            inputset = [(x, *(vector.values for vector in kept)) for x, kept in zip(new, caches, strict=True)]
+            before = -(-count // layout.tokens)  # tiles of a prompt of so many tokens
+            sources = [[Output(f"prompt_{before}", before + i)] for i in range(len(caches[0]))]
+            if count > 1:
+                earlier = -(-(count - 1) // layout.capacity) + (count % layout.capacity == 1)
+                for number in range(min(earlier, len(sources))):
+                    sources[number].append(Output(f"step_{count - 1}", 1 + number))
+            made[f"step_{count}"] = Function(body, inputset, [[], *sources])
+            caches = [body(machine, params, machine.load(x), *kept)[1:] for x, kept in zip(new, caches, strict=True)]
+        return made
+
+    def name(self, tokens: int) -> str:
+        """The function for a text of so many tokens."""
+        return f"prompt_{-(-tokens // self.layout.tokens)}" if self.cached else "head"
+
+    def encode(self, x: np.ndarray) -> list[np.ndarray]:
+        """A text (T, C), real, as what the client encrypts; not cached, padded to all tiles."""
+        rows = len(x) if self.cached else self.tokens
+        return pack(self.layout, np.pad(x, ((0, rows - len(x)), (0, 0))))
+
+    def encode_step(self, x: np.ndarray) -> list[np.ndarray]:
+        """One token (C,) as what the client encrypts."""
+        return [self.layout.pack_one(x)]
+
+    def decode(self, results: Sequence[np.ndarray], tokens: int) -> np.ndarray:
+        """What the client decrypted, a vector (S,) for each tile, to the head's output (tokens, D).
+
+        Raises:
+            OutOfRange: see `check`.
+        """
+        decoding, layout = self.calibrated.decoding, self.layout
+        return self._output(unpack(layout, self._width, decoding, results[: -(-tokens // layout.tokens)], tokens))
+
+    def decode_step(self, result: np.ndarray) -> np.ndarray:
+        """What the client decrypted of a step (S,), to the head's output (1, D). Raises as `decode`."""
+        return self._output(unpack_step(self.layout, self._width, self.calibrated.decoding, result))
+
+    @property
+    def _width(self) -> int:
+        return self.calibrated.params.value.shape[1]
+
+    def _output(self, parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        return parts[0] / parts[1] @ self.calibrated.decoding.basis + self.calibrated.decoding.mean
 
 
 def pack(layout: Layout, x: np.ndarray) -> list[np.ndarray]:
-    """A text (T, C), real, as the slot vectors that the client encrypts."""
+    """A text (T, C), real, in tiles, each a slot vector (S,)."""
     return [layout.pack(x[start : start + layout.tokens]) for start in range(0, len(x), layout.tokens)]
 
 
 def unpack(
-    layout: Layout, params_width: int, decoding: PolynomialDecoding, results: Sequence[np.ndarray], tokens: int
+    layout: Layout, width: int, decoding: PolynomialDecoding, results: Sequence[np.ndarray], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decrypted results of `head` to checked numerators (T, W) and denominators (T, 1).
 
@@ -422,14 +514,14 @@ def unpack(
     for number, values in enumerate(results):
         count = min(layout.tokens, tokens - number * layout.tokens)
         parts.append(_read(layout, decoding, layout.unpack(values)[:, :, :count]))
-    return _split(np.concatenate(parts), params_width)
+    return _split(np.concatenate(parts), width)
 
 
 def unpack_step(
-    layout: Layout, params_width: int, decoding: PolynomialDecoding, result: np.ndarray
+    layout: Layout, width: int, decoding: PolynomialDecoding, result: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The decrypted result of `step` to checked numerators (1, W) and denominators (1, 1). Raises OutOfRange."""
-    return _split(_read(layout, decoding, layout.unpack(result)[:, :, -1:]), params_width)
+    return _split(_read(layout, decoding, layout.unpack(result)[:, :, -1:]), width)
 
 
 def _read(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> np.ndarray:
