@@ -643,7 +643,8 @@ class CKKSBackend:
     offers: ClassVar[frozenset[str]] = frozenset({"slots", "encrypted"})
 
     def version(self) -> str:
-        return f"tenseal {version('tenseal')}"
+        # A circuit depends on both numbers as it does on the library, so caches must tell them apart.
+        return f"tenseal {version('tenseal')}, headroom {self.headroom_bits}, scale {self.scale_bits or 'chosen'}"
 
     def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings | None = None) -> CKKSCircuit:
         """Compile slot functions, `run(ops, params, *inputs)` (see `fhe.packing`).

@@ -273,7 +273,7 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
         draw(size, width),
     )
     texts = [draw(tokens + 1, width) for _ in range(60)]
-    found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=3)
+    found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=4)
     whole = polynomial.SlotHead(found, tokens + 1, cached=True)
     functions = {name: body for name, body in whole.functions(texts[:3]).items() if name != "prompt_2"}
     circuit = ckks.CKKSBackend().compile(functions, found.params)
@@ -286,7 +286,8 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     first = whole.decode(circuit.decrypt(keys, "prompt_1", [result]), tokens)
     second = whole.decode_step(circuit.decrypt(keys, "step_7", [last])[0])
     output, wanted = np.concatenate([first, second]), float_head(weights, x)
-    assert np.linalg.norm(output - wanted) / np.linalg.norm(wanted) < 0.02
+    # One of 16 dimensions is the shift's, and random weights have none to spare.
+    assert np.linalg.norm(output - wanted) / np.linalg.norm(wanted) < 0.04
     numerators, denominators = polynomial.attend(found.params, x)
     exact = numerators / denominators @ found.decoding.basis + found.decoding.mean
     assert np.linalg.norm(output - exact) / np.linalg.norm(exact) < 1e-3
