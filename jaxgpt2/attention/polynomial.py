@@ -73,9 +73,9 @@ SLACK = 32.0
 # So is a smaller one: noise would be a few hundredths of it.
 LEAST_DENOMINATOR = 2.0**-14
 
-# Decrypted numbers that must be equal may differ by so much, and by so much of the largest of their lane. Noise is a
-# tenth of that; what overflows the modulus is thousands of times as large.
-TOLERANCES = 2.0**-14, 2.0**-6
+# Decrypted numbers that must be equal may differ by so much, and by so much of the largest of their lane. The noise of
+# the worst slot stays below, with ten levels of 34 bits too; what overflows the modulus is thousands of times as large.
+TOLERANCES = 2.0**-10, 2.0**-6
 
 
 class OutOfRange(FHEError):
@@ -303,6 +303,11 @@ def _joined(layout: Layout, key: np.ndarray, value: np.ndarray) -> np.ndarray:
     return both
 
 
+def _bias(layout: Layout, params: PolynomialParams) -> np.ndarray:
+    """Of keys + i * values, (2R, 1)."""
+    return np.tile(_joined(layout, params.key_bias, params.value_bias), 2)[:, None]
+
+
 def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
     """Queries, halved as keys will come doubled, and keys + i * values, of a tile."""
     both = _joined(layout, params.key, params.value), _joined(layout, params.key_bias, params.value_bias)
@@ -334,7 +339,8 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
     with ops.tag("cache"):
         for first in range(0, len(tiles), layout.blocks):
             group = projected[first : first + layout.blocks]
-            caches.append(ops.combine(group, [layout.mask(block == number) for number in range(len(group))]))
+            cache = ops.combine(group, [layout.mask(block == number) for number in range(len(group))])
+            caches.append(ops.offset(cache, layout.fill((block < len(group)) * -_bias(layout, params))))
     return *results, *caches
 
 
@@ -369,8 +375,9 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     """One more token, with the keys and values of the `count` tokens before it in caches: a slot function.
 
     Token j's keys + i * values lie in lane j mod T of block (j // T) mod B of cache j // (T * B); the input stands in
-    every lane, so that query and new key are everywhere, and joining the cache takes a mask and no rotation. Lanes of a
-    tile that wait for a token hold the projection of nothing, which is its bias, as a prompt leaves them.
+    every lane, so that query and new key are everywhere, and joining the cache takes a mask and no rotation. Caches
+    hold keys and values without their biases, which leaves zero where no token is: weights there must not be large, as
+    they multiply the noise of zero values.
 
     Returns:
         the head's output, in the last lane: numerators + i * denominators; then the caches with the new token, one more
@@ -379,20 +386,16 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     q, z = _project(ops, params, layout, x)
     block, _, lane = layout.axes
     place = block * layout.tokens + lane
-    updated = list(caches)
+    updated, bias = list(caches), _bias(layout, params)
     with ops.tag("cache"):
         here = count % layout.capacity
         new = ops.combine([z], [layout.mask(place == here)])
-        bias = np.tile(_joined(layout, params.key_bias, params.value_bias), 2)[:, None]
-        if count % layout.tokens:
-            new = ops.offset(new, layout.fill((place == here) * -bias))
-        elif layout.tokens > 1:
-            new = ops.offset(new, layout.fill(((place > here) & (place < here + layout.tokens)) * bias))
+        new = ops.offset(new, layout.fill((place == here) * -bias))
         updated[-1:] = [ops.add(updated[-1], new)] if here else [*updated[-1:], new]
     weights, values = [], []
     for number, cache in enumerate(updated):
         present = layout.mask(place <= count - number * layout.capacity)
-        k, v = halves(ops, layout, cache, present)
+        k, v = halves(ops, layout, ops.offset(cache, present * layout.fill(bias)), present)
         weights.append(_weights(ops, params, layout, q, k))
         values.append(v)
     with ops.tag("output"):
