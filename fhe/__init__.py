@@ -30,6 +30,7 @@ from .errors import (
     CircuitFormatError,
     CompilationError,
     FHEError,
+    InsecureParameters,
     KeyMismatch,
     UnknownBackend,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Cost",
     "FHEError",
     "Function",
+    "InsecureParameters",
     "KeyMismatch",
     "Keys",
     "NumpyOps",
@@ -83,5 +85,17 @@ def _concrete() -> Backend:
     return ConcreteBackend()
 
 
+def _ckks() -> Backend:
+    try:
+        from .ckks import CKKSBackend
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the backend 'ckks' needs tenseal ({error}); install it with: pip install jaxgpt2[ckks]"
+        ) from error
+    # Its functions are slot functions, which Backend.compile does not describe yet.
+    return CKKSBackend()  # pyright: ignore[reportReturnType]
+
+
 register_backend("clear", _clear)
 register_backend("concrete", _concrete)
+register_backend("ckks", _ckks)

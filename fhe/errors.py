@@ -23,3 +23,7 @@ class KeyMismatch(FHEError):
 
 class CircuitFormatError(FHEError):
     """Bytes or files that are damaged, cut short, of another format, or not what is wanted in their place."""
+
+
+class InsecureParameters(FHEError):
+    """Parameters of an engine that give less than 128-bit security; refused."""

@@ -17,9 +17,11 @@ from jaxgpt2.attention.formula import (
     register,
 )
 from jaxgpt2.attention.lowrank import LOWRANK
+from jaxgpt2.attention.polynomial import POLYNOMIAL
 from jaxgpt2.attention.softmax import SOFTMAX
 
 register(SOFTMAX)
 register(LOWRANK)
+register(POLYNOMIAL)
 
 __all__ = ["Calibrated", "Formula", "FormulaError", "HeadWeights", "Program", "Recipe", "formulas", "get", "register"]

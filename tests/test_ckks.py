@@ -1,0 +1,299 @@
+"""The CKKS engine: the same slot functions on ciphertexts as in NumPy, keys, files, errors; and a whole head."""
+
+import dataclasses
+import json
+import stat
+
+import numpy as np
+import pytest
+
+import fhe
+from fhe.packing import Layout, SlotMachine, project
+
+pytest.importorskip("tenseal", reason="the CKKS engine is optional")
+
+from fhe import ckks, wire
+from jaxgpt2 import attention
+from jaxgpt2.attention import polynomial
+from jaxgpt2.attention.formula import HeadWeights, float_head
+from jaxgpt2.quantize import Bits
+
+SLOTS = 4096  # ring 8192: four levels
+LAYOUT = Layout.fit(SLOTS, 20, 4, 8)
+
+
+def everything(ops, params, x, y):
+    """Every operation of a machine once, on two inputs; and, to be kept, a projection of x."""
+    matrix, bias = params
+    with ops.tag("projection"):
+        (z,) = project(ops, LAYOUT, x, [(matrix, bias)])
+    with ops.tag("rest"):
+        product = ops.dot([z, y], [y, x])
+        moved = ops.add(ops.rotate(product, -3), ops.conjugate(product))
+        result = ops.subtract(ops.offset(moved, np.arange(8) * 1j), z)
+        square = ops.dot([result], [result])
+    return ops.combine([square, x], [0.25, np.linspace(-1, 1, SLOTS)]), z
+
+
+def with_kept(ops, params, x, z):
+    return ops.dot([x], [z]), ops.lower(z, 2)
+
+
+def close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return bool(np.abs(found - wanted).max() < 3e-4 * np.abs(wanted).max())
+
+
+def numbers(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, SLOTS)
+
+
+PARAMS = np.random.default_rng(0).normal(size=(20, 4)) * 0.2, np.arange(4.0)
+
+
+def functions() -> dict[str, fhe.Function]:
+    first = fhe.Function(everything, [(numbers(i), numbers(i + 9)) for i in range(3)])
+    second = fhe.Function(with_kept, [(numbers(1), numbers(2))], ((), (fhe.Output("everything", 1),)))
+    return {"second": second, "everything": first}  # the order does not matter
+
+
+@pytest.fixture(scope="module")
+def circuit() -> ckks.CKKSCircuit:
+    return ckks.CKKSBackend().compile(functions(), PARAMS)
+
+
+@pytest.fixture(scope="module")
+def keys(circuit) -> ckks.CKKSKeys:
+    return circuit.make_keys()
+
+
+def test_ciphertexts_do_what_the_machine_does(circuit, keys):
+    x, y = numbers(20), numbers(21)
+    blobs = circuit.encrypt(keys, "everything", x, y)
+    results, tally = circuit.run_counted("everything", blobs, keys.evaluation)
+    wanted, kept = circuit.simulate("everything", x, y)
+    (found,) = circuit.decrypt(keys, "everything", results[:1])
+    assert close(found, wanted)
+    again = circuit.encrypt(keys, "second", x)
+    (found,) = circuit.decrypt(keys, "second", circuit.run("second", [*again, results[1]], keys.evaluation)[:1])
+    assert close(found, circuit.simulate("second", x, kept)[0])
+
+    machine = SlotMachine(SLOTS)
+    everything(machine, PARAMS, machine.load(x), machine.load(y))
+    assert tally == machine.tally  # the same counts, at the same depths, by stage
+    assert circuit.report.depth == {"everything": 4, "second": 2}
+
+
+def test_a_prepared_function_has_nothing_left_to_encode(keys):
+    circuit = ckks.CKKSBackend().compile(functions(), PARAMS)
+    for name in functions():
+        circuit.prepare(name)
+    encoded = dict(circuit._engine._encoded)
+    keys = circuit.make_keys()
+    circuit.run("everything", circuit.encrypt(keys, "everything", numbers(1), numbers(2)), keys.evaluation)
+    assert circuit._engine._encoded.keys() == encoded.keys()
+
+
+def test_the_report_counts_and_measures(circuit, keys):
+    report = circuit.report
+    blobs = circuit.encrypt(keys, "everything", numbers(1), numbers(2))
+    results = circuit.run("everything", blobs, keys.evaluation)
+    assert report.security_bits == 128 and report.modulus_bits <= ckks.most_bits(report.ring)
+    assert report.rotation_keys == len(circuit._description.rotations) + 1
+    assert report.total("everything", "product") == 3
+    assert report.evaluation_key_source == "serialized"
+    assert report.evaluation_key_bytes == len(keys.evaluation)
+    for estimated, blob in ((report.input_ciphertext_bytes, blobs[0]), (report.output_ciphertext_bytes, results[0])):
+        assert 0.8 < estimated / len(blob) < 1.25
+    assert ckks.SlotReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_estimated_keys_are_about_as_large_as_real_ones(keys):
+    estimated = ckks.CKKSBackend().compile(functions(), PARAMS).report
+    assert estimated.evaluation_key_source == "estimated"
+    assert 0.8 < estimated.evaluation_key_bytes / len(keys.evaluation) < 1.25
+
+
+def test_keys_hold_the_rotations_in_use_and_no_others(circuit, keys):
+    machine = SlotMachine(SLOTS)
+    everything(machine, PARAMS, *map(machine.load, (numbers(1), numbers(2))))
+    assert set(circuit._description.rotations) == machine.tally.rotations
+    assert 5 not in machine.tally.rotations
+    with pytest.raises(ValueError, match="not present"):
+        ops = ckks.CKKSOps(circuit._engine, *_loaded(circuit, keys))
+        ops.rotate(_input(circuit, keys), 5)
+
+
+def _input(circuit, keys):
+    return circuit._ciphertext(
+        wire.unpack(circuit.encrypt(keys, "second", numbers(0))[0], "input 0 of second", circuit.id).parts[0]
+    )
+
+
+def _loaded(circuit, keys):
+    server = circuit._with_evaluation_keys(keys.evaluation)
+    return server.relinearization, server.rotations
+
+
+def test_encryption_is_random_and_hides(circuit, keys):
+    x = numbers(3)
+    first, second = (circuit.encrypt(keys, "second", x)[0] for _ in range(2))
+    assert first != second and len(first) == pytest.approx(len(second), rel=0.05)
+    other = circuit.make_keys()
+    stolen = dataclasses.replace(other, id=keys.id)
+    results = circuit.run("everything", circuit.encrypt(keys, "everything", x, x), keys.evaluation)
+    (wrong,) = circuit.decrypt(stolen, "everything", results[:1])
+    assert np.abs(wrong).max() > 1e3  # noise as large as the modulus
+
+
+def test_keys_on_disk(circuit, keys, tmp_path):
+    keys.save(tmp_path / "keys")
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
+    loaded = circuit.load_keys(tmp_path / "keys")
+    results = circuit.run("everything", circuit.encrypt(keys, "everything", numbers(1), numbers(2)), loaded.evaluation)
+    (found,) = circuit.decrypt(loaded, "everything", results[:1])
+    assert close(found, circuit.simulate("everything", numbers(1), numbers(2))[0])
+
+
+def test_a_seed_fixes_the_secret_key(circuit):
+    first, second, third = (ckks._to_bytes(circuit.make_keys(seed).secret) for seed in (1, 1, 2))
+    assert first == second != third
+
+
+def test_a_saved_circuit_serves_and_half_of_it_is_a_client(circuit, keys, tmp_path):
+    circuit.save(tmp_path)
+    server = ckks.CKKSBackend().load(tmp_path)
+    assert server.id == circuit.id and server.report == circuit.report
+    (tmp_path / "server.bin").unlink()
+    client = ckks.CKKSBackend().load(tmp_path)
+    results = server.run("everything", client.encrypt(keys, "everything", numbers(1), numbers(2)), keys.evaluation)
+    (found,) = client.decrypt(keys, "everything", results[:1])
+    assert close(found, circuit.simulate("everything", numbers(1), numbers(2))[0])
+    with pytest.raises(fhe.CompilationError, match="without its weights"):
+        client.run("everything", [], keys.evaluation)
+
+
+def test_damaged_files(circuit, tmp_path):
+    circuit.save(tmp_path)
+    content = (tmp_path / "server.bin").read_bytes()
+    (tmp_path / "server.bin").write_bytes(content[:-5])
+    with pytest.raises(fhe.CircuitFormatError, match="checksum"):
+        ckks.CKKSBackend().load(tmp_path)
+    (tmp_path / "circuit.json").write_text("{}")
+    with pytest.raises(fhe.CircuitFormatError, match="damaged"):
+        ckks.CKKSBackend().load(tmp_path)
+
+
+def test_keys_and_ciphertexts_of_another_client_or_circuit(circuit, keys):
+    blobs = circuit.encrypt(keys, "everything", numbers(1), numbers(2))
+    other = circuit.make_keys()
+    with pytest.raises(fhe.KeyMismatch, match="made with keys"):
+        circuit.run("everything", blobs, other.evaluation)
+    elsewhere = ckks.CKKSBackend().compile(functions(), (PARAMS[0] * 2, PARAMS[1]))
+    with pytest.raises(fhe.KeyMismatch, match="made for circuit"):
+        elsewhere.encrypt(keys, "second", numbers(1))
+    with pytest.raises(fhe.KeyMismatch, match="not keys of the ckks backend"):
+        circuit.encrypt(object(), "second", numbers(1))
+
+
+def test_inputs_that_do_not_fit(circuit, keys):
+    x = numbers(1)
+    with pytest.raises(ValueError, match="no function 'third'"):
+        circuit.encrypt(keys, "third", x)
+    with pytest.raises(ValueError, match="are 2 arrays, not 1"):
+        circuit.encrypt(keys, "everything", x)
+    with pytest.raises(ValueError, match="finite"):
+        circuit.encrypt(keys, "second", x * np.nan)
+    with pytest.raises(ValueError, match="finite"):
+        circuit.encrypt(keys, "second", x[:10])
+    blobs = circuit.encrypt(keys, "everything", x, x)
+    with pytest.raises(fhe.CircuitFormatError, match="expected output 1 of everything"):
+        circuit.run("second", circuit.encrypt(keys, "second", x) * 2, keys.evaluation)
+    with pytest.raises(fhe.CircuitFormatError, match="checksum"):
+        circuit.run("everything", [blobs[0], blobs[1][:-1] + b"?"], keys.evaluation)
+
+
+def test_parameters_below_128_bits_are_refused():
+    with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
+        ckks.Parameters(ring=8192, levels=8, scale_bits=40, headroom_bits=10)
+    with pytest.raises(fhe.InsecureParameters, match="too few to compute with"):
+        ckks.Parameters.choose(8192, 20, 14)
+    with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
+        ckks.CKKSBackend(scale_bits=60).compile(functions(), PARAMS)
+
+
+@pytest.mark.parametrize("ring", [8192, 16384, 32768])
+def test_chosen_parameters_use_what_is_secure(ring):
+    parameters = ckks.Parameters.choose(ring, 4, 14)
+    assert parameters.total_bits <= ckks.most_bits(ring)
+    assert parameters.scale_bits == 40 or parameters.total_bits > ckks.most_bits(ring) - 6
+    assert parameters.context().parameters_set()
+
+
+def test_numbers_too_large_for_the_moduli_are_refused_before_they_overflow():
+    function = {"f": fhe.Function(lambda ops, _, x: (ops.combine([x], [1e4]),), [(numbers(0),)])}
+    with pytest.raises(fhe.CompilationError, match="2 more bits of headroom"):
+        ckks.CKKSBackend().compile(function, None)
+    ckks.CKKSBackend(headroom_bits=17).compile(function, None)
+
+
+def test_functions_that_wait_for_each_other():
+    inputset = [(numbers(1), numbers(2))]
+    loop = {"a": fhe.Function(with_kept, inputset, ((), (fhe.Output("a", 1),)))}
+    with pytest.raises(fhe.CompilationError, match="wait for each other"):
+        ckks.CKKSBackend().compile(loop, PARAMS)
+    uneven = functions() | {
+        "third": fhe.Function(with_kept, inputset, ((), (fhe.Output("everything", 1), fhe.Output("second", 1))))
+    }
+    with pytest.raises(fhe.CompilationError, match="several depths"):
+        ckks.CKKSBackend().compile(uneven, PARAMS)
+
+
+def test_the_backend_is_registered_and_integer_formulas_do_not_fit_it():
+    backend = fhe.get_backend("ckks")
+    assert backend.version().startswith("tenseal")
+    fitting = [name for name in attention.formulas() if attention.get(name).needs <= backend.offers]
+    assert fitting == ["polynomial"]
+
+
+def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
+    """Seven tokens, then one more, decrypted and compared with the float head; then an input far out of range."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return random.normal(size=shape) * scale
+
+    width, size, tokens = 40, 16, 7
+    weights = HeadWeights(
+        draw(width, size, scale=0.12),
+        draw(size, scale=0.3),
+        draw(width, size, scale=0.12),
+        draw(size),
+        draw(width, size, scale=0.2),
+        draw(size),
+        draw(size, width),
+        np.eye(size),
+    )
+    texts = [draw(tokens + 1, width) for _ in range(60)]
+    found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=4)
+    whole = polynomial.SlotHead(found, tokens + 1, cached=True)
+    functions = {name: body for name, body in whole.functions(texts[:3]).items() if name != "prompt_2"}
+    circuit = ckks.CKKSBackend().compile(functions, found.params)
+    keys = circuit.make_keys()
+    x = texts[5]
+    arrays = circuit.encrypt(keys, "prompt_1", *whole.encode(x[:tokens]))
+    result, cache = circuit.run("prompt_1", arrays, keys.evaluation)
+    arrays = circuit.encrypt(keys, "step_7", *whole.encode_step(x[tokens]))
+    last, _ = circuit.run("step_7", [*arrays, cache], keys.evaluation)
+    first = whole.decode(circuit.decrypt(keys, "prompt_1", [result]), tokens)
+    second = whole.decode_step(circuit.decrypt(keys, "step_7", [last])[0])
+    output, wanted = np.concatenate([first, second]), float_head(weights, x)
+    # One of 16 dimensions is the shift's, and random weights have none to spare.
+    assert np.linalg.norm(output - wanted) / np.linalg.norm(wanted) < 0.04
+    numerators, denominators = polynomial.attend(found.params, x)
+    exact = numerators / denominators @ found.decoding.basis + found.decoding.mean
+    assert np.linalg.norm(output - exact) / np.linalg.norm(exact) < 1e-3
+
+    arrays = circuit.encrypt(keys, "prompt_1", *whole.encode(x[:tokens] * 30))
+    result, _ = circuit.run("prompt_1", arrays, keys.evaluation)
+    with pytest.raises(polynomial.OutOfRange):
+        whole.decode(circuit.decrypt(keys, "prompt_1", [result]), tokens)
