@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxgpt2.sweep import Experiment
 
 # Widths that `tune` tries: beyond 8 bits an encrypted head costs more than anyone will wait for.
-TUNED_BITS = "2-8"
+TUNED_BITS = "3-5"
 
 text_options = options(
     click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
@@ -181,8 +181,14 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
 
 @click.command()
 @options(model_options)
-@click.option("--head", "heads", required=True, metavar="L.H[,L.H...]", help="Heads to find a recipe for, each alone.")
-@click.option("--recovered-kl", "wanted", default=0.95, show_default=True, help="What must be kept.")
+@click.option("--head", "heads", required=True, metavar="L.H[,L.H...]", help="Heads to find recipes for, or all.")
+@click.option(
+    "--recovered-kl",
+    "wanted",
+    default=0.95,
+    show_default=True,
+    help="What must be kept of all these heads together, each measured alone.",
+)
 @click.option("--attention", "formulas", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
               help="Attention formulas to try.")  # fmt: skip
 @click.option("--bits", default=TUNED_BITS, show_default=True, metavar="N[,N-N...]", help="Widths to try.")
@@ -193,7 +199,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
          weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
          text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, rounding: str, batch: int,
          scheduler: str | None, out: Path | None, as_json: bool) -> None:  # fmt: skip
-    """Find the cheapest recipe of a head that keeps most of what the head does."""
+    """Find the cheapest recipes of heads that keep most of what the heads do."""
     from jaxgpt2 import attention
     from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.hybrid import HeadError, parse_heads
@@ -207,6 +213,9 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
     experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
     gpt2 = GPT2.from_pretrained(model)
+    if heads == "all":
+        layers, counts = range(gpt2.config.n_layer), range(gpt2.config.n_head)
+        heads = ",".join(f"{layer}.{head}" for layer, head in itertools.product(layers, counts))
     units = parse_heads(heads, gpt2.config)
     if any(unit.head is None for unit in units):
         raise HeadError("tune finds recipes for single heads: name them, as 0.3")
@@ -224,8 +233,10 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     except KeyboardInterrupt:
         note("stopped")
         sys.exit(130)
-    found = {str(unit): cheapest([row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)],
-                                 str(unit), wanted) for unit in units}  # fmt: skip
+    found = cheapest(
+        {str(unit): [row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)] for unit in units},
+        wanted,
+    )
     recipes = {each.key: each.recipe for each in configurations}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
                "estimated_seconds", "machine", "seq_len", "rounding")  # fmt: skip
@@ -237,6 +248,8 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
             for name, row in found.items()
         },
     }
+    kept = 1 - sum(row["kl"] for row in found.values()) / sum(row["kl_ablated"] for row in found.values())
+    result["recovered_kl"] = kept
     if out is not None:
         text_of = json.dumps(result, indent=2) + "\n"
         write_atomically(out, lambda name: Path(name).write_text(text_of))
@@ -247,24 +260,46 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         f"for {row['seq_len']} tokens ({row['machine']})"
         for name, row in found.items()
     ]
+    if len(found) > 1:
+        lines.append(f"together they recover {kept:.4f}")
     emit(as_json, result, lines)
 
 
-def cheapest(rows: Sequence[dict[str, Any]], head: str, wanted: float) -> dict[str, Any]:
-    """The row that keeps enough at the least estimated time.
+def cheapest(rows: Mapping[str, Sequence[dict[str, Any]]], wanted: float) -> dict[str, dict[str, Any]]:
+    """For every head the row to take, so that all of them together keep enough at the least estimated time.
+
+    What a set of rows keeps is 1 - sum of kl / sum of kl_ablated. For a price of KL in seconds every head takes its
+    best row; the least price that keeps enough is found by bisection, and what is left over is then spent head by head.
 
     Raises:
-        InputError: none keeps enough; the message says what the best one keeps.
+        InputError: no choice keeps enough; the message says what the best one keeps.
     """
-    known = [row for row in rows if row.get("recovered_kl") is not None]
-    enough = [row for row in known if row["recovered_kl"] >= wanted]
-    if enough:
-        return min(enough, key=lambda row: (row["estimated_seconds"], -row["recovered_kl"]))
-    if not known:
-        raise InputError(f"head {head}: nothing could be measured in any of {len(rows)} configurations")
-    best = max(known, key=lambda row: row["recovered_kl"])
-    raise InputError(
-        f"head {head}: none of {len(rows)} configurations recovers {wanted:g} of the KL, the best recovers "
-        f"{best['recovered_kl']:.4f} (in about {seconds(best['estimated_seconds'])}): allow more --bits, other --set "
-        "or --attention, or ask for less"
-    )
+    known = {head: [row for row in some if row.get("recovered_kl") is not None] for head, some in rows.items()}
+    for head, some in known.items():
+        if not some:
+            raise InputError(f"head {head}: nothing could be measured in any of {len(rows[head])} configurations")
+    ablated = sum(some[0]["kl_ablated"] for some in known.values())
+
+    def kept(choice: Mapping[str, dict[str, Any]]) -> float:
+        return 1 - sum(row["kl"] for row in choice.values()) / ablated
+
+    def at(price: float) -> dict[str, dict[str, Any]]:
+        return {head: min(some, key=lambda r: r["estimated_seconds"] + price * r["kl"]) for head, some in known.items()}
+
+    low, high = -12.0, 18.0  # exponents of ten
+    choice = at(10**high)
+    if kept(choice) < wanted:
+        count, took = sum(map(len, rows.values())), sum(row["estimated_seconds"] for row in choice.values())
+        raise InputError(
+            f"head {', '.join(rows)}: none of {count} configurations recovers {wanted:g} of the KL, the best recovers "
+            f"{kept(choice):.4f} (in about {seconds(took)}): allow more --bits, other --set or --attention, or ask for "
+            "less"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept(at(10**middle)) >= wanted else (middle, high)
+    choice = at(10**high)
+    for head, some in sorted(known.items(), key=lambda item: -choice[item[0]]["estimated_seconds"]):
+        enough = [row for row in some if kept({**choice, head: row}) >= wanted]
+        choice[head] = min(enough, key=lambda row: (row["estimated_seconds"], row["kl"]))
+    return choice
