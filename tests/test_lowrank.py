@@ -140,7 +140,7 @@ def test_token_by_token_gives_the_integers_of_the_whole(tokens, seed):
     _, inputs, calibrated = calibrated_head()
     x = integers(calibrated, inputs[seed][:tokens])
     whole = lowrank.run_head(NumpyOps(), calibrated.params, x)
-    steps = lowrank.LOWRANK.head.steps
+    steps = lowrank.LOWRANK.head.reading.steps  # pyright: ignore[reportAttributeAccessIssue]
     assert steps is not None
     bodies = {"project": steps.project, "first": steps.first} | {f"attend_{n}": steps.attend for n in steps.blocks}
     state: list = []
