@@ -193,16 +193,18 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
               help="Attention formulas to try.")  # fmt: skip
 @click.option("--bits", default=TUNED_BITS, show_default=True, metavar="N[,N-N...]", help="Widths to try.")
 @options(width_options, text_options, cost_options)
+@click.option("--sweep", "sweeps", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Measure nothing, choose among the rows of this sweep; may be repeated.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the recipes here, for --recipes.")
 @json_option
 def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_bits: str | None,
          weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
          text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, rounding: str, batch: int,
-         scheduler: str | None, out: Path | None, as_json: bool) -> None:  # fmt: skip
+         scheduler: str | None, sweeps: tuple[Path, ...], out: Path | None, as_json: bool) -> None:  # fmt: skip
     """Find the cheapest recipes of heads that keep most of what the heads do."""
     from jaxgpt2 import attention
     from jaxgpt2.gpt2 import GPT2
-    from jaxgpt2.hybrid import HeadError, parse_heads
+    from jaxgpt2.hybrid import HeadError, Unit, parse_heads
     from jaxgpt2.sweep import check, grid, measured
     from weights.checkpoint import write_atomically
 
@@ -210,34 +212,39 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
-    widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
-    experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
-    gpt2 = GPT2.from_pretrained(model)
+    config = read_config(model)
     if heads == "all":
-        layers, counts = range(gpt2.config.n_layer), range(gpt2.config.n_head)
-        heads = ",".join(f"{layer}.{head}" for layer, head in itertools.product(layers, counts))
-    units = parse_heads(heads, gpt2.config)
+        heads = ",".join(
+            f"{unit[0]}.{unit[1]}" for unit in itertools.product(range(config.n_layer), range(config.n_head))
+        )
+    units = parse_heads(heads, config)
     if any(unit.head is None for unit in units):
         raise HeadError("tune finds recipes for single heads: name them, as 0.3")
-    check(experiment, gpt2)
-    names = [name.strip() for name in formulas.split(",")]
-    searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
-    configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
     rows: list[dict[str, Any]] = []
-    try:
-        with counting("configurations", len(configurations)) as progress:
-            progress(0)
-            for some in measured(experiment, configurations, gpt2, scheduler):
-                rows += some
-                progress(len(some))
-    except KeyboardInterrupt:
-        note("stopped")
-        sys.exit(130)
+    if sweeps:
+        rows = [row for row in rows_of_sweeps(sweeps) if Unit(row["layer"], row["head"]) in units]
+    else:
+        widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+        experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
+        gpt2 = GPT2.from_pretrained(model)
+        check(experiment, gpt2)
+        names = [name.strip() for name in formulas.split(",")]
+        searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
+        configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
+        try:
+            with counting("configurations", len(configurations)) as progress:
+                progress(0)
+                for some in measured(experiment, configurations, gpt2, scheduler):
+                    rows += some
+                    progress(len(some))
+        except KeyboardInterrupt:
+            note("stopped")
+            sys.exit(130)
     found = cheapest(
         {str(unit): [row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)] for unit in units},
         wanted,
     )
-    recipes = {each.key: each.recipe for each in configurations}
+    recipes = {row["key"]: attention.Recipe.from_json(json.loads(row["key"].partition(" ")[2])) for row in rows}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
                "estimated_seconds", "machine", "seq_len", "rounding")  # fmt: skip
     result = {
@@ -263,6 +270,25 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     if len(found) > 1:
         lines.append(f"together they recover {kept:.4f}")
     emit(as_json, result, lines)
+
+
+def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """All rows of some sweeps of the same model on the same texts.
+
+    Raises:
+        InputError: one of them is no sweep, or of something else than the first.
+    """
+    from jaxgpt2.table import read_rows, read_sweep
+
+    first, rows = {}, {}
+    for path in paths:
+        identity = {name: value for name, value in read_sweep(path).items() if name not in ("grid", "configurations")}
+        first = first or identity
+        if identity != first:
+            differing = ", ".join(sorted(name for name in first if first[name] != identity.get(name)))
+            raise InputError(f"{path} and {paths[0]} are sweeps of other {differing}: their rows cannot be compared")
+        rows |= read_rows(path)
+    return list(rows.values())
 
 
 def cheapest(rows: Mapping[str, Sequence[dict[str, Any]]], wanted: float) -> dict[str, dict[str, Any]]:
