@@ -228,12 +228,14 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
                                  str(unit), wanted) for unit in units}  # fmt: skip
     recipes = {each.key: each.recipe for each in configurations}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
-               "estimated_seconds", "machine", "seq_len", "rounding")  # fmt: skip
+               "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
+               "seq_len", "rounding")  # fmt: skip
     result = {
         "model": model,
         "wanted_recovered_kl": wanted,
         "heads": {
-            name: recipes[row["key"]].to_json() | {"measured": {column: row[column] for column in columns}}
+            name: recipes[row["key"]].to_json()
+            | {"measured": {column: row[column] for column in columns if row.get(column) is not None}}
             for name, row in found.items()
         },
     }
@@ -243,8 +245,8 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         note(f"wrote {out}: for --recipes of generate, compile and eval")
     lines = [
         f"head {name}: {describe_recipe(recipes[row['key']])}: recovers {row['recovered_kl']:.4f}, "
-        f"{row['pbs_count']:,} lookups of up to {row['max_bit_width']} bits, about {seconds(row['estimated_seconds'])} "
-        f"for {row['seq_len']} tokens ({row['machine']})"
+        f"about {seconds(row['estimated_seconds'])} for {row['seq_len']} tokens, "
+        f"{seconds(row['estimated_seconds_per_token'])} for one more ({row['machine']})"
         for name, row in found.items()
     ]
     emit(as_json, result, lines)

@@ -94,6 +94,7 @@ class Formula:
         head: computes one head.
         block: computes all heads of a layer and their output projection; None if the formula has no such program.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
+        backend: the one that it is made for, taken where none is named.
         options: what else may be chosen, such as ranks: names and default values.
         bits: the widths that go with activations of so many bits.
         search: values of options that are worth trying when the cheapest recipe is looked for.
@@ -103,6 +104,7 @@ class Formula:
     head: Program
     block: Program | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
+    backend: str = "concrete"
     options: Mapping[str, int] = field(default_factory=dict)
     bits: Callable[[int], Bits] = lambda n: Bits.of(n, lookup=n + 2)
     search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
