@@ -127,9 +127,59 @@ LOOKUP_TIMES: dict[str, Any] = json.loads(Path(__file__).with_name("lookup_times
 MILLISECONDS_PER_LOOKUP = {int(bits): float(ms) for bits, ms in LOOKUP_TIMES["milliseconds"].items()}
 
 
+class RunCost(Protocol):
+    """What runs take, whatever an engine counts; costs of one engine can be added. Sizes are in bytes."""
+
+    @property
+    def input_ciphertext_bytes(self) -> int: ...
+
+    @property
+    def output_ciphertext_bytes(self) -> int: ...
+
+    @property
+    def estimated_run_seconds(self) -> float:
+        """On the `machine`; its order of magnitude elsewhere."""
+        ...
+
+    @property
+    def machine(self) -> str: ...
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is counted, by names that no two engines give to different things."""
+        ...
+
+    def describe(self) -> str:
+        """The counts in a line."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes."""
+        ...
+
+    def __add__(self, other: Any) -> Any: ...
+
+
+class CircuitReport(Protocol):
+    """What every engine says of a circuit that it compiled. Sizes are in bytes, fields as in `Report`."""
+
+    backend: str
+    versions: dict[str, str]
+    noise: str
+    evaluation_key_bytes: int
+    evaluation_key_source: str
+    compile_seconds: float
+
+    def cost_of(self, calls: Mapping[str, int]) -> RunCost:
+        """What it takes to run functions so many times each, by name."""
+        ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What it takes to run a function once. Sizes are in bytes; 0 where a backend cannot know.
+    """What it takes to run a function once: a `RunCost` of lookups. Sizes are 0 where a backend cannot know.
 
     pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups. A stage
     "compiler" holds, at 0 bits, what the engine's compiler added or, negative, merged away, so that all add up.
@@ -170,6 +220,21 @@ class Cost:
             for bits, count in self.pbs_by_bit_width.items()
         )
 
+    @property
+    def machine(self) -> str:
+        return LOOKUP_TIMES["machine"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        by_width = {f"pbs_{bits}": count for bits, count in self.pbs_by_bit_width.items()}
+        return {"pbs_count": self.pbs_count, "max_bit_width": self.max_bit_width} | by_width
+
+    def describe(self) -> str:
+        return f"{self.pbs_count:,} lookups of up to {self.max_bit_width} bits"
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return total_cost({"": self, "other": other}, {"": 1, "other": 1})
+
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes, with the derived numbers; bit widths become strings."""
         data = {name: getattr(self, name) for name in Cost.__dataclass_fields__}
@@ -200,7 +265,7 @@ def total_cost(functions: Mapping[str, Cost], calls: Mapping[str, int]) -> Cost:
                 total[bits] = total.get(bits, 0) + times * count
     return Cost(
         pbs_by_stage=stages,
-        max_integer_bits=max(cost.max_integer_bits for cost, _ in costs),
+        max_integer_bits=max((cost.max_integer_bits for cost, _ in costs), default=0),
         input_ciphertext_bytes=sum(times * cost.input_ciphertext_bytes for cost, times in costs),
         output_ciphertext_bytes=sum(times * cost.output_ciphertext_bytes for cost, times in costs),
     )
@@ -277,7 +342,9 @@ class Circuit(Protocol):
         ...
 
     @property
-    def report(self) -> Report: ...
+    def report(self) -> Any:
+        """A `CircuitReport`; from an engine of lookups, a `Report`."""
+        ...
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """The backend's own simulation of one function on clear numbers, the inputs that are wired among them."""

@@ -53,6 +53,7 @@ MILLISECONDS = {
     "clear product": {1: 0.12, 9: 1.06},
     "rescaling": {1: 0.4, 9: 3.9},
 }
+MACHINE = "one core of an AMD EPYC (Zen 4)"
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,55 @@ def most_bits(ring: int) -> int:
 
 
 @dataclass(frozen=True)
-class SlotReport:
-    """What a circuit costs. Sizes are in bytes.
+class SlotCost:
+    """What it takes to run functions: a `fhe.RunCost` of operations on slot vectors.
 
-    stages: {function: {stage: {kind: count}}}, kinds as in `fhe.packing.KINDS`; depth: levels that each function uses.
+    stages: {stage: {kind: count}}, kinds as in `fhe.packing.KINDS`; levels: that the deepest function uses.
+    Results that stay on the server are no output.
+    """
+
+    stages: dict[str, dict[str, int]] = field(default_factory=dict)
+    levels: int = 0
+    estimated_run_seconds: float = 0.0
+    input_ciphertext_bytes: int = 0
+    output_ciphertext_bytes: int = 0
+
+    @property
+    def machine(self) -> str:
+        return MACHINE
+
+    def total(self, kind: str) -> int:
+        return sum(kinds.get(kind, 0) for kinds in self.stages.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"rotations": self.total("rotation"), "products": self.total("product"), "levels": self.levels}
+
+    def describe(self) -> str:
+        return f"{self.total('rotation'):,} rotations and {self.total('product'):,} products on {self.levels} levels"
+
+    def __add__(self, other: "SlotCost") -> "SlotCost":
+        stages = {stage: dict(kinds) for stage, kinds in self.stages.items()}
+        for stage, kinds in other.stages.items():
+            for kind, count in kinds.items():
+                own = stages.setdefault(stage, {})
+                own[kind] = own.get(kind, 0) + count
+        return SlotCost(
+            stages,
+            max(self.levels, other.levels),
+            self.estimated_run_seconds + other.estimated_run_seconds,
+            self.input_ciphertext_bytes + other.input_ciphertext_bytes,
+            self.output_ciphertext_bytes + other.output_ciphertext_bytes,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """What a circuit costs: a `fhe.CircuitReport`. Sizes are in bytes.
+
     evaluation_key_bytes: see evaluation_key_source: "estimated", or "serialized" (what a client sends) once keys exist.
     largest: the largest number that the input set made of each depth; beyond `room`, at that depth, results are wrong.
     """
@@ -147,21 +193,18 @@ class SlotReport:
     modulus_bits: int
     scale_bits: int
     levels: int
-    depth: dict[str, int]
-    stages: dict[str, dict[str, dict[str, int]]]
-    estimated_seconds: dict[str, float]
+    functions: dict[str, SlotCost]
     rotation_keys: int
     largest: dict[int, float]
     room: dict[int, float]
     evaluation_key_bytes: int
     evaluation_key_source: str
-    input_ciphertext_bytes: int
-    output_ciphertext_bytes: int
     noise: str = "approximate: every number carries an error of about 2**(15 - scale_bits)"
     compile_seconds: float = 0.0
 
-    def total(self, function: str, kind: str) -> int:
-        return sum(kinds.get(kind, 0) for kinds in self.stages[function].values())
+    def cost_of(self, calls: Mapping[str, int]) -> SlotCost:
+        """What it takes to run functions so many times each, by name."""
+        return sum((self.functions[name] for name, times in calls.items() for _ in range(times)), SlotCost())
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes; depths become strings."""
@@ -176,6 +219,7 @@ class SlotReport:
         data = dict(data)
         for name in ("largest", "room"):
             data[name] = {int(depth): value for depth, value in data[name].items()}
+        data["functions"] = {name: SlotCost(**cost) for name, cost in data["functions"].items()}
         return cls(**data)
 
 
@@ -674,7 +718,7 @@ class CKKSBackend:
         depths = {name: traced[name].inputs for name in functions}
         rotations = tuple(sorted(set().union(*(trace.tally.rotations for trace in traced.values()))))
         conjugates = any(trace.tally.conjugates for trace in traced.values())
-        report = _report(parameters, traced)
+        report = _report(parameters, traced, ports)
         report = replace(report, compile_seconds=time.perf_counter() - start)
         content = pickle.dumps((ports.to_json(), depths, params, parameters, rotations, conjugates))
         identity = hashlib.sha256(content).hexdigest()
@@ -766,7 +810,7 @@ def _trace(
     return _Trace(machine.tally, tuple(inputs), tuple(result.depth for result in results), largest, shown)
 
 
-def _report(parameters: Parameters, traced: Mapping[str, _Trace]) -> SlotReport:
+def _report(parameters: Parameters, traced: Mapping[str, _Trace], ports: wire.Ports) -> SlotReport:
     """The report; CompilationError where numbers do not fit."""
     levels = parameters.levels
     largest = {levels: max(trace.shown for trace in traced.values())}
@@ -787,6 +831,19 @@ def _report(parameters: Parameters, traced: Mapping[str, _Trace]) -> SlotReport:
     rotation_keys = len(set().union(*(trace.tally.rotations for trace in traced.values())))
     rotation_keys += any(trace.tally.conjugates for trace in traced.values())
     size = (levels + 1) * parameters.total_bits * parameters.ring // 8  # a key, half of which is a seed
+    sent = (parameters.total_bits - parameters.moduli_bits[-1]) * parameters.ring // 8  # half of it is a seed
+    received = 2 * parameters.moduli_bits[0] * parameters.ring // 8
+    kept = _kept(ports)
+    functions = {
+        name: SlotCost(
+            trace.tally.by_stage(),
+            trace.tally.depth,
+            estimated_seconds(trace.tally, parameters),
+            len(ports[name].client_inputs) * sent,
+            sum((name, number) not in kept for number in range(len(trace.results))) * received,
+        )
+        for name, trace in traced.items()
+    }
     return SlotReport(
         backend="ckks",
         versions={name: version(name) for name in ("tenseal", "numpy")},
@@ -795,14 +852,10 @@ def _report(parameters: Parameters, traced: Mapping[str, _Trace]) -> SlotReport:
         modulus_bits=parameters.total_bits,
         scale_bits=parameters.scale_bits,
         levels=levels,
-        depth={name: trace.tally.depth for name, trace in traced.items()},
-        stages={name: trace.tally.by_stage() for name, trace in traced.items()},
-        estimated_seconds={name: estimated_seconds(trace.tally, parameters) for name, trace in traced.items()},
+        functions=functions,
         rotation_keys=rotation_keys,
         largest=dict(sorted(largest.items())),
         room=room,
         evaluation_key_bytes=(rotation_keys + 1) * size,
         evaluation_key_source="estimated",
-        input_ciphertext_bytes=(parameters.total_bits - parameters.moduli_bits[-1]) * parameters.ring // 8,
-        output_ciphertext_bytes=2 * parameters.moduli_bits[0] * parameters.ring // 8,
     )

@@ -8,9 +8,10 @@ import functools
 import importlib
 import importlib.metadata
 import json
+import operator
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import click
 
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import note, seconds, step
+
+# What computes a head if only the backend is named; "lowrank" with any other.
+DEFAULT_FORMULAS = {"ckks": "polynomial"}
 
 MODES = ("float", "quantized", "simulate", "encrypted")
 
@@ -70,7 +74,7 @@ head_options = options(
     click.option("--recipes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Formula, bits and options of every head, as tune writes them; instead of the options below."),
     click.option("--attention", "formula",
-                 help="Attention formula; see info.  [default: the checkpoint's recipes, else lowrank]"),
+                 help="Attention formula; see info.  [default: the checkpoint's recipes, else what fits --backend]"),
     click.option("--bits", type=int,
                  help="Bits of activations, and of all else what the formula has with them.  [default: 4]"),
     click.option("--input-bits", type=int, help="Bits of inputs."),
@@ -83,10 +87,10 @@ head_options = options(
                  help="Text to calibrate on, one passage a line.  [default: bundled]"),
 )  # fmt: skip
 compile_options = options(
-    click.option("--backend", default="concrete", show_default=True, help="FHE backend; see info."),
-    click.option("--p-error", default=1e-5, show_default=True, help="Probability that one lookup is wrong."),
-    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
-                 show_default=True, help="How low bits are rounded away before a lookup."),
+    click.option("--backend", help="FHE backend; see info.  [default: the one that the formula is made for]"),
+    click.option("--p-error", type=float, help="Probability that one lookup is wrong.  [default: the formula's]"),
+    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]),
+                 help="How low bits are rounded away before a lookup.  [default: the formula's]"),
     click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
 )  # fmt: skip
@@ -97,7 +101,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: str | None, bits: int | None,
                 input_bits: int | None, weight_bits: int | None, activation_bits: int | None, lookup_bits: int | None,
-                settings: tuple[str, ...]) -> Any:  # fmt: skip
+                settings: tuple[str, ...], backend: str | None = None) -> Any:  # fmt: skip
     from jaxgpt2 import attention
     from jaxgpt2.attention import Recipe
     from jaxgpt2.gpt2 import GPT2
@@ -108,7 +112,7 @@ def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: st
     given = any(option is not None for option in options) or bool(settings)
     if recipes is not None and given:
         raise InputError("--recipes FILE says formula, bits and options: leave the options for them out")
-    if recipes is None and not given:
+    if recipes is None and not given and backend not in DEFAULT_FORMULAS:
         # A checkpoint may bring the recipes that its heads do best with.
         tuned = locate(model) / "recipes.json"
         if tuned.exists() and not (heads or "").count("all"):
@@ -121,7 +125,7 @@ def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: st
             if unit not in known:
                 raise HeadError(f"{recipes} has no recipe for head {unit}; it has: {', '.join(map(str, known))}")
         return HybridGPT2(gpt2, {unit: known[unit] for unit in units})
-    formula = formula or "lowrank"
+    formula = formula or DEFAULT_FORMULAS.get(backend or "", "lowrank")
     chosen = {"inputs": input_bits, "weights": weight_bits, "activations": activation_bits, "lookup": lookup_bits}
     activations = next((n for n in (activation_bits, bits) if n is not None), 4)
     widths = attention.get(formula).bits(activations)
@@ -142,11 +146,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, int]:
     return parsed
 
 
-def make_settings(p_error: float, rounding: str) -> Any:
-    from fhe import Settings
-
+def make_settings(hybrid: Any, p_error: float | None, rounding: str | None) -> Any:
     try:
-        return Settings(p_error, rounding)  # pyright: ignore[reportArgumentType]
+        return hybrid.settings(p_error, rounding)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -166,7 +168,9 @@ def cache_directory(path: Path | None) -> Path:
     return path
 
 
-def compiled(hybrid: Any, passages: list[str], seq_len: int, settings: Any, backend: str, cache: Path | None) -> Any:
+def compiled(
+    hybrid: Any, passages: list[str], seq_len: int, settings: Any, backend: str | None, cache: Path | None
+) -> Any:
     names = ", ".join(map(str, hybrid.units))
     with step(f"compiling head {names} for {seq_len} tokens"):
         return hybrid.compile(passages, seq_len, settings, backend, cache_directory(cache) / "circuits")
@@ -177,15 +181,18 @@ def make_keys(hybrid: Any, cache: Path | None) -> Any:
         return hybrid.make_keys(cache_directory(cache) / "keys")
 
 
-def announce_run(hybrid: Any, tokens: int) -> None:
-    """Says in advance what reading a text of so many tokens will take."""
-    costs = hybrid.costs(tokens).values()
-    lookups = sum(cost.pbs_count for cost in costs)
-    took = sum(cost.estimated_run_seconds for cost in costs)
-    note(
-        f"{lookups:,} lookups of up to {max(cost.max_bit_width for cost in costs)} bits for {tokens} tokens: "
-        f"about {seconds(took)} (2 cores of an AMD EPYC; yours will differ)"
-    )
+def total_cost(costs: Mapping[Any, Any]) -> Any:
+    """Of all units together: a `fhe.RunCost`."""
+    return functools.reduce(operator.add, costs.values())
+
+
+def announce_run(hybrid: Any, tokens: int, prompt: int | None = None) -> None:
+    """Says in advance what reading a text of so many tokens will take, those after the prompt one by one."""
+    cost = total_cost(hybrid.costs(prompt or tokens))
+    if prompt is not None and prompt < tokens:
+        cost += total_cost(hybrid.costs(tokens, prompt))
+    took = seconds(cost.estimated_run_seconds)
+    note(f"{cost.describe()} for {tokens} tokens: about {took} ({cost.machine}; yours will differ)")
 
 
 def heads_of(hybrid: Any) -> dict[str, Any]:
@@ -235,15 +242,16 @@ def main() -> None:
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only.")
 @click.option("--seed", default=0, show_default=True)
 @json_option
-def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_error: float, rounding: str,
-             cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
-             seed: int, as_json: bool, **head: Any) -> None:  # fmt: skip
+def generate(prompt: str, calibration: Path | None, mode: str, backend: str | None, p_error: float | None,
+             rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None,
+             top_p: float | None, seed: int, as_json: bool, **head: Any) -> None:  # fmt: skip
     """Continue PROMPT."""
     from jaxgpt2.generation import Sampling
 
-    sampling, settings = Sampling(temperature, top_k, top_p, seed), make_settings(p_error, rounding)
+    sampling = Sampling(temperature, top_k, top_p, seed)
     with step("loading the model"):
-        hybrid = make_hybrid(**head)
+        hybrid = make_hybrid(**head, backend=backend)
+    settings = make_settings(hybrid, p_error, rounding)
     gpt2 = hybrid.gpt2
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": head["model"]}
     keys = None
@@ -257,7 +265,7 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_e
             result["reports"] = {str(unit): circuit.report.to_json() for unit, circuit in hybrid.circuits.items()}
         if mode == "encrypted":
             keys = make_keys(hybrid, cache)
-            announce_run(hybrid, length)
+            announce_run(hybrid, length, length - max_new_tokens + 1)
         result |= heads_of(hybrid)
     tokens: list[int] = []
     stream = gpt2.stream()
@@ -298,21 +306,21 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str, p_e
 @click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N passages.")
 @json_option
-def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error: float, rounding: str,
-                     cache: Path | None, text: Path | None, ks: str, limit: int | None, as_json: bool,
-                     **head: Any) -> None:  # fmt: skip
+def evaluate_command(calibration: Path | None, mode: str, backend: str | None, p_error: float | None,
+                     rounding: str | None, cache: Path | None, text: Path | None, ks: str, limit: int | None,
+                     as_json: bool, **head: Any) -> None:  # fmt: skip
     """How much a quantized head changes the model on a text."""
     from jaxgpt2 import evaluation
     from weights.checkpoint import TINY
 
     if not all(part.strip().isdigit() for part in ks.split(",")):
         raise InputError(f"--top-k {ks!r} cannot be read: wanted whole numbers with commas between, as 1,5,10")
-    settings = make_settings(p_error, rounding)
     passages = evaluation.read_passages(text or TINY / "eval.txt")[:limit]
     calibrating = calibration_passages(calibration)
     evaluation.check_disjoint(calibrating, passages)
     with step("loading the model"):
-        hybrid = make_hybrid(**head)
+        hybrid = make_hybrid(**head, backend=backend)
+    settings = make_settings(hybrid, p_error, rounding)
     longest = evaluation.longest_passage(hybrid.gpt2, passages)
     with step("calibrating"):
         hybrid = hybrid.calibrate(calibrating, longest)
@@ -356,14 +364,15 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str, p_error:
 @click.option("--seq-len", type=click.IntRange(1), default=6, show_default=True, help="Longest text, in tokens.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write circuits and report here.")
 @json_option
-def compile_command(calibration: Path | None, backend: str, p_error: float, rounding: str, cache: Path | None,
-                    seq_len: int, out: Path | None, as_json: bool, **head: Any) -> None:  # fmt: skip
+def compile_command(calibration: Path | None, backend: str | None, p_error: float | None, rounding: str | None,
+                    cache: Path | None, seq_len: int, out: Path | None, as_json: bool,
+                    **head: Any) -> None:  # fmt: skip
     """Compile the protected heads, and say what they cost."""
-    settings = make_settings(p_error, rounding)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty directory: give another --out, or remove it")
     with step("loading the model"):
-        hybrid = make_hybrid(**head)
+        hybrid = make_hybrid(**head, backend=backend)
+    settings = make_settings(hybrid, p_error, rounding)
     passages = calibration_passages(calibration)
     with step("calibrating"):
         hybrid = hybrid.calibrate(passages, seq_len)
@@ -383,31 +392,34 @@ def compile_command(calibration: Path | None, backend: str, p_error: float, roun
 
 def compile_result(hybrid: Any) -> dict[str, Any]:
     """The cost of all compiled units together, and each one's own report."""
+    from fhe import Report
+
     reports = [circuit.report for circuit in hybrid.circuits.values()]
-    costs = hybrid.costs(hybrid.seq_len)
-    stages: dict[str, dict[str, int]] = {}
-    for cost in costs.values():
-        for stage, widths in cost.pbs_by_stage.items():
-            for bits, count in widths.items():
-                total = stages.setdefault(stage, {})
-                total[str(bits)] = total.get(str(bits), 0) + count
+    cost = total_cost(hybrid.costs(hybrid.seq_len))
+    if all(isinstance(report, Report) for report in reports):
+        own = {
+            "complexity": sum(report.complexity for report in reports),
+            "p_error": max(report.p_error for report in reports),
+            "rounding": reports[0].rounding,
+        }
+    else:
+        facts = [report.to_json() for report in reports]
+        own = {
+            name: max(each[name] for each in facts)
+            for name in ("security_bits", "ring", "modulus_bits", "scale_bits", "rotation_keys")
+        }
     return {
         **heads_of(hybrid),
         "seq_len": hybrid.seq_len,
         "backend": reports[0].backend,
-        "pbs_count": sum(cost.pbs_count for cost in costs.values()),
-        "max_bit_width": max(cost.max_bit_width for cost in costs.values()),
-        "complexity": sum(report.complexity for report in reports),
-        "p_error": max(report.p_error for report in reports),
-        "rounding": reports[0].rounding,
+        **cost.to_json(),
+        **own,
+        "cost": cost.describe(),
+        "machine": cost.machine,
         "noise": reports[0].noise,
         "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in reports),
         "evaluation_key_source": reports[0].evaluation_key_source,
-        "input_ciphertext_bytes": sum(cost.input_ciphertext_bytes for cost in costs.values()),
-        "output_ciphertext_bytes": sum(cost.output_ciphertext_bytes for cost in costs.values()),
         "compile_seconds": sum(report.compile_seconds for report in reports),
-        "estimated_run_seconds": sum(cost.estimated_run_seconds for cost in costs.values()),
-        "pbs_by_stage": stages,
         "versions": reports[0].versions,
         "heads": {str(unit): circuit.report.to_json() for unit, circuit in hybrid.circuits.items()},
     }
@@ -416,29 +428,48 @@ def compile_result(hybrid: Any) -> dict[str, Any]:
 def cost_lines(cost: dict[str, Any], recipes: str) -> list[str]:
     """A cost report for people."""
     megabyte = 1e6
-    widths = sorted({int(bits) for counts in cost["pbs_by_stage"].values() for bits in counts})
-    lines = [
-        f"head {cost['head']}, {recipes}, {cost['seq_len']} tokens, backend {cost['backend']}",
+    lines = [f"head {cost['head']}, {recipes}, {cost['seq_len']} tokens, backend {cost['backend']}", ""]
+    if "pbs_by_stage" in cost:
+        widths = sorted({int(bits) for counts in cost["pbs_by_stage"].values() for bits in counts})
+        lines += stage_lines("lookups (PBS) by bits", cost["pbs_by_stage"], list(map(str, widths)))
+        rounding = cost["rounding"] + (f" ({cost['noise']})" if cost["noise"] else "")
+        facts = [
+            f"complexity            {cost['complexity']:.3g}",
+            f"error per lookup      {cost['p_error']:g}",
+            f"rounding              {rounding}",
+        ]
+    else:
+        kinds = sorted({kind for counts in cost["stages"].values() for kind in counts})
+        lines += stage_lines("operations", cost["stages"], kinds)
+        facts = [
+            f"parameters            ring {cost['ring']}, {cost['levels']} levels of {cost['scale_bits']} bits, "
+            f"{cost['modulus_bits']} bits of moduli, {cost['security_bits']}-bit security",
+            f"noise                 {cost['noise']}",
+        ]
+    kept = {"compiler": " in memory; sent compressed", "estimated": ", about"}.get(cost["evaluation_key_source"], "")
+    return [
+        *lines,
         "",
-        f"{'lookups (PBS) by bits':24}" + "".join(f"{bits:>8}" for bits in widths) + f"{'all':>9}",
-    ]
-    for stage, counts in cost["pbs_by_stage"].items():
-        row = "".join(f"{counts.get(str(bits), 0) or '':>8}" for bits in widths)
-        lines.append(f"{stage:24}{row}{sum(counts.values()):>9,}")
-    lines += [
-        f"{'all':24}" + " " * 8 * len(widths) + f"{cost['pbs_count']:>9,}",
-        "",
-        f"complexity            {cost['complexity']:.3g}",
-        f"error per lookup      {cost['p_error']:g}",
-        f"rounding              {cost['rounding']}" + (f" ({cost['noise']})" if cost["noise"] else ""),
-        f"evaluation keys       {cost['evaluation_key_bytes'] / megabyte:,.1f} MB"
-        + (" in memory; sent compressed" if cost["evaluation_key_source"] == "compiler" else ""),
+        *facts,
+        f"evaluation keys       {cost['evaluation_key_bytes'] / megabyte:,.1f} MB{kept}",
         f"ciphertexts           {cost['input_ciphertext_bytes'] / megabyte:,.2f} MB in, "
         f"{cost['output_ciphertext_bytes'] / megabyte:,.2f} MB out",
         f"compiled in           {seconds(cost['compile_seconds'])}",
-        f"a run takes about     {seconds(cost['estimated_run_seconds'])} (2 cores of an AMD EPYC)",
+        f"a run takes about     {seconds(cost['estimated_run_seconds'])} ({cost['machine']})",
     ]
-    return lines
+
+
+def stage_lines(title: str, stages: Mapping[str, Mapping[str, int]], columns: Sequence[str]) -> list[str]:
+    """A table of counts: a row for every stage, a column for everything counted, and sums."""
+    sizes = [max(8, len(name) + 2) for name in columns]
+
+    def row(name: str, counts: Mapping[str, int]) -> str:
+        cells = "".join(f"{counts.get(column, 0) or '':>{size}}" for column, size in zip(columns, sizes, strict=True))
+        return f"{name:24}{cells}{sum(counts.values()):>9,}"
+
+    total = {column: sum(counts.get(column, 0) for counts in stages.values()) for column in columns}
+    head = "".join(f"{name:>{size}}" for name, size in zip(columns, sizes, strict=True))
+    return [f"{title:24}{head}{'all':>9}", *(row(stage, counts) for stage, counts in stages.items()), row("all", total)]
 
 
 @main.command()
@@ -450,7 +481,17 @@ def info(as_json: bool) -> None:
     import fhe
     from jaxgpt2 import attention
 
-    packages = ("jaxgpt2", "jax", "flax", "numpy", "safetensors", "tokenizers", "huggingface_hub", "concrete-python")
+    packages = (
+        "jaxgpt2",
+        "jax",
+        "flax",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "huggingface_hub",
+        "concrete-python",
+        "tenseal",
+    )
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in packages:
         try:

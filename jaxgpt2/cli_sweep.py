@@ -246,12 +246,14 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     )
     recipes = {row["key"]: attention.Recipe.from_json(json.loads(row["key"].partition(" ")[2])) for row in rows}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
-               "estimated_seconds", "machine", "seq_len", "rounding")  # fmt: skip
+               "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
+               "seq_len", "rounding")  # fmt: skip
     result = {
         "model": model,
         "wanted_recovered_kl": wanted,
         "heads": {
-            name: recipes[row["key"]].to_json() | {"measured": {column: row[column] for column in columns}}
+            name: recipes[row["key"]].to_json()
+            | {"measured": {column: row[column] for column in columns if row.get(column) is not None}}
             for name, row in found.items()
         },
     }
@@ -263,8 +265,8 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         note(f"wrote {out}: for --recipes of generate, compile and eval")
     lines = [
         f"head {name}: {describe_recipe(recipes[row['key']])}: recovers {row['recovered_kl']:.4f}, "
-        f"{row['pbs_count']:,} lookups of up to {row['max_bit_width']} bits, about {seconds(row['estimated_seconds'])} "
-        f"for {row['seq_len']} tokens ({row['machine']})"
+        f"about {seconds(row['estimated_seconds'])} for {row['seq_len']} tokens, "
+        f"{seconds(row['estimated_seconds_per_token'])} for one more ({row['machine']})"
         for name, row in found.items()
     ]
     if len(found) > 1:

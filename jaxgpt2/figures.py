@@ -104,26 +104,27 @@ def pareto(costs: Any, values: Any) -> list[int]:
 
 
 def over_cost(rows: Any) -> Figure:
-    """Recovered KL over the estimated time of an encrypted run: means over heads of every recipe."""
+    """Recovered KL over the estimated time of a token, encrypted: means over heads of every recipe."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = formula_of(rows)
     recipe = list(dict.fromkeys([*names, *(name for name in rows.columns if name.endswith("_bits"))]))
-    means = rows.groupby(recipe, dropna=False, sort=True)[["estimated_seconds", "recovered_kl"]].mean().reset_index()
+    seconds = "estimated_seconds_per_token"
+    means = rows.groupby(recipe, dropna=False, sort=True)[[seconds, "recovered_kl"]].mean().reset_index()
     for formula, same in means.groupby("attention", sort=True):
-        axes.scatter(same["estimated_seconds"], same["recovered_kl"], s=18, label=str(formula))
-    costs, values = means["estimated_seconds"].to_numpy(float), means["recovered_kl"].to_numpy(float)
+        axes.scatter(same[seconds], same["recovered_kl"], s=18, label=str(formula))
+    costs, values = means[seconds].to_numpy(float), means["recovered_kl"].to_numpy(float)
     front = pareto(costs, values)
     axes.plot(costs[front], values[front], color="black", linewidth=1, label="Pareto front")
     axes.axhline(0.0, color="black", linestyle="--", linewidth=1, label="without the head")
     axes.set_xscale("log")
     axes.set_ylim(max(-1.0, float(values.min()) - 0.05), 1.05)
-    axes.set_xlabel(f"estimated seconds of an encrypted run, {rows['seq_len'].iloc[0]} tokens")
+    axes.set_xlabel(f"estimated seconds of a token, the text's number {rows['seq_len'].iloc[0]}, encrypted")
     axes.set_ylabel("recovered KL")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     heads = rows.drop_duplicates(["layer", "head"])
-    figure.suptitle(f"mean over {len(heads)} heads; {rows['machine'].iloc[0]}", fontsize="small")
+    figure.suptitle(f"mean over {len(heads)} heads; {'; '.join(rows['machine'].unique())}", fontsize="small")
     return figure

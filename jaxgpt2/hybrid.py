@@ -390,6 +390,21 @@ class HybridGPT2:
         """What is protected, in order."""
         return tuple(self.recipes)
 
+    @property
+    def backend(self) -> str:
+        """The backend that the formulas are made for.
+
+        Raises:
+            FormulaError: they are made for several.
+        """
+        made_for = {attention.get(recipe.formula).backend for recipe in self.recipes.values()}
+        if len(made_for) > 1:
+            raise attention.FormulaError(
+                f"the heads' formulas are made for several backends ({', '.join(sorted(made_for))}): protect heads of "
+                "one of them at a time, or name a backend that runs all"
+            )
+        return made_for.pop()
+
     def _program(self, unit: Unit) -> Program:
         formula = attention.get(self.recipes[unit].formula)
         if unit.head is not None:
@@ -456,12 +471,25 @@ class HybridGPT2:
 
     # Compilation ---------------------------------------------------------------------------------
 
+    def settings(self, p_error: float | None = None, rounding: fhe.Rounding | None = None) -> dict[Unit, fhe.Settings]:
+        """What every unit's formula stands, with what is given instead.
+
+        Raises:
+            ValueError: a probability or a rounding that there is not.
+        """
+        given = {"p_error": p_error, "rounding": rounding}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {
+            unit: dataclasses.replace(attention.get(recipe.formula).settings, **given)
+            for unit, recipe in self.recipes.items()
+        }
+
     def compile(
         self,
         passages: Sequence[str],
         seq_len: int,
-        settings: fhe.Settings | None = None,
-        backend: str = "concrete",
+        settings: fhe.Settings | Mapping[Unit, fhe.Settings] | None = None,
+        backend: str | None = None,
         cache: Path | None = None,
     ) -> HybridGPT2:
         """Compiles the protected heads for texts of up to `seq_len` tokens.
@@ -469,8 +497,8 @@ class HybridGPT2:
         Args:
             passages: calibration text; what it makes of the circuit's values decides their bit widths.
             seq_len: tokens; a formula without steps pads shorter texts, at the same cost.
-            settings: error probability and rounding.
-            backend: name of an FHE backend.
+            settings: error probability and rounding, for all units or each; None for what their formulas stand.
+            backend: name of an FHE backend; None for the one that the formulas are made for.
             cache: directory in which compiled circuits are kept; None compiles anew.
         """
         return self.compile_on(self.head_inputs(passages, seq_len), seq_len, settings, backend, cache)
@@ -479,21 +507,24 @@ class HybridGPT2:
         self,
         inputs: Mapping[int, Sequence[np.ndarray]],
         seq_len: int,
-        settings: fhe.Settings | None = None,
-        backend: str = "concrete",
+        settings: fhe.Settings | Mapping[Unit, fhe.Settings] | None = None,
+        backend: str | None = None,
         cache: Path | None = None,
     ) -> HybridGPT2:
         """`compile`, with head inputs that are there already: layer to (T, C) arrays of at most seq_len rows."""
-        engine = fhe.get_backend(backend)
+        engine = fhe.get_backend(backend or self.backend)
         for name in sorted({recipe.formula for recipe in self.recipes.values()}):
             lacking = attention.get(name).needs - engine.offers
             if lacking:
                 fitting = [other for other in attention.formulas() if attention.get(other).needs <= engine.offers]
                 raise attention.FormulaError(
-                    f"formula {name!r} needs {', '.join(sorted(lacking))}, which backend {backend!r} lacks; "
+                    f"formula {name!r} needs {', '.join(sorted(lacking))}, which backend {engine.name!r} lacks; "
                     f"formulas that fit it: {', '.join(fitting) or 'none'}"
                 )
-        settings = settings or fhe.Settings()
+        if settings is None:
+            settings = self.settings()
+        elif isinstance(settings, fhe.Settings):
+            settings = dict.fromkeys(self.units, settings)
         circuits = {}
         for unit in self.units:
             calibrated = self._calibrated(unit)
@@ -502,23 +533,21 @@ class HybridGPT2:
             program = self._program(unit)
             functions = program.reading.functions(program, calibrated, inputs[unit.layer], seq_len)
             if cache is None:
-                circuits[unit] = engine.compile(functions, calibrated.params, settings)
+                circuits[unit] = engine.compile(functions, calibrated.params, settings[unit])
             else:
-                circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings, cache)
+                circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings[unit], cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
-    def costs(self, length: int, prompt: int | None = None) -> dict[Unit, fhe.Cost]:
+    def costs(self, length: int, known: int = 0) -> dict[Unit, fhe.RunCost]:
         """What the compiled units take to read a text of so many tokens.
 
-        prompt: how many of them are read together, before the others one by one, as `generate` reads; None for all.
+        known: how many were read before; then the others are read one by one, as `generate` reads, else all at once.
         """
-        prompt = length if prompt is None else prompt
-        return {
-            unit: circuit.report.cost_of(
-                self._program(unit).reading.calls(self._calibrated(unit).client, prompt, length)
-            )
-            for unit, circuit in self.circuits.items()
+        calls = {
+            unit: self._program(unit).reading.calls(self._calibrated(unit).client, known, length)
+            for unit in self.circuits
         }
+        return {unit: circuit.report.cost_of(calls[unit]) for unit, circuit in self.circuits.items()}
 
     # Running -------------------------------------------------------------------------------------
 

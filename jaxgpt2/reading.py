@@ -74,9 +74,9 @@ class Reading(Protocol):
         """What to compile, by name: the owner's side. inputs: calibration inputs (T, C), float64, T <= length."""
         ...
 
-    def calls(self, client: Calibrated, prompt: int, length: int) -> Mapping[str, int]:
-        """How often each function runs for a text whose first `prompt` tokens are read together, and all later ones up
-        to `length` one by one, as `generate` reads."""
+    def calls(self, client: Calibrated, known: int, length: int) -> Mapping[str, int]:
+        """How often each function runs until a text of `length` tokens is read: all at once, or, if `known` of them
+        were read before, the others one by one."""
         ...
 
     def reader(self, client: Calibrated, party: Party, length: int) -> Reader:
@@ -119,8 +119,8 @@ class Whole:
         texts = [(np.pad(x, ((0, length - len(x)), (0, 0))),) for x in stretched(calibrated, inputs)]
         return {"head": fhe.Function(program.run, texts)}
 
-    def calls(self, client: Calibrated, prompt: int, length: int) -> Mapping[str, int]:
-        return {"head": 1 + length - prompt}
+    def calls(self, client: Calibrated, known: int, length: int) -> Mapping[str, int]:
+        return {"head": length - known if known else 1}
 
     def reader(self, client: Calibrated, party: Party, length: int) -> Reader:
         return WholeReader(party, length)
@@ -157,8 +157,9 @@ class TokenByToken:
     ) -> dict[str, fhe.Function]:
         return self.steps.functions(calibrated.params, stretched(calibrated, inputs))
 
-    def calls(self, client: Calibrated, prompt: int, length: int) -> Mapping[str, int]:
-        return self.steps.calls(length)
+    def calls(self, client: Calibrated, known: int, length: int) -> Mapping[str, int]:
+        before = self.steps.calls(known) if known else {}
+        return {name: times - before.get(name, 0) for name, times in self.steps.calls(length).items()}
 
     def reader(self, client: Calibrated, party: Party, length: int) -> Reader:
         return StepReader(party, length, self.steps)

@@ -123,7 +123,7 @@ def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
 @click.option("--width", default=768, show_default=True, help="Of the model; head_dim is 64.")
 @click.option("--tokens", default=12, show_default=True, help="Longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
-@click.option("--p-error", default=fhe.Settings().p_error, show_default=True)
+@click.option("--p-error", default=attention.get("lowrank").settings.p_error, show_default=True)
 @click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="Options of lowrank.")
 @click.option("--full", is_flag=True, help="Execute the yardstick too.")
 def cost(width: int, tokens: int, texts: int, p_error: float, options: tuple[str, ...], full: bool) -> None:
@@ -186,7 +186,7 @@ def short_passages(gpt2: GPT2, passages: list[str], tokens: int) -> list[str]:
 @click.option("--heads", help="Some of them, as 0.1,2.3.  [default: all]")
 @click.option("--inputs", default=3, show_default=True, help="Texts that every head reads encrypted.")
 @click.option("--tokens", default=6, show_default=True, help="Of each of them.")
-@click.option("--p-error", default=fhe.Settings().p_error, show_default=True)
+@click.option("--p-error", default=attention.get("lowrank").settings.p_error, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="A file that rows are added to as they are there.")
 def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error: float, out: Path | None) -> None:
     """Heads one by one: recovered KL on the evaluation text, and on some texts quantized, simulated and decrypted."""
@@ -213,7 +213,7 @@ def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error
             row: dict[str, Any] = {
                 "head": str(unit),
                 "options": known[unit].settings,
-                "pbs": hybrid.costs(tokens)[unit].pbs_count,
+                "pbs": lookups(hybrid, unit, tokens),
                 "evaluation": losses(whole),
             }
             for mode in modes:
@@ -245,6 +245,12 @@ def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error
     header = ("head", "score rank", "value rank", f"PBS, {tokens} tokens", "KL without it", "recovered, quantized",
               "these texts: quantized", "simulated", "decrypted")  # fmt: skip
     click.echo(table(header, lines))
+
+
+def lookups(hybrid: HybridGPT2, unit: Unit, tokens: int) -> int:
+    cost = hybrid.costs(tokens)[unit]
+    assert isinstance(cost, fhe.Cost)
+    return cost.pbs_count
 
 
 def losses(measured: Evaluation) -> dict[str, float]:

@@ -82,7 +82,7 @@ def test_ciphertexts_do_what_the_machine_does(circuit, keys):
     machine = SlotMachine(SLOTS)
     everything(machine, PARAMS, machine.load(x), machine.load(y))
     assert tally == machine.tally  # the same counts, at the same depths, by stage
-    assert circuit.report.depth == {"everything": 4, "second": 2}
+    assert {name: cost.levels for name, cost in circuit.report.functions.items()} == {"everything": 4, "second": 2}
 
 
 def test_a_prepared_function_has_nothing_left_to_encode(keys):
@@ -101,11 +101,15 @@ def test_the_report_counts_and_measures(circuit, keys):
     results = circuit.run("everything", blobs, keys.evaluation)
     assert report.security_bits == 128 and report.modulus_bits <= ckks.most_bits(report.ring)
     assert report.rotation_keys == len(circuit._description.rotations) + 1
-    assert report.total("everything", "product") == 3
+    assert report.functions["everything"].total("product") == 3
     assert report.evaluation_key_source == "serialized"
     assert report.evaluation_key_bytes == len(keys.evaluation)
-    for estimated, blob in ((report.input_ciphertext_bytes, blobs[0]), (report.output_ciphertext_bytes, results[0])):
-        assert 0.8 < estimated / len(blob) < 1.25
+    cost = report.functions["everything"]
+    assert 0.8 < cost.input_ciphertext_bytes / sum(map(len, blobs)) < 1.25
+    assert 0.8 < cost.output_ciphertext_bytes / len(results[0]) < 1.25  # the other one stays
+    twice = report.cost_of({"everything": 2, "second": 1})
+    assert twice.counts == {"rotations": 2 * cost.total("rotation"), "products": 7, "levels": 4}
+    assert twice.estimated_run_seconds > 2 * cost.estimated_run_seconds
     assert ckks.SlotReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 

@@ -10,8 +10,6 @@ from click.testing import CliRunner
 import helpers
 from jaxgpt2.cli import main
 
-pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -22,8 +20,39 @@ def model(tmp_path_factory) -> Path:
     return directory
 
 
+def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_factory, tmp_path):
+    pytest.importorskip("tenseal", reason="the ckks extra is not installed")
+    model = tmp_path_factory.mktemp("three-heads")
+    helpers.random_checkpoint(model, n_embd=24, n_head=3)
+    texts = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"]
+    (model / "calibration.txt").write_text("\n".join(texts) + "\n")
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", "0.1", "--cache", tmp_path,
+              "--backend", "ckks", "--json"]  # fmt: skip
+
+    def run(*arguments: object) -> dict:
+        result = CliRunner().invoke(main, [str(argument) for argument in [*arguments, *common]])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    continued = ["generate", "a", "--max-new-tokens", 3, "--mode"]
+    quantized, encrypted = run(*continued, "quantized"), run(*continued, "encrypted")
+    assert quantized["tokens"] == encrypted["tokens"]
+    assert quantized["recipes"]["0.1"]["attention"] == "polynomial"  # what fits the backend
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(list((tmp_path / "keys").glob("*.keys"))) == 1
+    assert run(*continued, "encrypted")["tokens"] == encrypted["tokens"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == made
+
+    result = run("compile", "--seq-len", 3, "--out", tmp_path / "out")
+    assert result["backend"] == "ckks" and result["security_bits"] == 128
+    assert result["estimated_run_seconds"] > 0 and "pbs_count" not in result
+    assert {"projection", "scores", "exponential"} <= result["stages"].keys()
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
+
+
 @pytest.mark.parametrize(("formula", "heads"), [("lowrank", "0.1,1.2"), ("softmax", "1.0")])
 def test_encrypted_text_is_the_quantized_text(model, tmp_path, formula, heads):
+    pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
     common = ["generate", "a", "--model", model, "--calibration", model / "calibration.txt", "--attention", formula,
               "--head", heads, "--bits", 3, "--max-new-tokens", 2, "--p-error", 1e-7, "--rounding", "exact",
               "--cache", tmp_path, "--json"]  # fmt: skip

@@ -1,5 +1,7 @@
 """The hybrid model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads
 from jaxgpt2.quantize import Bits
+from jaxgpt2.reading import Simulated
 
 # The tokenizer of the random models has a token a byte.
 CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 4
@@ -129,6 +132,47 @@ def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
     message = "'lowrank' needs integers, lookup, which backend 'approximate-only' lacks; formulas that fit it: none"
     with pytest.raises(attention.FormulaError, match=message):
         hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")
+
+
+def test_lookups_and_slots_do_not_run_on_each_other(gpt2):
+    pytest.importorskip("tenseal", reason="the ckks extra is not installed")
+    message = "'lowrank' needs integers, lookup, which backend 'ckks' lacks; formulas that fit it: polynomial"
+    with pytest.raises(attention.FormulaError, match=message):
+        hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="ckks")
+    message = "'polynomial' needs slots, which backend 'clear' lacks; formulas that fit it: lowrank, softmax"
+    with pytest.raises(attention.FormulaError, match=message):
+        hybrid_of(gpt2, "0.1", formula="polynomial").compile(CALIBRATION, 5, backend="clear")
+    recipes = {Unit(0, 0): Recipe.of("lowrank", 4), Unit(0, 1): Recipe.of("polynomial", 4)}
+    with pytest.raises(attention.FormulaError, match=r"several backends \(ckks, concrete\)"):
+        HybridGPT2(gpt2, recipes).calibrate(CALIBRATION, 5).compile(CALIBRATION, 5)
+
+
+def test_slots_read_a_prompt_and_then_token_by_token(gpt2):
+    pytest.importorskip("tenseal", reason="the ckks extra is not installed")
+    hybrid = hybrid_of(gpt2, "0.1", formula="polynomial").compile(CALIBRATION, 6)
+    assert hybrid.backend == "ckks"
+    texts = [list(hybrid.generate(PROMPT, 4, mode)) for mode in ("quantized", "simulate")]
+    assert texts[0] == texts[1]
+    tokens = token_ids(gpt2, "on a m")
+    wanted, got = (hybrid.trace(tokens, hybrid.engine(mode)).contributions for mode in ("quantized", "simulate"))
+    assert np.linalg.norm(got - wanted) < 1e-4 * np.linalg.norm(wanted)
+    (unit,) = hybrid.units
+    together, one_by_one = hybrid.costs(6)[unit], hybrid.costs(6, 3)[unit]
+    assert together.counts["levels"] + 1 == one_by_one.counts["levels"]
+    assert 2 < one_by_one.counts["rotations"] / together.counts["rotations"] < 4
+    assert json.loads(json.dumps(together.to_json()))["estimated_run_seconds"] == together.estimated_run_seconds
+
+
+def test_an_engine_needs_no_weights(gpt2):
+    """What a client has: the float model, the client's part of calibration, and parties that run the heads."""
+    hybrid = hybrid_of(gpt2, "0.1", bits=4).compile(CALIBRATION, 6, backend="clear")
+    parties = {unit: Simulated(circuit) for unit, circuit in hybrid.circuits.items()}
+    calibrated = {unit: each.client for unit, each in hybrid.calibrated.items()}
+    assert all(each.params is None for each in calibrated.values())
+    client = HybridGPT2(hybrid.gpt2, hybrid.recipes, calibrated, seq_len=6)
+    tokens = token_ids(gpt2, "on a m")
+    wanted, got = hybrid.trace(tokens, hybrid.engine("quantized")), client.trace(tokens, client.engine_of(parties))
+    assert np.array_equal(wanted.logits, got.logits)
 
 
 def test_a_formula_without_a_block_is_refused_for_a_block(gpt2):

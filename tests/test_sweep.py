@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 import fhe
 import helpers
-from jaxgpt2 import sweep
+from jaxgpt2 import figures, sweep
+from jaxgpt2 import table as sweep_table
 from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import main
 from jaxgpt2.cli_sweep import cheapest
@@ -104,11 +105,14 @@ def test_a_row_equals_eval(bench, gpt2, mixed, index):
 def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
     hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
-    cost = hybrid.compile(CALIBRATION, 4, backend="clear").costs(4)[each.unit]
+    compiled = hybrid.compile(CALIBRATION, 4, backend="clear")
+    cost = compiled.costs(4)[each.unit]
+    assert isinstance(cost, fhe.Cost)
     assert row["pbs_count"] == cost.pbs_count
     assert row["max_bit_width"] == cost.max_bit_width
     assert {bits: row[f"pbs_{bits}"] for bits in cost.pbs_by_bit_width} == cost.pbs_by_bit_width
     assert row["estimated_seconds"] == cost.estimated_run_seconds
+    assert row["estimated_seconds_per_token"] == compiled.costs(4, 3)[each.unit].estimated_run_seconds
     assert row["machine"] == fhe.LOOKUP_TIMES["machine"]
 
 
@@ -116,8 +120,32 @@ def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
     hybrid = HybridGPT2(gpt2, {MIXED[0].unit: MIXED[0].recipe}).calibrate(CALIBRATION, bench.max_tokens)
     cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].unit]
+    assert isinstance(cost, fhe.Cost)
     assert mixed[0]["pbs_count"] == cost.pbs_count
     assert mixed[0]["max_bit_width"] == cost.max_bit_width
+
+
+def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
+    """Of any number of squarings, with what the engine itself would do as their cost; widths do not concern them."""
+    pytest.importorskip("tenseal", reason="the ckks extra is not installed")
+    formula = "polynomial"
+    assert len(sweep.grid([Unit(0, 1)], [formula], [3, 4, 5], {})) == 1
+    chosen = [configuration("0.1", formula, 4, squarings=3), configuration("0.2", formula, 4, squarings=4)]
+    rows = rows_of(bench, [*chosen, MIXED[0]])
+    for row, each in zip(rows, chosen, strict=False):
+        hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+        wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
+        assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
+        assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
+        assert row["levels"] == each.recipe.settings["squarings"] + 4
+        assert row["rounding"] is None and "pbs_count" not in row
+        assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
+    frame = sweep_table.table(rows)
+    assert frame["estimated_seconds_per_token"].notna().all()
+    assert frame["rotations"].notna().tolist() == [True, True, False]
+    assert frame["pbs_count"].notna().tolist() == [False, False, True]
+    figures.over_cost(frame)
+    figures.over_bits(frame)
 
 
 def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fhe import Ops
+from fhe import Ops, Settings
 from jaxgpt2.errors import InputError
 from jaxgpt2.quantize import Bits
 from jaxgpt2.reading import Reading, Whole
@@ -94,18 +94,22 @@ class Formula:
         head: computes one head.
         block: computes all heads of a layer and their output projection; None if the formula has no such program.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
+        backend: the one that it is made for, taken where none is named.
         options: what else may be chosen, such as ranks: names and default values.
         bits: the widths that go with activations of so many bits.
         search: values of options that are worth trying when the cheapest recipe is looked for.
+        settings: error probability and rounding that it stands, for engines of lookups.
     """
 
     name: str
     head: Program
     block: Program | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
+    backend: str = "concrete"
     options: Mapping[str, int] = field(default_factory=dict)
     bits: Callable[[int], Bits] = lambda n: Bits.of(n, lookup=n + 2)
     search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Settings = Settings(rounding="approximate")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ SQUARINGS = (3, 4, 5)
 
 # The client rounds its input to so many bits of the largest that calibration saw; in CKKS that costs nothing.
 INPUT_BITS = 12
+BITS = Bits.of(INPUT_BITS)
 
 # Binary digits of numerators and denominators: rounding to them is of the size of the engine's noise on small ones.
 RESULT_BITS = 18
@@ -65,8 +66,9 @@ RESULT_BITS = 18
 # engine can hold (`fhe.ckks.CKKSSettings.headroom_bits`), and 2**(31 - RESULT_BITS).
 LARGEST_DENOMINATOR = 128.0
 
-# Texts that tell the numbers in the functions for one more token, of which there are many.
-STEP_TEXTS = 1
+# Texts that tell how large the numbers in the functions become, for which there is room to spare (SLACK): functions of
+# whole texts, and those of one more token, of which there are many.
+PROMPT_TEXTS, STEP_TEXTS = 8, 1
 
 # A decrypted denominator outside the range of calibration by more than this factor is refused.
 SLACK = 32.0
@@ -298,7 +300,7 @@ def calibrate(
         denominators.max(),
         np.asarray(slots),
     )
-    return Calibrated(params, input_step, decoding, Bits(INPUT_BITS, INPUT_BITS, INPUT_BITS), max_tokens)
+    return Calibrated(params, input_step, decoding, BITS, max_tokens)
 
 
 # --- on slots -----------------------------------------------------------------------------------
@@ -429,7 +431,7 @@ class Slots:
         Raises:
             CalibrationError: all inputs together have fewer.
         """
-        texts = of_length(inputs, length)
+        texts = of_length(inputs, length)[:PROMPT_TEXTS]
         layout, params = layout_for(calibrated, self.slots), calibrated.params
         run = functools.partial(prompt, layout)
         tiled = [tuple(pack(layout, x)) for x in texts]
@@ -451,9 +453,10 @@ class Slots:
             caches = [body(machine, params, machine.load(x), *kept)[1:] for x, kept in zip(new, caches, strict=True)]
         return made
 
-    def calls(self, client: Calibrated, prompt: int, length: int) -> Mapping[str, int]:
-        tiles = -(-prompt // layout_for(client, self.slots).tokens)
-        return dict.fromkeys([f"prompt_{tiles}", *(f"step_{count}" for count in range(prompt, length))], 1)
+    def calls(self, client: Calibrated, known: int, length: int) -> Mapping[str, int]:
+        if known:
+            return {f"step_{count}": 1 for count in range(known, length)}
+        return {f"prompt_{-(-length // layout_for(client, self.slots).tokens)}": 1}
 
     def reader(self, client: Calibrated, party: Party, length: int) -> Reader:
         return SlotReader(client, party, length, layout_for(client, self.slots))
@@ -596,5 +599,7 @@ POLYNOMIAL = Formula(
     "polynomial",
     head=Program(run_head, calibrate, decode, Slots()),
     needs=frozenset({"slots"}),
+    backend="ckks",
     options={"score_rank": 0, "value_rank": 0, "squarings": 0},
+    bits=lambda n: BITS,
 )
