@@ -399,7 +399,7 @@ def compile_result(hybrid: Any) -> dict[str, Any]:
         facts = [report.to_json() for report in reports]
         own = {
             name: max(each[name] for each in facts)
-            for name in ("security_bits", "ring", "modulus_bits", "scale_bits", "rotation_keys")
+            for name in ("security_bits", "ring", "modulus_bits", "scale_bits", "levels", "rotation_keys")
         }
     return {
         **heads_of(hybrid),
