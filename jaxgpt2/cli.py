@@ -210,7 +210,8 @@ def describe_recipe(recipe: Any) -> str:
     """`lowrank, score_rank 16, bits 4/4/4, lookups 6`."""
     options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
     bits = recipe.bits
-    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"
+    lookups = "" if bits.lookup is None else f", lookups {bits.lookup}"
+    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}"
 
 
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
