@@ -20,7 +20,7 @@ import click
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import note, seconds, step
 
-# What computes a head if only the backend is named; "lowrank" with any other.
+# What computes a head if the backend is named and no formula.
 DEFAULT_FORMULAS = {"ckks": "polynomial"}
 
 MODES = ("float", "quantized", "simulate", "encrypted")
@@ -74,7 +74,8 @@ head_options = options(
     click.option("--recipes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Formula, bits and options of every head, as tune writes them; instead of the options below."),
     click.option("--attention", "formula",
-                 help="Attention formula; see info.  [default: lowrank, or polynomial for --backend ckks]"),
+                 help="Attention formula; see info.  [default: polynomial for --backend ckks, else the checkpoint's "
+                      "recipes, else lowrank]"),
     click.option("--bits", type=int,
                  help="Bits of activations, and of all else what the formula has with them.  [default: 4]"),
     click.option("--input-bits", type=int, help="Bits of inputs."),
@@ -106,11 +107,18 @@ def make_hybrid(model: str, heads: str | None, recipes: Path | None, formula: st
     from jaxgpt2.attention import Recipe
     from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.hybrid import HeadError, HybridGPT2, parse_heads, read_recipes
+    from weights import locate
 
+    options = (formula, bits, input_bits, weight_bits, activation_bits, lookup_bits)
+    given = any(option is not None for option in options) or bool(settings)
+    if recipes is not None and given:
+        raise InputError("--recipes FILE says formula, bits and options: leave the options for them out")
+    if recipes is None and not given and backend not in DEFAULT_FORMULAS:
+        # A checkpoint may bring the recipes that its heads do best with.
+        tuned = locate(model) / "recipes.json"
+        if tuned.exists() and not (heads or "").count("all"):
+            heads, recipes = heads or "0.0", tuned
     if recipes is not None:
-        chosen = (formula, bits, input_bits, weight_bits, activation_bits, lookup_bits)
-        if any(option is not None for option in chosen) or settings:
-            raise InputError("--recipes FILE says formula, bits and options: leave the options for them out")
         gpt2 = GPT2.from_pretrained(model)
         known = read_recipes(recipes, gpt2.config)
         units = tuple(known) if heads is None else parse_heads(heads, gpt2.config)

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxgpt2.sweep import Experiment
 
 # Widths that `tune` tries: beyond 8 bits an encrypted head costs more than anyone will wait for.
-TUNED_BITS = "2-8"
+TUNED_BITS = "3-5"
 
 text_options = options(
     click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
@@ -181,22 +181,30 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
 
 @click.command()
 @options(model_options)
-@click.option("--head", "heads", required=True, metavar="L.H[,L.H...]", help="Heads to find a recipe for, each alone.")
-@click.option("--recovered-kl", "wanted", default=0.95, show_default=True, help="What must be kept.")
+@click.option("--head", "heads", required=True, metavar="L.H[,L.H...]", help="Heads to find recipes for, or all.")
+@click.option(
+    "--recovered-kl",
+    "wanted",
+    default=0.95,
+    show_default=True,
+    help="What must be kept of all these heads together, each measured alone.",
+)
 @click.option("--attention", "formulas", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
               help="Attention formulas to try.")  # fmt: skip
 @click.option("--bits", default=TUNED_BITS, show_default=True, metavar="N[,N-N...]", help="Widths to try.")
 @options(width_options, text_options, cost_options)
+@click.option("--sweep", "sweeps", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Measure nothing, choose among the rows of this sweep; may be repeated.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the recipes here, for --recipes.")
 @json_option
 def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_bits: str | None,
          weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
          text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, rounding: str, batch: int,
-         scheduler: str | None, out: Path | None, as_json: bool) -> None:  # fmt: skip
-    """Find the cheapest recipe of a head that keeps most of what the head does."""
+         scheduler: str | None, sweeps: tuple[Path, ...], out: Path | None, as_json: bool) -> None:  # fmt: skip
+    """Find the cheapest recipes of heads that keep most of what the heads do."""
     from jaxgpt2 import attention
     from jaxgpt2.gpt2 import GPT2
-    from jaxgpt2.hybrid import HeadError, parse_heads
+    from jaxgpt2.hybrid import HeadError, Unit, parse_heads
     from jaxgpt2.sweep import check, grid, measured
     from weights.checkpoint import write_atomically
 
@@ -204,29 +212,39 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
-    widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
-    experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
-    gpt2 = GPT2.from_pretrained(model)
-    units = parse_heads(heads, gpt2.config)
+    config = read_config(model)
+    if heads == "all":
+        heads = ",".join(
+            f"{unit[0]}.{unit[1]}" for unit in itertools.product(range(config.n_layer), range(config.n_head))
+        )
+    units = parse_heads(heads, config)
     if any(unit.head is None for unit in units):
         raise HeadError("tune finds recipes for single heads: name them, as 0.3")
-    check(experiment, gpt2)
-    names = [name.strip() for name in formulas.split(",")]
-    searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
-    configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
     rows: list[dict[str, Any]] = []
-    try:
-        with counting("configurations", len(configurations)) as progress:
-            progress(0)
-            for some in measured(experiment, configurations, gpt2, scheduler):
-                rows += some
-                progress(len(some))
-    except KeyboardInterrupt:
-        note("stopped")
-        sys.exit(130)
-    found = {str(unit): cheapest([row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)],
-                                 str(unit), wanted) for unit in units}  # fmt: skip
-    recipes = {each.key: each.recipe for each in configurations}
+    if sweeps:
+        rows = [row for row in rows_of_sweeps(sweeps) if Unit(row["layer"], row["head"]) in units]
+    else:
+        widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+        experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
+        gpt2 = GPT2.from_pretrained(model)
+        check(experiment, gpt2)
+        names = [name.strip() for name in formulas.split(",")]
+        searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
+        configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
+        try:
+            with counting("configurations", len(configurations)) as progress:
+                progress(0)
+                for some in measured(experiment, configurations, gpt2, scheduler):
+                    rows += some
+                    progress(len(some))
+        except KeyboardInterrupt:
+            note("stopped")
+            sys.exit(130)
+    found = cheapest(
+        {str(unit): [row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)] for unit in units},
+        wanted,
+    )
+    recipes = {row["key"]: attention.Recipe.from_json(json.loads(row["key"].partition(" ")[2])) for row in rows}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
                "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
                "seq_len", "rounding")  # fmt: skip
@@ -239,6 +257,8 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
             for name, row in found.items()
         },
     }
+    kept = 1 - sum(row["kl"] for row in found.values()) / sum(row["kl_ablated"] for row in found.values())
+    result["recovered_kl"] = kept
     if out is not None:
         text_of = json.dumps(result, indent=2) + "\n"
         write_atomically(out, lambda name: Path(name).write_text(text_of))
@@ -249,24 +269,65 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         f"{seconds(row['estimated_seconds_per_token'])} for one more ({row['machine']})"
         for name, row in found.items()
     ]
+    if len(found) > 1:
+        lines.append(f"together they recover {kept:.4f}")
     emit(as_json, result, lines)
 
 
-def cheapest(rows: Sequence[dict[str, Any]], head: str, wanted: float) -> dict[str, Any]:
-    """The row that keeps enough at the least estimated time.
+def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """All rows of some sweeps of the same model on the same texts.
 
     Raises:
-        InputError: none keeps enough; the message says what the best one keeps.
+        InputError: one of them is no sweep, or of something else than the first.
     """
-    known = [row for row in rows if row.get("recovered_kl") is not None]
-    enough = [row for row in known if row["recovered_kl"] >= wanted]
-    if enough:
-        return min(enough, key=lambda row: (row["estimated_seconds"], -row["recovered_kl"]))
-    if not known:
-        raise InputError(f"head {head}: nothing could be measured in any of {len(rows)} configurations")
-    best = max(known, key=lambda row: row["recovered_kl"])
-    raise InputError(
-        f"head {head}: none of {len(rows)} configurations recovers {wanted:g} of the KL, the best recovers "
-        f"{best['recovered_kl']:.4f} (in about {seconds(best['estimated_seconds'])}): allow more --bits, other --set "
-        "or --attention, or ask for less"
-    )
+    from jaxgpt2.table import read_rows, read_sweep
+
+    first, rows = {}, {}
+    for path in paths:
+        identity = {name: value for name, value in read_sweep(path).items() if name not in ("grid", "configurations")}
+        first = first or identity
+        if identity != first:
+            differing = ", ".join(sorted(name for name in first if first[name] != identity.get(name)))
+            raise InputError(f"{path} and {paths[0]} are sweeps of other {differing}: their rows cannot be compared")
+        rows |= read_rows(path)
+    return list(rows.values())
+
+
+def cheapest(rows: Mapping[str, Sequence[dict[str, Any]]], wanted: float) -> dict[str, dict[str, Any]]:
+    """For every head the row to take, so that all of them together keep enough at the least estimated time.
+
+    What a set of rows keeps is 1 - sum of kl / sum of kl_ablated. For a price of KL in seconds every head takes its
+    best row; the least price that keeps enough is found by bisection, and what is left over is then spent head by head.
+
+    Raises:
+        InputError: no choice keeps enough; the message says what the best one keeps.
+    """
+    known = {head: [row for row in some if row.get("recovered_kl") is not None] for head, some in rows.items()}
+    for head, some in known.items():
+        if not some:
+            raise InputError(f"head {head}: nothing could be measured in any of {len(rows[head])} configurations")
+    ablated = sum(some[0]["kl_ablated"] for some in known.values())
+
+    def kept(choice: Mapping[str, dict[str, Any]]) -> float:
+        return 1 - sum(row["kl"] for row in choice.values()) / ablated
+
+    def at(price: float) -> dict[str, dict[str, Any]]:
+        return {head: min(some, key=lambda r: r["estimated_seconds"] + price * r["kl"]) for head, some in known.items()}
+
+    low, high = -12.0, 18.0  # exponents of ten
+    choice = at(10**high)
+    if kept(choice) < wanted:
+        count, took = sum(map(len, rows.values())), sum(row["estimated_seconds"] for row in choice.values())
+        raise InputError(
+            f"head {', '.join(rows)}: none of {count} configurations recovers {wanted:g} of the KL, the best recovers "
+            f"{kept(choice):.4f} (in about {seconds(took)}): allow more --bits, other --set or --attention, or ask for "
+            "less"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept(at(10**middle)) >= wanted else (middle, high)
+    choice = at(10**high)
+    for head, some in sorted(known.items(), key=lambda item: -choice[item[0]]["estimated_seconds"]):
+        enough = [row for row in some if kept({**choice, head: row}) >= wanted]
+        choice[head] = min(enough, key=lambda row: (row["estimated_seconds"], row["kl"]))
+    return choice

@@ -77,10 +77,7 @@ class SweepDirectory:
             text = json.dumps(identity, indent=2) + "\n"
             write_atomically(description, lambda name: Path(name).write_text(text))
             return cls(path, {})
-        try:
-            there = json.loads(description.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise DirectoryError(f"{path} is not empty and holds no sweep: give another --out") from None
+        there = read_sweep(path)
         if there != identity:
             differing = sorted(name for name in {**there, **identity} if there.get(name) != identity.get(name))
             raise DirectoryError(f"{path} holds another sweep (of other {', '.join(differing)}): give another --out")
@@ -103,6 +100,18 @@ class SweepDirectory:
         write_atomically(self.path / "rows.parquet", lambda name: frame.to_parquet(name, index=False))
         write_atomically(self.path / "rows.csv", lambda name: frame.to_csv(name, index=False))
         return frame
+
+
+def read_sweep(path: Path) -> Row:
+    """What the rows of a sweep's directory have in common.
+
+    Raises:
+        DirectoryError: it is not the directory of a sweep.
+    """
+    try:
+        return json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DirectoryError(f"{path} holds no sweep: give another directory") from None
 
 
 def read_rows(path: Path) -> dict[str, Row]:

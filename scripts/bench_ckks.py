@@ -73,8 +73,11 @@ def random_head(width: int, size: int, tokens: int) -> tuple[HeadWeights, list[n
         return random.normal(size=shape) * scale
 
     scale = 1.3 / width**0.5
-    matrices = [part for _ in range(3) for part in (draw(width, size, scale=scale), draw(size))]
-    weights = HeadWeights(*matrices, draw(size, width), np.eye(size))
+    query, key, value = (draw(width, size, scale=scale) for _ in range(3))
+    biases = [draw(size) for _ in range(3)]
+    weights = HeadWeights(
+        query, biases[0], key, biases[1], value, biases[2], output=draw(size, width), metric=np.eye(size)
+    )
     basis = draw(max(4, width // 8), width)
     texts = [draw(tokens, len(basis)) @ basis for _ in range(CALIBRATION_TEXTS + TEXTS)]
     return weights, [x / np.sqrt(np.mean(x**2, axis=1, keepdims=True)) for x in texts]

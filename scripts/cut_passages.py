@@ -2,12 +2,14 @@
 
     python scripts/cut_passages.py --corpus corpus --checkpoint weights/tiny
 
-One passage a document, from the documents that were held out of training: whole sentences from the beginning of a
-paragraph, 8 to 40 tokens of the checkpoint's own tokenizer. The two files come from different documents.
+Whole sentences from the beginning of a paragraph, 8 to 40 tokens of the checkpoint's own tokenizer, of documents that
+were held out of training. For evaluation a document gives one passage; for calibration every document gives one before
+any gives a second. The two files come from different documents.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -41,25 +43,31 @@ def passages_of(document: str, tokenizer: Tokenizer, shortest: int, longest: int
 @click.command(help=__doc__)
 @click.option("--corpus", type=click.Path(path_type=Path), default=Path("corpus"), show_default=True)
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("weights/tiny"), show_default=True)
-@click.option("--count", default=120, show_default=True, help="Passages a file.")
+@click.option("--evaluation", default=120, show_default=True, help="Passages of the evaluation text.")
+@click.option("--calibration", default=480, show_default=True, help="Passages of the calibration text.")
 @click.option("--shortest", default=8, show_default=True, help="Tokens.")
 @click.option("--longest", default=40, show_default=True, help="Tokens.")
-def main(corpus: Path, checkpoint: Path, count: int, shortest: int, longest: int) -> None:
+def main(corpus: Path, checkpoint: Path, evaluation: int, calibration: int, shortest: int, longest: int) -> None:
     path = checkpoint / "tokenizer.json"
     if not path.exists():
         raise TrainingError(f"{path} is missing: train and export a checkpoint first")
     tokenizer = Tokenizer.from_file(str(path))
-    for split, name in (("evaluation", "eval.txt"), ("calibration", "calibration.txt")):
+    known: set[str] = set()
+    for split, name, count in (("evaluation", "eval.txt", evaluation), ("calibration", "calibration.txt", calibration)):
         documents = read_documents(corpus / f"{split}.txt")
         random.Random(0).shuffle(documents)
-        chosen = []
-        for number, document in enumerate(documents):
-            candidates = passages_of(document, tokenizer, shortest, longest)
-            if candidates:
-                chosen.append(random.Random(number).choice(candidates))
+        candidates = [passages_of(document, tokenizer, shortest, longest) for document in documents]
+        for number, some in enumerate(candidates):
+            if split == "calibration":
+                random.Random(number).shuffle(some)
+            elif some:
+                some[:] = [random.Random(number).choice(some)]
+        rounds = itertools.chain.from_iterable(itertools.zip_longest(*candidates))
+        chosen = [passage for passage in dict.fromkeys(rounds) if passage is not None and passage not in known][:count]
         if len(chosen) < count:
             raise TrainingError(f"{corpus / split}.txt gives {len(chosen)} passages only, wanted {count}")
-        text = "\n".join(chosen[:count]) + "\n"
+        known.update(chosen)
+        text = "\n".join(chosen) + "\n"
         write_atomically(checkpoint / name, lambda temporary, text=text: Path(temporary).write_text(text))
         click.echo(f"{checkpoint / name}: {count} passages")
 

@@ -13,16 +13,16 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-formula.md").read_text(), re.DOTALL)
-    (tmp_path / "mean_formula.py").write_text(code)
+    (tmp_path / "inhibitor.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("mean_formula")
+    importlib.import_module("inhibitor")
     try:
         helpers.random_checkpoint(tmp_path, n_embd=24, n_head=3)
         passages = ["the cat", "sat on", "a mat", "one dog"]
-        hybrid = HybridGPT2.from_pretrained(tmp_path, "0.1", 4, "mean").calibrate(passages, 5)
+        hybrid = HybridGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
         hybrid = hybrid.compile(passages, 5, backend="clear")
         texts = [list(hybrid.generate("cat", 2, mode, keys=hybrid.make_keys())) for mode in
                  ("quantized", "simulate", "encrypted")]  # fmt: skip
         assert texts[0] == texts[1] == texts[2]
     finally:
-        formula._FORMULAS.pop("mean")
+        formula._FORMULAS.pop("inhibitor")

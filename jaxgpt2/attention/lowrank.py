@@ -568,5 +568,5 @@ LOWRANK = Formula(
     options={"score_rank": 16, "value_rank": 24, "exponential_bits": 0, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
-    search={"score_rank": (4, 8, 12, 16, 24), "value_rank": (8, 16, 24, 32, 48)},
+    search={"score_rank": (8, 16, 24), "value_rank": (16, 24, 32, 48)},
 )
