@@ -20,7 +20,7 @@ import click
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import note, seconds, step
 
-# What computes a head if only the backend is named; "lowrank" with any other.
+# What computes a head if the backend is named and no formula.
 DEFAULT_FORMULAS = {"ckks": "polynomial"}
 
 MODES = ("float", "quantized", "simulate", "encrypted")
@@ -74,7 +74,8 @@ head_options = options(
     click.option("--recipes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Formula, bits and options of every head, as tune writes them; instead of the options below."),
     click.option("--attention", "formula",
-                 help="Attention formula; see info.  [default: the checkpoint's recipes, else what fits --backend]"),
+                 help="Attention formula; see info.  [default: polynomial for --backend ckks, else the checkpoint's "
+                      "recipes, else lowrank]"),
     click.option("--bits", type=int,
                  help="Bits of activations, and of all else what the formula has with them.  [default: 4]"),
     click.option("--input-bits", type=int, help="Bits of inputs."),
@@ -215,7 +216,8 @@ def describe_recipe(recipe: Any) -> str:
     """`lowrank, score_rank 16, bits 4/4/4, lookups 6`."""
     options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
     bits = recipe.bits
-    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}, lookups {bits.lookup}"
+    lookups = "" if bits.lookup is None else f", lookups {bits.lookup}"
+    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}"
 
 
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
@@ -406,7 +408,7 @@ def compile_result(hybrid: Any) -> dict[str, Any]:
         facts = [report.to_json() for report in reports]
         own = {
             name: max(each[name] for each in facts)
-            for name in ("security_bits", "ring", "modulus_bits", "scale_bits", "rotation_keys")
+            for name in ("security_bits", "ring", "modulus_bits", "scale_bits", "levels", "rotation_keys")
         }
     return {
         **heads_of(hybrid),

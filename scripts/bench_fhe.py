@@ -114,7 +114,7 @@ def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
         "key_bytes": len(keys.evaluation),
         "seconds": [statistics.median(column) for column in zip(*took, strict=True)],
         "noise": statistics.mean(errors),
-        "pbs": {count: circuit.report.cost_of(program.reading.calls(calibrated.client, 1, count)).pbs_count
+        "pbs": {count: circuit.report.cost_of(program.reading.calls(calibrated.client, 0, count)).pbs_count
                 for count in range(1, tokens + 1)} if not whole else {tokens: circuit.report.pbs_count},
     }  # fmt: skip
 
@@ -213,7 +213,7 @@ def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error
             row: dict[str, Any] = {
                 "head": str(unit),
                 "options": known[unit].settings,
-                "pbs": lookups(hybrid, unit, tokens),
+                "pbs": hybrid.costs(tokens)[unit].counts["pbs_count"],
                 "evaluation": losses(whole),
             }
             for mode in modes:
@@ -245,12 +245,6 @@ def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error
     header = ("head", "score rank", "value rank", f"PBS, {tokens} tokens", "KL without it", "recovered, quantized",
               "these texts: quantized", "simulated", "decrypted")  # fmt: skip
     click.echo(table(header, lines))
-
-
-def lookups(hybrid: HybridGPT2, unit: Unit, tokens: int) -> int:
-    cost = hybrid.costs(tokens)[unit]
-    assert isinstance(cost, fhe.Cost)
-    return cost.pbs_count
 
 
 def losses(measured: Evaluation) -> dict[str, float]:
