@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A circuit of lookups has room for the values that its input set reaches, and beyond them it is wrong without notice.
 # So the calibration inputs go into it a second time, this much larger.
-STRETCH = 1.25
+STRETCH = 1.1
 
 
 class NotReady(InputError):
