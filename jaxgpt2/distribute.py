@@ -1,16 +1,23 @@
-"""A sweep on other machines, through Dask: a task is a batch of configurations, and it may run twice without harm.
+"""Sweeps and encrypted heads on other machines, through Dask. Tasks may run twice without harm.
 
-Every worker process loads the model by its name and reads the passages itself, once; rows come back as they are ready.
-A worker that dies has its tasks done by another one.
+A task of a sweep is a batch of configurations: every worker process loads the model by its name and reads the passages
+itself, once; rows come back as they are ready. A task of an encrypted head is one call of its circuit: every worker
+gets the circuit and the evaluation keys, once, and no secret key. A worker that dies has its tasks done by another one.
 """
 
 from __future__ import annotations
 
 import functools
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from fhe import Circuit, Keys, get_backend
 from jaxgpt2.errors import InputError
+from jaxgpt2.reading import Encrypted
 from jaxgpt2.sweep import Configuration, Experiment, Workbench, batches
 from jaxgpt2.table import Row, need_extra
 
@@ -35,23 +42,37 @@ def measure(experiment: Experiment, configurations: Sequence[Configuration]) -> 
         return [row for rows in _workbench(experiment).run(configurations) for row in rows]
 
 
+def connect(address: str) -> Any:
+    """A client of the Dask scheduler at an address, as `tcp://host:8786`; its workers have this package.
+
+    Raises:
+        MissingExtra: Dask is not there; ClusterError: the scheduler is not.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise need_extra(error, "--scheduler", "cluster") from None
+    try:
+        return Client(address, timeout=10)
+    except (OSError, ValueError, TypeError) as error:
+        raise ClusterError(f"no Dask scheduler answers at {address}: {error}") from None
+
+
+# --- sweeps -------------------------------------------------------------------------------------
+
+
 def run(address: str, experiment: Experiment, configurations: Sequence[Configuration]) -> Iterator[list[Row]]:
     """Rows of configurations, in the order in which workers finish them.
 
     Args:
-        address: of a Dask scheduler, as `tcp://host:8786`; its workers have this package and the model.
+        address: see `connect`; its workers have the model too.
 
     Raises:
-        MissingExtra: Dask is not there; ClusterError: the scheduler is not, or a batch killed several workers.
+        MissingExtra, ClusterError: see `connect`; ClusterError too for a batch that killed several workers.
     """
-    try:
-        from distributed import Client, KilledWorker, as_completed
-    except ImportError as error:
-        raise need_extra(error, "--scheduler", "cluster") from None
-    try:
-        client = Client(address, timeout=10)
-    except (OSError, ValueError, TypeError) as error:
-        raise ClusterError(f"no Dask scheduler answers at {address}: {error}") from None
+    client = connect(address)
+    from distributed import KilledWorker, as_completed
+
     with client:
         tasks = [
             client.submit(measure, experiment, batch, pure=False)
@@ -65,3 +86,64 @@ def run(address: str, experiment: Experiment, configurations: Sequence[Configura
             raise ClusterError(f"several workers died over one batch, see their logs: {error}") from None
         finally:
             client.cancel(tasks)
+
+
+# --- encrypted heads ----------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What a worker needs of a circuit: its saved files, and what the client sends a server."""
+
+    identity: str
+    backend: str
+    files: tuple[tuple[str, bytes], ...]
+    evaluation: bytes
+
+
+@dataclass(frozen=True)
+class Elsewhere(Encrypted):
+    """A circuit whose functions run on the workers of a Dask cluster; the secret key stays here.
+
+    Make it with `send`.
+    """
+
+    client: Any
+    parts: Any  # of the circuit and its evaluation keys: a future
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        from distributed import KilledWorker
+
+        # Always the same worker while it lives: it has the keys loaded. Those of other heads are likely elsewhere.
+        workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
+        if not workers:
+            raise ClusterError("the Dask cluster has no workers: start some with `dask worker ADDRESS`")
+        at = workers[int(self.circuit.id[:8], 16) % len(workers)]
+        task = self.client.submit(
+            compute, self.parts, name, arrays, pure=False, workers=[at], allow_other_workers=True, retries=2
+        )
+        try:
+            return task.result()
+        except KilledWorker as error:
+            raise ClusterError(f"several workers died over {name}, see their logs: {error}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(identity: str, backend: str, files: tuple[tuple[str, bytes], ...]) -> Circuit:
+    with tempfile.TemporaryDirectory() as directory:
+        for name, content in files:
+            (Path(directory) / name).write_bytes(content)
+        return get_backend(backend).load(directory)
+
+
+def compute(parts: Parts, name: str, arrays: Sequence[bytes]) -> list[bytes]:
+    """On a worker: one call of a circuit's function."""
+    return _loaded(parts.identity, parts.backend, parts.files).run(name, arrays, parts.evaluation)
+
+
+def send(client: Any, circuit: Circuit, keys: Keys, backend: str) -> Elsewhere:
+    """Gives every worker of a cluster a circuit and its evaluation keys."""
+    with tempfile.TemporaryDirectory() as directory:
+        circuit.save(directory)
+        files = tuple((path.name, path.read_bytes()) for path in sorted(Path(directory).iterdir()))
+    parts = Parts(circuit.id, backend, files, keys.evaluation)
+    return Elsewhere(circuit, keys, client, client.scatter(parts, broadcast=True, hash=False))

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -570,15 +571,20 @@ class HybridGPT2:
             h = blocks(gpt2, h, at, layer)
             block = gpt2.block_graph, gpt2.block_states[layer]
             x, h, in_float = attend(*block, h, np.array([head for unit in units for head in self._heads(unit)]))
-            for index, unit in enumerate(units):
-                if engine == "ablated":
-                    added = jnp.zeros_like(h)
-                elif engine == "float":
-                    added = in_float.sum(axis=0) if unit.head is None else in_float[index]
-                else:
-                    added = self._contribution_of(unit, x, engine, lengths)
-                contributions[unit] = added
-                h = h + added
+            if engine == "ablated":
+                added = [jnp.zeros_like(h)] * len(units)
+            elif engine == "float":
+                added = [
+                    in_float.sum(axis=0) if unit.head is None else in_float[index] for index, unit in enumerate(units)
+                ]
+            else:
+                # Heads of a layer have the same input: an engine may compute them at the same time.
+                with ThreadPoolExecutor(len(units)) as pool:
+                    one = functools.partial(self._contribution_of, x=x, engine=engine, lengths=lengths)
+                    added = list(pool.map(one, units))
+            for unit, part in zip(units, added, strict=True):
+                contributions[unit] = part
+                h = h + part
             h, at = leave(*block, h), layer + 1
         h = blocks(gpt2, h, at, gpt2.config.n_layer)
         return Trace(_unembed(gpt2.graph, gpt2.state, h), jnp.stack([contributions[unit] for unit in self.units]))
@@ -658,6 +664,12 @@ class HybridGPT2:
         """
         if mode == "float":
             return self.gpt2.generate(prompt, max_new_tokens, sampling)
+        return self.continue_text(prompt, max_new_tokens, self.engine(mode, keys), sampling)
+
+    def continue_text(
+        self, prompt: str, max_new_tokens: int, engine: Engine | Baseline, sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """`generate`, with an engine that is there already."""
         tokens = self.gpt2.encode(prompt, room=max_new_tokens)
         # The last token is never read, only written.
         length = self.seq_len or max(len(tokens) + max_new_tokens - 1, 1)
@@ -667,7 +679,6 @@ class HybridGPT2:
                 f"{len(tokens)} prompt tokens and {max_new_tokens} new ones need heads made for "
                 f"{len(tokens) + max_new_tokens - 1} tokens, these are made for {limit}"
             )
-        engine = self.engine(mode, keys)
 
         def next_logits(text: list[int]) -> np.ndarray:
             padded = np.zeros((1, length), np.int32)

@@ -1,6 +1,9 @@
 """The hybrid model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 
 import fhe
 import helpers
-from jaxgpt2 import attention
+from jaxgpt2 import attention, distribute
 from jaxgpt2.attention import Recipe
 from jaxgpt2.attention.formula import float_head
 from jaxgpt2.errors import InputError
@@ -201,3 +204,21 @@ def test_heads_are_read_in_order(gpt2):
 def test_heads_that_cannot_be(gpt2, text, message):
     with pytest.raises(HeadError, match=message):
         parse_heads(text, gpt2.config)
+
+
+def test_heads_run_on_the_workers_of_a_cluster_one_of_which_dies(gpt2, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="the cluster extra is not installed")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    hybrid = hybrid_of(gpt2, "0.0,0.2,1.1", bits=4).compile(CALIBRATION, 8, backend="clear")
+    keys = hybrid.make_keys()
+    wanted = list(hybrid.generate("dog", 3, "encrypted", keys=keys))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        client = distribute.connect(cluster.scheduler_address)
+        parties = {
+            unit: distribute.send(client, circuit, keys[unit], "clear") for unit, circuit in hybrid.circuits.items()
+        }
+        text = hybrid.continue_text("dog", 3, hybrid.engine_of(parties))
+        first = next(text)
+        os.kill(next(iter(cluster.workers.values())).process.pid, signal.SIGKILL)
+        assert [first, *text] == wanted
+        client.close()
