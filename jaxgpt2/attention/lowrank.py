@@ -35,9 +35,9 @@ from fhe import Ops, Settings, Steps, Table
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program, float_head
 from jaxgpt2.attention.projection import Projection, build_table, project
 from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
-from jaxgpt2.reading import TokenByToken
+from jaxgpt2.reading import STRETCH, TokenByToken
 
-# So many more bits than activations have what is added to scores (the row's predicted maximum and the key's own term)
+# So many more bits than activations has what is added to scores (the row's predicted maximum and the key's own term),
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
@@ -430,7 +430,7 @@ def calibrate(
     levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
     term_bits = bits.activations + SCORE_BITS
     saturated = largest_level(term_bits)
-    exponential_bits = exponential_bits or term_bits
+    exponential_bits = exponential_bits or bits.activations + SCORE_BITS
     head_dim = weights.query.shape[1]
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
@@ -442,14 +442,19 @@ def calibrate(
 
     reals = initial(weights, real, texts, bits, rank, width)
     ranges = score_ranges(reals, levels, x * input_scale, texts)
-    widths = Widths(
-        levels=levels,
-        terms=saturated,
-        largest_weight=largest_weight,
-        term_step=step_for(ranges.term, term_bits),
-        shift_step=step_for(ranges.shift, term_bits),
-        cell=step_for((ranges.high - ranges.low) / 2, exponential_bits),
-    )
+
+    def widths_of(ranges: Ranges) -> Widths:
+        """Steps in which inputs that are larger than the calibration's still take the bits that they should."""
+        return Widths(
+            levels=levels,
+            terms=saturated,
+            largest_weight=largest_weight,
+            term_step=step_for(ranges.term * STRETCH**2, term_bits),
+            shift_step=step_for(ranges.shift * STRETCH, term_bits),
+            cell=step_for((ranges.high - ranges.low) / 2 * STRETCH**2, exponential_bits),
+        )
+
+    widths = widths_of(ranges)
     if training_steps:
         padded, wanted, mask = pad(weights, inputs, x * input_scale)
         reals = refine(
@@ -458,6 +463,7 @@ def calibrate(
         )
         reals = Reals(*(np.asarray(part, np.float64) for part in reals))
         ranges = score_ranges(reals, levels, x * input_scale, texts)
+        widths = widths_of(ranges)
 
     scaled = input_scale[:, None]
     seen = bits.activations + 1 if bits.lookup is None else bits.lookup
@@ -466,7 +472,7 @@ def calibrate(
     term_bias = np.rint([float(reals.term_bias) / unit * TERM_STEPS]).astype(np.int64)
     squares = TERM_STEPS * rank * levels**2 // 4
     check_accumulator("key", projection_bound(term_weight, term_bias, limit) + squares)
-    cell = step_for((ranges.high - ranges.low) / 2, exponential_bits)
+    cell = widths.cell
     exponential = build_table(
         lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
         int(np.floor(ranges.low / cell)) - 1,
