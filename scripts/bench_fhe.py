@@ -4,9 +4,10 @@
     python scripts/bench_fhe.py cost --full           # the yardstick is executed too: half an hour and 20 GB
     python scripts/bench_fhe.py fidelity              # all heads of the bundled model, quantized and decrypted
 
-`cost` uses a random model of one layer in GPT-2's shape: what a circuit costs depends on its shape and widths, not on
-the text. Every case runs in two processes: one compiles, and one makes keys and runs, with nothing but the circuit, as
-clients and servers do; its peak memory is reported. Times are medians over texts.
+`cost` takes a trained head of the bundled model to GPT-2's shape: its inputs, of width 256, are turned into a subspace
+of 768 dimensions by an orthonormal map, and its weights with them, which changes no score and no value. Every case runs
+in two processes: one compiles, and one makes keys and runs, with nothing but the circuit, as clients and servers do;
+its peak memory is reported. Times are medians over texts.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import jax.numpy as jnp
 import numpy as np
 
 import fhe
 from jaxgpt2 import attention
 from jaxgpt2.attention import Recipe
+from jaxgpt2.attention.formula import HeadWeights, float_head
 from jaxgpt2.cli import calibration_passages
 from jaxgpt2.evaluation import Evaluation, evaluate, read_passages
 from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, Unit, read_recipes
+from jaxgpt2.hybrid import HybridGPT2, advance, head_weights, parse_heads, read, read_recipes, sample
 from jaxgpt2.progress import counting, note
 from jaxgpt2.quantize import Bits
-from jaxgpt2.reading import Encrypted, stretched
+from jaxgpt2.reading import Encrypted, quantize_input
 from machine import environment
-from the_post import random_model
 from weights.checkpoint import TINY
 
 PACKAGES = ("jax", "numpy", "concrete-python")
-HEAD = Unit(0, 0)
 
 # The post's single-head model with lookups of up to 9 bits, and what a prototype of it took on the same kind of machine
 # (2 cores of an AMD EPYC, Zen 4, concrete-python 2.11.0).
@@ -68,27 +70,46 @@ def child(function: str, *arguments: Any) -> dict[str, Any]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def make(directory: str, recipe: Mapping[str, Any], settings: Mapping[str, Any], width: int, tokens: int) -> dict:
-    """Calibrates and compiles a head of a random model into a directory, with texts for it."""
+def widened(weights: HeadWeights, inputs: list[np.ndarray], width: int) -> tuple[HeadWeights, list[np.ndarray]]:
+    """The same head of a wider model: its inputs (T, C) are mapped to (T, width) by orthonormal columns."""
+    columns, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, len(weights.query))))
+    query, key, value = (columns @ part for part in (weights.query, weights.key, weights.value))
+    wider = weights._replace(query=query, key=key, value=value, output=weights.output @ columns.T)
+    return wider, [x @ columns.T for x in inputs]
+
+
+def make(
+    directory: str, head: str, recipe: Mapping[str, Any], settings: Mapping[str, Any], width: int, tokens: int
+) -> dict:
+    """Calibrates and compiles a head of the bundled model into a directory, with texts for it."""
     path = Path(directory)
-    gpt2 = GPT2.from_pretrained(random_model(path / "model", width, width // 64))
-    hybrid = HybridGPT2(gpt2, {HEAD: Recipe.from_json(recipe)})
-    passages = calibration_passages(None)
-    hybrid = hybrid.calibrate(passages, tokens).compile(passages, tokens, fhe.Settings(**settings))
-    calibrated, circuit = hybrid.calibrated[HEAD], hybrid.circuits[HEAD]
+    gpt2 = GPT2.from_pretrained("tiny")
+    (unit,) = parse_heads(head, gpt2.config)
+    chosen = Recipe.from_json(recipe)
+    program = attention.get(chosen.formula).head
+    evaluation = read_passages(TINY / "eval.txt")
+    found = [
+        sample(gpt2, advance(gpt2, read(gpt2, texts, tokens), unit.layer))
+        for texts in (calibration_passages(None), evaluation)
+    ]
+    weights = head_weights(gpt2.model, unit.layer, unit.head or 0, found[0].sensitivity)
+    wider, inputs = widened(weights, found[0].inputs, width)
+    calibrated = program.calibrate(wider, inputs, chosen.bits, tokens, **chosen.settings)
+    functions = program.reading.functions(program, calibrated, inputs, tokens)
+    circuit = fhe.get_backend("concrete").compile(functions, calibrated.params, fhe.Settings(**settings))
     circuit.save(path / "circuit")
-    (inputs,) = hybrid.head_inputs(read_passages(TINY / "eval.txt"), tokens).values()
-    texts = [x for x in stretched(calibrated, inputs)[::2] if len(x) == tokens]
-    (path / "case.pickle").write_bytes(pickle.dumps((calibrated, texts)))
+    _, texts = widened(weights, [x for x in found[1].inputs if len(x) == tokens], width)
+    levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
+    (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(wider, x) for x in texts])))
     report = circuit.report
-    return {"complexity": report.complexity, "compile": report.compile_seconds, "max_bits": report.max_bit_width}
+    return {"complexity": report.complexity, "compile": report.compile_seconds, "bits": report.pbs_by_bit_width}
 
 
 def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
     """Makes keys and reads texts, from what `make` left."""
     path = Path(directory)
     circuit = fhe.get_backend("concrete").load(path / "circuit")
-    calibrated, inputs = pickle.loads((path / "case.pickle").read_bytes())
+    calibrated, inputs, in_float = pickle.loads((path / "case.pickle").read_bytes())
     program = attention.get(formula).head
     started = time.perf_counter()
     keys = circuit.make_keys()
@@ -106,42 +127,43 @@ def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
             seconds.append(time.perf_counter() - started)
         exact = program.run(fhe.NumpyOps(), calibrated.params, x)
         got, wanted = (np.asarray(program.decode(calibrated.decoding, tuple(o))) for o in (outputs, exact))
-        errors.append(float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)))
+        errors.append(
+            [
+                float(np.linalg.norm(part - in_float[number]) / np.linalg.norm(in_float[number]))
+                for part in (got, wanted)
+            ]
+        )
         took.append(seconds)
     took = took[1:] or took
     return {
         "keys": key_seconds,
         "key_bytes": len(keys.evaluation),
         "seconds": [statistics.median(column) for column in zip(*took, strict=True)],
-        "noise": statistics.mean(errors),
+        "errors": [statistics.mean(column) for column in zip(*errors, strict=True)],
         "pbs": {count: circuit.report.cost_of(program.reading.calls(calibrated.client, 0, count)).pbs_count
                 for count in range(1, tokens + 1)} if not whole else {tokens: circuit.report.pbs_count},
     }  # fmt: skip
 
 
 @main.command()
-@click.option("--width", default=768, show_default=True, help="Of the model; head_dim is 64.")
+@click.option("--head", default="0.2", show_default=True, help="Of the bundled model, whose head_dim is 64.")
+@click.option("--width", default=768, show_default=True, help="That it is taken to.")
 @click.option("--tokens", default=12, show_default=True, help="Longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
-@click.option("--p-error", default=attention.get("lowrank").settings.p_error, show_default=True)
-@click.option("--set", "options", multiple=True, metavar="NAME=VALUE", help="Options of lowrank.")
 @click.option("--full", is_flag=True, help="Execute the yardstick too.")
-def cost(width: int, tokens: int, texts: int, p_error: float, options: tuple[str, ...], full: bool) -> None:
+def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
     """One head at GPT-2's shape: lookups, keys, seconds a token, memory."""
-    chosen = {name: int(value) for name, _, value in (option.partition("=") for option in options)}
-    recipe = Recipe.of("lowrank", 4, chosen)
+    tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
+    recipe, settings = Recipe.from_json(tuned), asdict(attention.get("lowrank").settings)
     short = 6
     with tempfile.TemporaryDirectory() as directory:
         note("lowrank: calibrating and compiling")
-        made = child(
-            "make", directory, recipe.to_json(), {"p_error": p_error, "rounding": "approximate"}, width, tokens
-        )
+        made = child("make", directory, head, recipe.to_json(), settings, width, tokens)
         note("lowrank: making keys and reading texts")
         ran = child("execute", directory, "lowrank", tokens, texts)
     with tempfile.TemporaryDirectory() as directory:
         note("yardstick: compiling")
-        settings = {"p_error": YARDSTICK[1].p_error, "rounding": YARDSTICK[1].rounding}
-        yardstick = child("make", directory, YARDSTICK[0].to_json(), settings, width, short)
+        yardstick = child("make", directory, head, YARDSTICK[0].to_json(), asdict(YARDSTICK[1]), width, short)
         executed = child("execute", directory, "softmax", short, 1) if full else None
     seconds, pbs = ran["seconds"], {int(count): number for count, number in ran["pbs"].items()}
     keys, run, memory = PROTOTYPE["keys"], PROTOTYPE["run"], PROTOTYPE["memory"]
@@ -149,7 +171,10 @@ def cost(width: int, tokens: int, texts: int, p_error: float, options: tuple[str
         keys, run, memory = executed["keys"], executed["seconds"][0], executed["memory"]
     first, step = sum(seconds[:short]), seconds[short]
     click.echo(f"{environment(*PACKAGES)}")
-    click.echo(f"width {width}, head_dim 64; lowrank {recipe.settings}, p_error {p_error:g}, medians of {texts} texts")
+    click.echo(
+        f"head {head} of tiny at width {width}, head_dim 64; lowrank {recipe.settings}, recovered KL "
+        f"{tuned['measured']['recovered_kl']:.4f}, p_error {settings['p_error']:g}; medians of {texts} texts"
+    )
     click.echo(f"yardstick: softmax, 4 bits, {'executed' if executed else 'as its prototype was measured'}\n")
     rows = [
         (f"lookups (PBS), {short} tokens", "", f"{pbs[short]:,}", ""),
@@ -164,7 +189,9 @@ def cost(width: int, tokens: int, texts: int, p_error: float, options: tuple[str
     ]  # fmt: skip
     click.echo(table(("", "yardstick", "lowrank", "ratio"), rows))
     click.echo(f"\nseconds of each token: {', '.join(f'{t:.2f}' for t in seconds)}")
-    click.echo(f"decrypted against the same head's exact integers: relative error {ran['noise']:.3f}")
+    decrypted, exact = ran["errors"]
+    click.echo(f"error of the head's output: {exact:.3f} quantized, {decrypted:.3f} decrypted")
+    click.echo(f"lookups by bits, each function once: {made['bits']}")
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
