@@ -36,7 +36,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 # Commands that live in other modules, imported when they are called: name to module and attribute.
-ELSEWHERE = {"sweep": ("jaxgpt2.cli_sweep", "sweep"), "tune": ("jaxgpt2.cli_sweep", "tune")}
+ELSEWHERE = {
+    "serve": ("jaxgpt2.cli_serve", "serve"),
+    "sweep": ("jaxgpt2.cli_sweep", "sweep"),
+    "token": ("jaxgpt2.cli_serve", "token"),
+    "tune": ("jaxgpt2.cli_sweep", "tune"),
+}
 
 
 class Commands(click.Group):
