@@ -25,7 +25,7 @@ from flax import nnx
 
 import fhe
 from jaxgpt2 import attention
-from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, Recipe, quantize_input
+from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, Recipe
 from jaxgpt2.config import GPT2Config
 from jaxgpt2.errors import InputError
 from jaxgpt2.generation import GREEDY, Sampling, generate_tokens
@@ -34,13 +34,10 @@ from jaxgpt2.model import Transformer
 from jaxgpt2.ops import JaxOps
 from jaxgpt2.parameters import disassemble
 from jaxgpt2.quantize import Bits, CalibrationError
+from jaxgpt2.reading import Encrypted, NotReady, Party, Simulated, quantize_input
 
 Mode = Literal["float", "quantized", "simulate", "encrypted"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-
-# A circuit has room for the values that its input set reaches, and beyond them it is wrong without notice. So the
-# calibration inputs go into it a second time, this much larger.
-STRETCH = 1.25
 
 # Sensitivities settle with few gradients, and those of a large model are dear.
 SENSITIVITY_TOKENS = 4096
@@ -48,10 +45,6 @@ SENSITIVITY_TOKENS = 4096
 
 class HeadError(InputError):
     """A head that the model does not have, or a choice of heads that cannot be read."""
-
-
-class NotReady(InputError):
-    """A mode that needs `calibrate` or `compile` first."""
 
 
 @dataclass(frozen=True, order=True)
@@ -230,9 +223,6 @@ def _gradients(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, mask: jax.Ar
     return jax.grad(likelihood)(jnp.zeros_like(h))
 
 
-_quantize_input = jax.jit(quantize_input)
-
-
 @functools.partial(jax.jit, static_argnames="program")
 def _run_in_jax(program: Program, params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
     """The integer function on a batch (B, T, C)."""
@@ -242,84 +232,6 @@ def _run_in_jax(program: Program, params: Any, x: jax.Array) -> tuple[jax.Array,
 @functools.partial(jax.jit, static_argnames="program")
 def _decode(program: Program, decoding: Any, outputs: tuple[jax.Array, ...]) -> jax.Array:
     return jax.vmap(lambda *row: program.decode(decoding, row))(*outputs)
-
-
-# --- one text after the other through a circuit --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """A circuit's functions on clear integers."""
-
-    circuit: fhe.Circuit
-
-    def encrypt(self, name: str, x: np.ndarray) -> Sequence[Any]:
-        return [x]
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        return self.circuit.simulate(name, *arrays)
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        return results
-
-
-@dataclass(frozen=True)
-class Encrypted:
-    """A circuit's functions on ciphertexts: client and server in one process."""
-
-    circuit: fhe.Circuit
-    keys: fhe.Keys
-
-    def encrypt(self, name: str, x: np.ndarray) -> Sequence[Any]:
-        return self.circuit.encrypt(self.keys, name, x)
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        return self.circuit.run(name, arrays, self.keys.evaluation)
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        return self.circuit.decrypt(self.keys, name, results)
-
-
-@dataclass(frozen=True)
-class WholeReader:
-    """Reads texts of integers (T, C) whole, padded to the circuit's length."""
-
-    party: Simulated | Encrypted
-    length: int
-
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        """The results of all rows, (T, ...) each.
-
-        Raises:
-            NotReady: the text is longer than the circuit.
-        """
-        if len(x) > self.length:
-            raise NotReady(f"compiled for {self.length} tokens, got {len(x)}")
-        arrays = self.party.encrypt("head", np.pad(x, ((0, self.length - len(x)), (0, 0))))
-        return [part[: len(x)] for part in self.party.decrypt("head", self.party.run("head", arrays))]
-
-
-@dataclass
-class StepReader:
-    """Reads texts of integers (T, C) token by token. What it has read of the last text it does not read again."""
-
-    party: Simulated | Encrypted
-    steps: fhe.Steps
-    _seen: list[np.ndarray] = dataclasses.field(default_factory=list)
-    _state: list[Sequence[Any]] = dataclasses.field(default_factory=list)
-    _results: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
-
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        """The results of all rows, (T, ...) each."""
-        known = len(self._seen)
-        if known > len(x) or any(not np.array_equal(old, new) for old, new in zip(self._seen, x, strict=False)):
-            self._seen, self._state, self._results, known = [], [], [], 0
-        for row in x[known:]:
-            sums = self.steps.advance(self.party.run, self._state, self.party.encrypt("project", row[None]))
-            decrypted = [self.party.decrypt(name, results) for name, results in sums]
-            self._results.append([np.sum(parts, axis=0) for parts in zip(*decrypted, strict=True)])
-            self._seen.append(row)
-        return [np.concatenate(parts) for parts in zip(*self._results, strict=True)]
 
 
 # --- passages on their way through the float model ----------------------------------------------
@@ -587,30 +499,26 @@ class HybridGPT2:
             calibrated = self._calibrated(unit)
             if seq_len > calibrated.max_tokens:
                 raise NotReady(f"calibrated for {calibrated.max_tokens} tokens, cannot be compiled for {seq_len}")
-            texts = [
-                np.asarray(_quantize_input(calibrated, jnp.asarray(x * stretch, jnp.float32)), np.int64)
-                for x in inputs[unit.layer]
-                for stretch in (1.0, STRETCH)
-            ]
             program = self._program(unit)
-            if program.steps is None:
-                padded = [(np.pad(x, ((0, seq_len - len(x)), (0, 0))),) for x in texts]
-                functions = {"head": fhe.Function(program.run, padded)}
-            else:
-                functions = program.steps.functions(calibrated.params, texts)
+            functions = program.reading.functions(program, calibrated, inputs[unit.layer], seq_len)
             if cache is None:
                 circuits[unit] = engine.compile(functions, calibrated.params, settings)
             else:
                 circuits[unit] = fhe.compile_cached(engine, functions, calibrated.params, settings, cache)
         return dataclasses.replace(self, circuits=circuits, seq_len=seq_len)
 
-    def costs(self, length: int) -> dict[Unit, fhe.Cost]:
-        """What the compiled units take to read a text of so many tokens, once."""
-        return {unit: circuit.report.cost_of(self._calls(unit, length)) for unit, circuit in self.circuits.items()}
+    def costs(self, length: int, prompt: int | None = None) -> dict[Unit, fhe.Cost]:
+        """What the compiled units take to read a text of so many tokens.
 
-    def _calls(self, unit: Unit, length: int) -> Mapping[str, int]:
-        steps = self._program(unit).steps
-        return {"head": 1} if steps is None else steps.calls(length)
+        prompt: how many of them are read together, before the others one by one, as `generate` reads; None for all.
+        """
+        prompt = length if prompt is None else prompt
+        return {
+            unit: circuit.report.cost_of(
+                self._program(unit).reading.calls(self._calibrated(unit).client, prompt, length)
+            )
+            for unit, circuit in self.circuits.items()
+        }
 
     # Running -------------------------------------------------------------------------------------
 
@@ -648,7 +556,7 @@ class HybridGPT2:
 
     def _contribution_of(self, unit: Unit, x: jax.Array, engine: Engine, lengths: np.ndarray) -> jax.Array:
         calibrated = self._calibrated(unit)
-        outputs = engine(unit, _quantize_input(calibrated, x), lengths)
+        outputs = engine(unit, quantize_input(calibrated.client, x), lengths)
         output = _decode(self._program(unit), calibrated.decoding, tuple(jnp.asarray(o, jnp.int32) for o in outputs))
         if unit.head is None:
             return output
@@ -675,11 +583,16 @@ class HybridGPT2:
             raise NotReady(f"mode {mode} needs compiled heads, and {', '.join(missing)} is not: call compile first")
         if mode == "encrypted" and (keys is None or any(unit not in keys for unit in self.units)):
             raise NotReady("mode encrypted needs keys: call make_keys first")
-        readers = {}
-        for unit, circuit in self.circuits.items():
-            party = Simulated(circuit) if mode == "simulate" else Encrypted(circuit, (keys or {})[unit])
-            steps = self._program(unit).steps
-            readers[unit] = WholeReader(party, self.seq_len or 0) if steps is None else StepReader(party, steps)
+        if mode == "simulate":
+            return self.engine_of({unit: Simulated(circuit) for unit, circuit in self.circuits.items()})
+        return self.engine_of({unit: Encrypted(circuit, (keys or {})[unit]) for unit, circuit in self.circuits.items()})
+
+    def engine_of(self, parties: Mapping[Unit, Party]) -> Engine:
+        """An engine whose circuits these parties call, compiled for texts of `seq_len`. It needs no `params`."""
+        readers = {
+            unit: self._program(unit).reading.reader(self._calibrated(unit).client, party, self.seq_len or 0)
+            for unit, party in parties.items()
+        }
 
         def engine(unit: Unit, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
             """One text at a time; filling gives zeros."""
@@ -709,7 +622,7 @@ class HybridGPT2:
     ) -> Iterator[int]:
         """Yields the tokens that continue a prompt.
 
-        A protected head reads each token once, if its formula has steps, else all of the text again for each.
+        A protected head reads each token once, if its formula can (see `Program.reading`), else all of the text again.
 
         Raises:
             NotReady: the mode needs `calibrate`, `compile` or keys, or was made for shorter texts.

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import fhe
 from fhe import NumpyOps
 from jaxgpt2 import attention
-from jaxgpt2.attention.formula import HeadWeights, float_head, quantize_input
+from jaxgpt2.attention.formula import HeadWeights, float_head
 from jaxgpt2.ops import JaxOps
 from jaxgpt2.quantize import Bits, CalibrationError
+from jaxgpt2.reading import quantize_input
 
 SOFTMAX = attention.get("softmax")
 assert SOFTMAX.block is not None

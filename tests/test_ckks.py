@@ -4,6 +4,7 @@ import dataclasses
 import json
 import stat
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from jaxgpt2 import attention
 from jaxgpt2.attention import polynomial
 from jaxgpt2.attention.formula import HeadWeights, float_head
 from jaxgpt2.quantize import Bits
+from jaxgpt2.reading import Encrypted, quantize_input
 
 SLOTS = 4096  # ring 8192: four levels
 LAYOUT = Layout.fit(SLOTS, 20, 4, 8)
@@ -275,25 +277,20 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     )
     texts = [draw(tokens + 1, width) for _ in range(60)]
     found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=4)
-    whole = polynomial.SlotHead(found, tokens + 1, cached=True)
-    functions = {name: body for name, body in whole.functions(texts[:3]).items() if name != "prompt_2"}
-    circuit = ckks.CKKSBackend().compile(functions, found.params)
+    program = attention.get("polynomial").head
+    functions = program.reading.functions(program, found, texts[:3], tokens + 1)
+    circuit = ckks.CKKSBackend().compile({n: f for n, f in functions.items() if n != "prompt_2"}, found.params)
     keys = circuit.make_keys()
     x = texts[5]
-    arrays = circuit.encrypt(keys, "prompt_1", *whole.encode(x[:tokens]))
-    result, cache = circuit.run("prompt_1", arrays, keys.evaluation)
-    arrays = circuit.encrypt(keys, "step_7", *whole.encode_step(x[tokens]))
-    last, _ = circuit.run("step_7", [*arrays, cache], keys.evaluation)
-    first = whole.decode(circuit.decrypt(keys, "prompt_1", [result]), tokens)
-    second = whole.decode_step(circuit.decrypt(keys, "step_7", [last])[0])
-    output, wanted = np.concatenate([first, second]), float_head(weights, x)
+    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)  # pyright: ignore
+    levels = np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
+    reader.read(levels[:tokens])
+    numerators, denominators = reader.read(levels)
+    output, wanted = numerators / denominators @ found.decoding.basis + found.decoding.mean, float_head(weights, x)
     # One of 16 dimensions is the shift's, and random weights have none to spare.
     assert np.linalg.norm(output - wanted) / np.linalg.norm(wanted) < 0.04
-    numerators, denominators = polynomial.attend(found.params, x)
+    numerators, denominators = polynomial.attend(found.params, levels * found.input_scale)
     exact = numerators / denominators @ found.decoding.basis + found.decoding.mean
     assert np.linalg.norm(output - exact) / np.linalg.norm(exact) < 1e-3
-
-    arrays = circuit.encrypt(keys, "prompt_1", *whole.encode(x[:tokens] * 30))
-    result, _ = circuit.run("prompt_1", arrays, keys.evaluation)
     with pytest.raises(polynomial.OutOfRange):
-        whole.decode(circuit.decrypt(keys, "prompt_1", [result]), tokens)
+        reader.read(levels[:tokens] * 30)

@@ -1,6 +1,9 @@
 """The polynomial formula: its fit, and the same head in floating point and on slots."""
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxgpt2.attention as attention
+from fhe import Function
 from fhe.backend import check_functions
 from fhe.packing import Layout, SlotMachine
 from jaxgpt2.attention import polynomial
-from jaxgpt2.attention.formula import Calibrated, HeadWeights, float_head, quantize_input
+from jaxgpt2.attention.formula import Calibrated, HeadWeights, float_head
 from jaxgpt2.attention.polynomial import PolynomialParams
 from jaxgpt2.ops import JaxOps
 from jaxgpt2.quantize import Bits, CalibrationError
+from jaxgpt2.reading import NotReady, quantize_input
 
 WIDTH, SIZE = 24, 8
 
@@ -138,7 +143,7 @@ def calibrated_at(width: int, size: int) -> tuple[Calibrated, list[np.ndarray]]:
 @pytest.mark.parametrize(("width", "size", "slots"), [(24, 8, 2048), (100, 64, 8192), (40, 16, 1024), (256, 128, 8192)])
 def test_tiles_are_the_head_in_floating_point(width, size, slots, tokens):
     found, texts = calibrated_at(width, size)
-    layout = polynomial.layout_for(found.params, slots)
+    layout = polynomial.layout_for(found, slots)
     x = np.concatenate(texts)[:tokens]
     results, _ = on_slots(layout, found.params, x)
     got = [], []
@@ -221,41 +226,96 @@ def test_low_rank_takes_fewer_slots_and_products():
     calls = {}
     for rank in (0, 15):
         found = calibrate(weights, texts, score_rank=rank, value_rank=rank and 16)
-        layout = polynomial.layout_for(found.params, 8192)
+        layout = polynomial.layout_for(found, 8192)
         machine = SlotMachine(layout.slots)
         x = [machine.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]
-        polynomial.head(layout, machine, found.params, *x)
+        polynomial.prompt(layout, machine, found.params, *x)
         calls[layout.outputs] = machine.tally.total("clear product")
     assert set(calls) == {16, 64} and calls[16] < calls[64] / 2
 
 
-def test_a_circuit_of_prompts_and_steps(calibrated):
-    weights, found, texts = calibrated
+@dataclass
+class Rehearsed:
+    """A party without encryption: functions on a `SlotMachine`, with every call noted."""
+
+    functions: dict[str, Function]
+    params: PolynomialParams
+    calls: list[str] = field(default_factory=list)
+
+    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
+        return arrays
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        self.calls.append(name)
+        function, machine = self.functions[name], SlotMachine(512)
+        assert len(arrays) == len(function.sources)
+        loaded = [machine.load(v, 2 if group else 0) for v, group in zip(arrays, function.sources, strict=True)]
+        return [result.values for result in function.run(machine, self.params, *loaded)]
+
+    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
+        self.calls.append(f"decrypt {name}")
+        return results
+
+
+@pytest.fixture(scope="module")
+def compiled(calibrated) -> tuple[Calibrated, dict[str, Function], np.ndarray]:
+    """For texts of 37 tokens in tiles of 4, where a cache holds 32; and a text."""
+    _, found, texts = calibrated
     x = np.concatenate(texts)[:37]
-    whole = polynomial.SlotHead(found, 37, 512, cached=True)
-    assert whole.layout.tokens == 4 and whole.layout.capacity == 32
-    functions = check_functions(whole.functions([x]))
+    program = attention.get("polynomial").head
+    return found, check_functions(polynomial.Slots(512).functions(program, found, [x], 37)), x
+
+
+def reader_of(found: Calibrated, functions: dict[str, Function]) -> tuple[polynomial.SlotReader, Rehearsed]:
+    party = Rehearsed(functions, found.params)
+    return polynomial.Slots(512).reader(found.client, party, 37), party  # pyright: ignore[reportReturnType]
+
+
+def integers(found: Calibrated, x: np.ndarray) -> np.ndarray:
+    return np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
+
+
+def test_a_circuit_reads_a_text_together_and_then_token_by_token(compiled):
+    found, functions, x = compiled
     assert set(functions) == {f"prompt_{n}" for n in range(1, 11)} | {f"step_{n}" for n in range(1, 37)}
+    reader, party = reader_of(found, functions)
+    levels = integers(found, x)
+    wanted = attention.get("polynomial").head.run(JaxOps(), found.params, levels)
+    for length in (30, 31, 31, 36, 37):  # the last three steps are made before any is decrypted
+        party.calls.clear()
+        results = reader.read(levels[:length])
+        for got, exact in zip(results, wanted, strict=True):
+            assert np.abs(got - np.asarray(exact)[:length]).max() <= 2 + 1e-5 * np.abs(exact).max()
+        if length == 30:
+            assert party.calls == ["prompt_8", "decrypt prompt_8"]
+        if length == 36:
+            steps = [f"step_{count}" for count in range(31, 36)]
+            assert party.calls == [*steps, *(f"decrypt {name}" for name in steps)]
+    calls = polynomial.Slots(512).calls(found.client, 30, 37)
+    assert calls == {"prompt_8": 1, **{f"step_{count}": 1 for count in range(30, 37)}}
+    party.calls.clear()
+    reader.read(levels[1:4])  # another text
+    assert party.calls == ["prompt_1", "decrypt prompt_1"]
 
-    def run(name: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        machine = SlotMachine(512)
-        sources = functions[name].sources
-        assert len(sources) == len(inputs)
-        loaded = [machine.load(v, 2 if group else 0) for v, group in zip(inputs, sources, strict=True)]
-        return [result.values for result in functions[name].run(machine, found.params, *loaded)]
 
-    results = run(whole.name(30), *whole.encode(x[:30]))
-    assert error(whole.decode(results[:8], 30), float_head(weights, x[:30])) < 0.05
-    caches = results[8:]
-    for count in range(30, 37):
-        result, *caches = run(f"step_{count}", *whole.encode_step(x[count]), *caches)
-        assert error(whole.decode_step(result), float_head(weights, x[: count + 1])[-1:]) < 0.1
+def test_what_is_out_of_range_is_refused_and_the_last_text_stays_read(compiled):
+    found, functions, x = compiled
+    reader, party = reader_of(found, functions)
+    levels = integers(found, x)
+    first = reader.read(levels[:9])
+    with pytest.raises(polynomial.OutOfRange):
+        reader.read(np.concatenate([levels[:9], levels[9:10] * 20]))
+    party.calls.clear()
+    assert all(np.array_equal(part[:9], old) for part, old in zip(reader.read(levels[:10]), first, strict=True))
+    assert party.calls == ["step_9", "decrypt step_9"]
+    with pytest.raises(NotReady, match="compiled for 37 tokens, got 38"):
+        reader.read(np.concatenate([levels, levels[:1]]))
 
 
 def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
     _, found, texts = calibrated
-    whole = polynomial.SlotHead(found, 40, 512, cached=True)
-    functions = check_functions(whole.functions([np.concatenate(texts)[:40]]))
+    program = attention.get("polynomial").head
+    functions = check_functions(polynomial.Slots(512).functions(program, found, [np.concatenate(texts)[:40]], 40))
     results = {}
     for name, function in functions.items():
         machine = SlotMachine(512)
@@ -272,13 +332,9 @@ def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
                     assert np.allclose(given.values, values)
 
 
-def test_a_head_of_one_length_pads_shorter_texts(calibrated):
-    weights, found, texts = calibrated
-    whole = polynomial.SlotHead(found, 8, 512)
-    functions = whole.functions([x for x in texts if len(x) >= 8])
-    machine = SlotMachine(512)
-    x = texts[0][:4]
-    results = functions["head"].run(machine, found.params, *map(machine.load, whole.encode(x)))
-    assert error(whole.decode([r.values for r in results], 4), float_head(weights, x)) < 0.05
-    with pytest.raises(CalibrationError, match="no calibration text has 8 tokens"):
-        whole.functions([x])
+def test_texts_that_are_too_short_are_joined():
+    texts = [np.full((n, 2), float(n)) for n in (3, 2, 4, 4)]
+    assert [len(x) for x in polynomial.of_length(texts, 4)] == [4, 4]
+    assert [x[:, 0].tolist() for x in polynomial.of_length(texts, 6)] == [[3, 3, 3, 2, 2, 4], [4, 4, 4, 4, 4, 4]]
+    with pytest.raises(CalibrationError, match="have 13 tokens together, and the circuit shall read 14"):
+        polynomial.of_length(texts, 14)

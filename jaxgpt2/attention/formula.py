@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fhe import Ops, Steps
+from fhe import Ops
 from jaxgpt2.errors import InputError
-from jaxgpt2.quantize import Bits, quantize
+from jaxgpt2.quantize import Bits
+from jaxgpt2.reading import Reading, Whole
 
 
 class FormulaError(InputError):
@@ -38,7 +38,7 @@ class Calibrated:
     """A head, or a whole attention block, in integers.
 
     Args:
-        params: the program's pytree of integer arrays and tables: the server's secret, and all that it needs.
+        params: the program's pytree of arrays and tables: the server's secret, and all that it needs. None at a client.
         input_scale: real value of one step of the input, () or (C,): the client's.
         decoding: what the program's `decode` needs to make reals of the decrypted integers: the client's.
         bits: the widths it was made with.
@@ -50,6 +50,11 @@ class Calibrated:
     decoding: Any
     bits: Bits
     max_tokens: int
+
+    @property
+    def client(self) -> Calibrated:
+        """The client's part of it: without params."""
+        return replace(self, params=None)
 
 
 jax.tree_util.register_dataclass(
@@ -70,14 +75,14 @@ class Program:
             `weights` is a HeadWeights for a head, a tuple of them for a block; `options` are all of the formula's.
         decode: `decode(decoding, outputs)`: the decrypted integers to reals, in JAX: the head's output (T, D), or
             for a block what it adds to the residual stream less the bias of its projection, (T, C).
-        steps: the same function token by token, with the state of earlier ones kept encrypted; None if there is none,
-            and then every text is run as a whole. Added up, its results are those of `run`.
+        reading: the functions of its circuit, and how a text goes through them. All texts give the results of `run`,
+            up to the engine's error.
     """
 
     run: Callable[[Ops, Any, Any], tuple[Any, ...]]
     calibrate: Callable[..., Calibrated]
     decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
-    steps: Steps | None = None
+    reading: Reading = Whole()
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,6 @@ def get(name: str) -> Formula:
     if name not in _FORMULAS:
         raise FormulaError(f"no attention formula {name!r}, there are: {', '.join(formulas())}")
     return _FORMULAS[name]
-
-
-def quantize_input(calibrated: Calibrated, x: jax.Array) -> jax.Array:
-    """The input (..., C) as the integers that the client encrypts."""
-    return quantize(x, jnp.asarray(calibrated.input_scale, jnp.float32), calibrated.bits.inputs)
 
 
 def float_head(weights: HeadWeights, x: np.ndarray) -> np.ndarray:

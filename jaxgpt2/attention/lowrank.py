@@ -36,6 +36,7 @@ from fhe import Ops, Steps, Table
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program, float_head
 from jaxgpt2.attention.projection import Projection, build_table, project
 from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
+from jaxgpt2.reading import TokenByToken
 
 # Bits of what is added to scores: the row's predicted maximum and the key's own term.
 TERM_BITS = 6
@@ -551,7 +552,9 @@ def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Arr
 
 LOWRANK = Formula(
     "lowrank",
-    head=Program(run_head, calibrate, decode, Steps(run_project, run_first, run_attend, row=2, alone=(2,))),
+    head=Program(
+        run_head, calibrate, decode, TokenByToken(Steps(run_project, run_first, run_attend, row=2, alone=(2,)))
+    ),
     options={"score_rank": 16, "value_rank": 24, "exponential_bits": 6, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),

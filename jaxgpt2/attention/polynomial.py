@@ -12,8 +12,8 @@ What it does differently from GPT-2's own, each exact or fitted on calibration a
 - Queries and keys are rotated at random, so that a sum over half of their dimensions is about half of the whole: such
   sums appear in slots that nobody reads, and must not overflow (`fhe.packing.scores`).
 
-`run_head` is the head in floating point, rounded to the engine's precision: what sweeps and simulation use. `head`,
-`prompt` and `step` are the same head as slot functions, which engines run on ciphertexts.
+`run_head` is the head in floating point, rounded to the engine's precision: what sweeps use. `prompt` and `step` are
+the same head as slot functions, which engines run on ciphertexts, and `Slots` calls them.
 
 Shapes: T tokens, C width, D head_dim, R slots for the outputs of a projection, S slots.
 """
@@ -21,8 +21,8 @@ Shapes: T tokens, C width, D head_dim, R slots for the outputs of a projection, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,7 @@ from fhe.packing import (
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
 from jaxgpt2.attention.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
 from jaxgpt2.quantize import Bits, CalibrationError, scale_for
+from jaxgpt2.reading import Party, Reader, check_length, common
 
 # What the polynomial alone may change, relative to the head's output, and the squarings tried to get there.
 POLYNOMIAL_ERROR = 0.01
@@ -99,10 +100,13 @@ class PolynomialParams:
 
 
 class PolynomialDecoding(NamedTuple):
+    """What a client needs to know, beside the input's scale, to lay out a text and to read results."""
+
     basis: np.ndarray  # (W, D)
     mean: np.ndarray  # (D,): the mean value
     least: np.ndarray  # (): denominators that calibration saw
     largest: np.ndarray  # ()
+    outputs: np.ndarray  # (): R
 
 
 # --- in floating point --------------------------------------------------------------------------
@@ -125,9 +129,14 @@ def run_head(ops: Any, params: PolynomialParams, x: Any) -> tuple[Any, Any]:
     """
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     with jax.default_matmul_precision("highest"), ops.tag("attention"):
-        results = attend(params, x * params.input_step)
+        numerators, denominators = attend(params, x * params.input_step)
+    return in_steps(numerators), in_steps(denominators)
+
+
+def in_steps(x: Any) -> Any:
+    """Numbers as int32, in steps of 2**-RESULT_BITS."""
     limit = 2.0**30
-    return tuple(((r * 2.0**RESULT_BITS).clip(-limit, limit) + 0.5).__floordiv__(1).astype(np.int32) for r in results)
+    return ((x * 2.0**RESULT_BITS).clip(-limit, limit) + 0.5).__floordiv__(1).astype(np.int32)
 
 
 def decode(decoding: PolynomialDecoding, outputs: tuple[jax.Array, ...]) -> jax.Array:
@@ -282,17 +291,22 @@ def calibrate(
         start=np.asarray(start * factor),
         constants=constants,
     )
-    decoding = PolynomialDecoding(basis * v_scale, v_mean + weights.value_bias, denominators.min(), denominators.max())
+    decoding = PolynomialDecoding(
+        basis * v_scale,
+        v_mean + weights.value_bias,
+        denominators.min(),
+        denominators.max(),
+        np.asarray(slots),
+    )
     return Calibrated(params, input_step, decoding, Bits(INPUT_BITS, INPUT_BITS, INPUT_BITS), max_tokens)
 
 
 # --- on slots -----------------------------------------------------------------------------------
 
 
-def layout_for(params: PolynomialParams, slots: int) -> Layout:
+def layout_for(client: Calibrated, slots: int) -> Layout:
     """The layout with the largest tiles."""
-    outputs = max(params.query.shape[1], params.value.shape[1])
-    return Layout.fit(slots, len(params.query), outputs)
+    return Layout.fit(slots, len(client.input_scale), int(client.decoding.outputs))
 
 
 def _joined(layout: Layout, key: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -323,30 +337,13 @@ def _weights(ops: SlotOps[V], params: PolynomialParams, layout: Layout, q: V, k:
         return quadratics(ops, s, float(params.start), [float(constant) for constant in params.constants])
 
 
-def head(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
+def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
     """The head on a text in tiles of T tokens: a slot function, bound to its layout.
 
-    Every result belongs to a tile; in every block, and in the first copy of outputs: numerators + i * denominators.
+    Returns:
+        for each tile, in every block, and in the first copy of outputs: numerators + i * denominators; then the caches
+        of the text's keys and values (see `step`).
     """
-    return _head(layout, ops, params, tiles)[0]
-
-
-def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
-    """`head`, and after its results the caches of the text's keys and values (see `step`)."""
-    results, projected = _head(layout, ops, params, tiles)
-    block, _, _ = layout.axes
-    caches = []
-    with ops.tag("cache"):
-        for first in range(0, len(tiles), layout.blocks):
-            group = projected[first : first + layout.blocks]
-            cache = ops.combine(group, [layout.mask(block == number) for number in range(len(group))])
-            caches.append(ops.offset(cache, layout.fill((block < len(group)) * -_bias(layout, params))))
-    return *results, *caches
-
-
-def _head(
-    layout: Layout, ops: SlotOps[V], params: PolynomialParams, tiles: Sequence[V]
-) -> tuple[tuple[V, ...], list[V]]:
     block, _, lane = layout.axes
     causal = layout.mask((block <= lane) & (block < layout.tokens))
     wrapped = layout.mask((block > lane) & (block < layout.tokens))
@@ -368,7 +365,13 @@ def _head(
         weights = [_weights(ops, params, layout, q, k) for k, _ in pairs]
         with ops.tag("output"):
             results.append(weigh(ops, layout, weights, [v for _, v in pairs]))
-    return tuple(results), projected
+    caches = []
+    with ops.tag("cache"):
+        for first in range(0, len(tiles), layout.blocks):
+            group = projected[first : first + layout.blocks]
+            cache = ops.combine(group, [layout.mask(block == number) for number in range(len(group))])
+            caches.append(ops.offset(cache, layout.fill((block < len(group)) * -_bias(layout, params))))
+    return *results, *caches
 
 
 def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, x: V, *caches: V) -> tuple[V, ...]:
@@ -403,59 +406,40 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
         return gather(ops, layout, total), *updated
 
 
-@dataclass(frozen=True)
-class SlotHead:
-    """A calibrated head as functions of a circuit, and what the client does around them.
+# --- a text through the functions ---------------------------------------------------------------
 
-    Args:
-        calibrated: of this formula.
-        tokens: longest text.
-        slots: of a ciphertext, half the ring's degree.
-        cached: with functions for one more token, which keep keys and values on the server.
+
+@dataclass(frozen=True)
+class Slots:
+    """A text in tiles at once, and each later token by itself, with all keys and values before it kept encrypted.
+
+    The functions are "prompt_M" for a text of M tiles, and "step_N" for one more token after N, which takes caches
+    from the prompt before it or from the step before it.
+
+    slots: of a ciphertext, half the ring's degree.
     """
 
-    calibrated: Calibrated
-    tokens: int
     slots: int = 8192
-    cached: bool = False
 
-    @property
-    def layout(self) -> Layout:
-        return layout_for(self.calibrated.params, self.slots)
-
-    def functions(self, inputs: Sequence[np.ndarray]) -> dict[str, Function]:
-        """The circuit's functions, by name.
-
-        Not cached: "head", for a text in all its tiles. Cached: "prompt_M" for a text of M tiles, and "step_N" for one
-        more token after N, which takes caches from the prompt before it or from the step before it.
-
-        Args:
-            inputs: texts (T, C), of which those of all `tokens` are used; the numbers in the circuit follow from them.
+    def functions(
+        self, program: Program, calibrated: Calibrated, inputs: Sequence[np.ndarray], length: int
+    ) -> dict[str, Function]:
+        """The numbers in the circuit follow from texts of all its tokens.
 
         Raises:
-            CalibrationError: there is none so long.
+            CalibrationError: all inputs together have fewer.
         """
-        texts = [x[: self.tokens] for x in inputs if len(x) >= self.tokens]
-        if not texts:
-            raise CalibrationError(
-                f"no calibration text has {self.tokens} tokens: give longer ones, or use fewer tokens"
-            )
-        layout, tiles = self.layout, -(-self.tokens // self.layout.tokens)
-        if not self.cached:
-            return {"head": Function(functools.partial(head, layout), [tuple(pack(layout, x)) for x in texts])}
-        made = {
-            f"prompt_{count}": Function(
-                functools.partial(prompt, layout), [tuple(pack(layout, x)[:count]) for x in texts]
-            )
-            for count in range(1, tiles + 1)
-        }
+        texts = of_length(inputs, length)
+        layout, params = layout_for(calibrated, self.slots), calibrated.params
+        run = functools.partial(prompt, layout)
+        tiled = [tuple(pack(layout, x)) for x in texts]
+        made = {f"prompt_{count}": Function(run, [x[:count] for x in tiled]) for count in range(1, len(tiled[0]) + 1)}
         # The caches that a step takes are what the steps before it make.
-        machine, params = SlotMachine(self.slots), self.calibrated.params
-        run = made["prompt_1"].run
-        caches = [run(machine, params, machine.load(layout.pack(x[:1])))[1:] for x in texts[:STEP_TEXTS]]
-        for count in range(1, self.tokens):
+        machine, some = SlotMachine(self.slots), texts[:STEP_TEXTS]
+        caches = [run(machine, params, machine.load(layout.pack(x[:1])))[1:] for x in some]
+        for count in range(1, length):
             body = functools.partial(step, layout, count)
-            new = [layout.pack_one(x[count]) for x in texts[:STEP_TEXTS]]
+            new = [layout.pack_one(x[count]) for x in some]
             inputset = [(x, *(vector.values for vector in kept)) for x, kept in zip(new, caches, strict=True)]
             before = -(-count // layout.tokens)  # tiles of a prompt of so many tokens
             sources = [[Output(f"prompt_{before}", before + i)] for i in range(len(caches[0]))]
@@ -467,38 +451,73 @@ class SlotHead:
             caches = [body(machine, params, machine.load(x), *kept)[1:] for x, kept in zip(new, caches, strict=True)]
         return made
 
-    def name(self, tokens: int) -> str:
-        """The function for a text of so many tokens."""
-        return f"prompt_{-(-tokens // self.layout.tokens)}" if self.cached else "head"
+    def calls(self, client: Calibrated, prompt: int, length: int) -> Mapping[str, int]:
+        tiles = -(-prompt // layout_for(client, self.slots).tokens)
+        return dict.fromkeys([f"prompt_{tiles}", *(f"step_{count}" for count in range(prompt, length))], 1)
 
-    def encode(self, x: np.ndarray) -> list[np.ndarray]:
-        """A text (T, C), real, as what the client encrypts; not cached, padded to all tiles."""
-        rows = len(x) if self.cached else self.tokens
-        return pack(self.layout, np.pad(x, ((0, rows - len(x)), (0, 0))))
+    def reader(self, client: Calibrated, party: Party, length: int) -> Reader:
+        return SlotReader(client, party, length, layout_for(client, self.slots))
 
-    def encode_step(self, x: np.ndarray) -> list[np.ndarray]:
-        """One token (C,) as what the client encrypts."""
-        return [self.layout.pack_one(x)]
 
-    def decode(self, results: Sequence[np.ndarray], tokens: int) -> np.ndarray:
-        """What the client decrypted, a vector (S,) for each tile, to the head's output (tokens, D).
+def of_length(inputs: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    """The texts that are so long; where there are none, all texts joined and cut to pieces of that length."""
+    texts = [x for x in inputs if len(x) == length]
+    if not texts:
+        joined = np.concatenate(inputs)
+        if len(joined) < length:
+            raise CalibrationError(
+                f"the calibration texts have {len(joined)} tokens together, and the circuit shall read {length}: give "
+                "more text, or use fewer tokens"
+            )
+        texts = np.split(joined[: len(joined) // length * length], len(joined) // length)
+    return texts
+
+
+@dataclass
+class SlotReader:
+    """Of a text that begins with the last one, reads the rest only, token by token; any other in one call.
+
+    All calls are made before the first result is decrypted.
+    """
+
+    client: Calibrated
+    party: Party
+    length: int
+    layout: Layout
+    _seen: list[np.ndarray] = field(default_factory=list)
+    _caches: list[Any] = field(default_factory=list)
+    _results: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def read(self, x: np.ndarray) -> list[np.ndarray]:
+        """Numerators (T, W) and denominators (T, 1), in steps of 2**-RESULT_BITS.
 
         Raises:
-            OutOfRange: see `check`.
+            NotReady: the text is longer than the circuit; OutOfRange: see `check`.
         """
-        decoding, layout = self.calibrated.decoding, self.layout
-        return self._output(unpack(layout, self._width, decoding, results[: -(-tokens // layout.tokens)], tokens))
+        check_length(len(x), self.length)
+        known, real = common(self._seen, x), x * self.client.input_scale
+        caches, results, tiles = self._caches, list(self._results), []
+        if not known:
+            packed = pack(self.layout, real)
+            name = f"prompt_{len(packed)}"
+            made = self.party.run(name, self.party.encrypt(name, *packed))
+            tiles, caches = made[: len(packed)], list(made[len(packed) :])
+        steps = []
+        for count in range(known or len(x), len(x)):
+            inputs = self.party.encrypt(f"step_{count}", self.layout.pack_one(real[count]))
+            result, *caches = self.party.run(f"step_{count}", [*inputs, *caches])
+            steps.append(result)
 
-    def decode_step(self, result: np.ndarray) -> np.ndarray:
-        """What the client decrypted of a step (S,), to the head's output (1, D). Raises as `decode`."""
-        return self._output(unpack_step(self.layout, self._width, self.calibrated.decoding, result))
-
-    @property
-    def _width(self) -> int:
-        return self.calibrated.params.value.shape[1]
-
-    def _output(self, parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        return parts[0] / parts[1] @ self.calibrated.decoding.basis + self.calibrated.decoding.mean
+        width, decoding = len(self.client.decoding.basis), self.client.decoding
+        if tiles:
+            decrypted = self.party.decrypt(f"prompt_{len(tiles)}", tiles)
+            results = [unpack(self.layout, width, decoding, decrypted, len(x))]
+        for count, result in enumerate(steps, known):
+            (decrypted,) = self.party.decrypt(f"step_{count}", [result])
+            results.append(unpack_step(self.layout, width, decoding, decrypted))
+        # Only now: where a number is out of range, the last text is still the one that was read.
+        self._seen, self._caches, self._results = list(x), caches, results
+        return [in_steps(np.concatenate(parts)) for parts in zip(*results, strict=True)]
 
 
 def pack(layout: Layout, x: np.ndarray) -> list[np.ndarray]:
@@ -575,7 +594,7 @@ def check(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> Non
 
 POLYNOMIAL = Formula(
     "polynomial",
-    head=Program(run_head, calibrate, decode),
+    head=Program(run_head, calibrate, decode, Slots()),
     needs=frozenset({"slots"}),
     options={"score_rank": 0, "value_rank": 0, "squarings": 0},
 )
