@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli import options
+from jaxgpt2.cli import options, write_tokens
 from jaxgpt2.errors import InputError
-from jaxgpt2.progress import note
+from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from jaxgpt2.generation import Sampling
 
 EXTRA = "pip install 'jaxgpt2[server]'"
 
@@ -114,6 +119,40 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         limits=Limits(**limits),
     )
     server.serve(bundle, settings)
+
+
+def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None, token: str | None,
+                      authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
+                      max_new_tokens: int, sampling: Sampling, as_json: bool) -> None:  # fmt: skip
+    """`generate` where a server computes the protected heads."""
+    try:
+        from jaxgpt2.serving.client import RemoteGPT2
+    except ImportError as error:
+        raise InputError(f"--server needs {error.name}: pip install 'jaxgpt2[client]'") from None
+    if (certificate is None) != (certificate_key is None):
+        raise InputError("a certificate and its key go together: give --tls-cert and --tls-key")
+    own = None if certificate is None or certificate_key is None else (certificate, certificate_key)
+    with step("asking the server, reading the client bundle, making keys if there are none"):
+        model = RemoteGPT2.connect(
+            server, client, keys, token=token, authority=authority, certificate=own, insecure=insecure
+        )
+    with model:
+        traffic = model.connection.traffic
+        with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
+            model.upload_keys(progress)
+        result: dict[str, Any] = {"prompt": prompt, "mode": "server", "head": ",".join(map(str, model.hybrid.units))}
+
+        def waiting(number: int) -> AbstractContextManager[None]:
+            crossed = f", {megabytes(traffic.sent)} sent, {megabytes(traffic.received)} received" if number > 1 else ""
+            return step(f"token {number} of {max_new_tokens}{crossed}")
+
+        tokens = model.generate(prompt, max_new_tokens, sampling)
+        write_tokens(model.hybrid.gpt2, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))
+        note(
+            f"{megabytes(traffic.sent)} of ciphertexts sent, {megabytes(traffic.received)} received, in "
+            f"{traffic.requests} requests; evaluation keys "
+            + (f"sent, {megabytes(traffic.keys)}" if traffic.keys else "were there already")
+        )
 
 
 @click.command()

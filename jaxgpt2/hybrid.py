@@ -629,6 +629,12 @@ class HybridGPT2:
         """
         if mode == "float":
             return self.gpt2.generate(prompt, max_new_tokens, sampling)
+        return self.continue_text(prompt, max_new_tokens, self.engine(mode, keys), sampling)
+
+    def continue_text(
+        self, prompt: str, max_new_tokens: int, engine: Engine | Baseline, sampling: Sampling = GREEDY
+    ) -> Iterator[int]:
+        """`generate`, with an engine that is there already."""
         tokens = self.gpt2.encode(prompt, room=max_new_tokens)
         # The last token is never read, only written.
         length = self.seq_len or max(len(tokens) + max_new_tokens - 1, 1)
@@ -638,7 +644,6 @@ class HybridGPT2:
                 f"{len(tokens)} prompt tokens and {max_new_tokens} new ones need heads made for "
                 f"{len(tokens) + max_new_tokens - 1} tokens, these are made for {limit}"
             )
-        engine = self.engine(mode, keys)
 
         def next_logits(text: list[int]) -> np.ndarray:
             padded = np.zeros((1, length), np.int32)

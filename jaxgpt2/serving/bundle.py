@@ -25,7 +25,7 @@ from typing import Any
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
-from jaxgpt2.serving.protocol import FORMAT
+from jaxgpt2.serving import FORMAT
 
 MANIFEST = "bundle.json"
 

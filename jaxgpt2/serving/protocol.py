@@ -17,9 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from jaxgpt2.errors import InputError
 
-# Of requests, answers and bundles. A client and a server of different formats do not try to understand each other.
-FORMAT = 1
-
 MSGPACK = "application/vnd.msgpack"
 
 # Calls of a batch: a token takes a handful, a whole prompt may come at once.

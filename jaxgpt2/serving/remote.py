@@ -24,8 +24,8 @@ import tenacity
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
+from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.protocol import (
-    FORMAT,
     MSGPACK,
     Answer,
     BadRequest,
@@ -193,11 +193,15 @@ class Connection:
                 raise
             raise ServerError(f"{self.url} does not say what it serves: is it a jaxgpt2 server?") from None
 
-    def upload(self, keys: bytes, digest: str, progress: Callable[[int], None] = lambda count: None) -> None:
-        """Evaluation keys, from the byte on that the server lacks; nothing if it has them.
+    def upload(self, keys: bytes, progress: Callable[[int], None] = lambda count: None) -> str:
+        """Sends evaluation keys, from the byte on that the server lacks; nothing if it has them.
 
         progress: is told how many bytes more the server has.
+
+        Returns:
+            their name, the SHA-256.
         """
+        digest = hashlib.sha256(keys).hexdigest()
 
         def attempt() -> None:
             status = KeyStatus.model_validate_json(self.once("GET", f"/keys/{digest}").content)
@@ -229,6 +233,7 @@ class Connection:
             if isinstance(error, InputError):
                 raise
             raise ServerError(f"{self.url} does not say which keys it has: is it a jaxgpt2 server?") from None
+        return digest
 
     def close(self) -> None:
         self._http.close()
@@ -257,15 +262,12 @@ class Remote:
     Args:
         circuit: the client's half is enough.
         keys: stay here, but for their evaluation keys.
-        progress: is told how many bytes of the keys have been uploaded.
     """
 
     connection: Connection
     circuit: fhe.Circuit
     keys: fhe.Keys
-    progress: Callable[[int], None] = lambda count: None
     _session: str | None = None
-    _digest: str = ""
     _calls: list[Call] = field(default_factory=list)
     _uploads: list[bytes] = field(default_factory=list)
     _wanted: list[Result] = field(default_factory=list)  # by calls not sent yet
@@ -355,21 +357,15 @@ class Remote:
             except Refused as error:
                 sent = False
                 if error.code == "keys_missing":  # evicted since
-                    self._upload()
+                    self.connection.upload(self.keys.evaluation)
                 elif error.code == "worker_died" and deaths < DEATHS:
                     deaths += 1
                 else:
                     raise
 
-    def _upload(self) -> None:
-        evaluation = self.keys.evaluation
-        self._digest = hashlib.sha256(evaluation).hexdigest()
-        self.connection.upload(evaluation, self._digest, self.progress)
-
     def _open(self) -> None:
-        self._upload()
-        content = NewSession(circuit=self.circuit.id, keys=self._digest).model_dump_json()
-        response = self.connection.request("POST", "/sessions", content=content)
+        content = NewSession(circuit=self.circuit.id, keys=self.connection.upload(self.keys.evaluation))
+        response = self.connection.request("POST", "/sessions", content=content.model_dump_json())
         try:
             self._session = SessionOpened.model_validate_json(response.content).session
         except ValueError:

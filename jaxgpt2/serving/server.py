@@ -34,11 +34,11 @@ from starlette.requests import ClientDisconnect
 
 import jaxgpt2
 from jaxgpt2.errors import InputError
+from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.bundle import Bundle, CircuitEntry
 from jaxgpt2.serving.files import KeyStore, Refusal, Session, SessionStore
 from jaxgpt2.serving.limits import Limits
 from jaxgpt2.serving.protocol import (
-    FORMAT,
     MSGPACK,
     Answer,
     BadRequest,
