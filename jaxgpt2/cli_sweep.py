@@ -18,7 +18,6 @@ from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
 
 if TYPE_CHECKING:
-    from jaxgpt2.quantize import Bits
     from jaxgpt2.sweep import Experiment
 
 # Widths that `tune` tries: beyond 8 bits an encrypted head costs more than anyone will wait for.
@@ -32,11 +31,11 @@ text_options = options(
                  help="Text to calibrate on, one passage a line.  [default: bundled]"),
 )  # fmt: skip
 width_options = options(
-    click.option("--input-bits", metavar="N[,N-N...]", help="Bits of inputs, instead of --bits."),
-    click.option("--weight-bits", metavar="N[,N-N...]", help="Bits of weights, instead of --bits."),
-    click.option("--activation-bits", metavar="N[,N-N...]", help="Bits of activations, instead of --bits."),
+    click.option("--input-bits", metavar="N[,N-N...]", help="Bits of inputs."),
+    click.option("--weight-bits", metavar="N[,N-N...]", help="Bits of weights."),
+    click.option("--activation-bits", metavar="N[,N-N...]", help="Bits of activations, as --bits."),
     click.option("--lookup-bits", metavar="N[,N-N...]|none",
-                 help="Top bits of a sum that a lookup sees, none for all.  [default: activations + 2]"),
+                 help="Top bits of a sum that a lookup sees, none for all."),
     click.option("--set", "settings", multiple=True, metavar="NAME=N[,N-N...]",
                  help="An option of a formula, as score_rank=8,16; may be repeated."),
 )  # fmt: skip
@@ -69,25 +68,16 @@ def parse_numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def parse_widths(bits: str, input_bits: str | None, weight_bits: str | None, activation_bits: str | None,
-                 lookup_bits: str | None) -> list[Bits]:  # fmt: skip
-    """Widths together, or apart where they are named apart."""
-    from jaxgpt2.quantize import Bits
-
-    apart = [
-        None if text is None else parse_numbers(option, text)
-        for option, text in (("--input-bits", input_bits), ("--weight-bits", weight_bits),
-                             ("--activation-bits", activation_bits))
-    ]  # fmt: skip
-    together = parse_numbers("--bits", bits) if None in apart else (0,)  # all apart: --bits says nothing
-    lookups: tuple[int | None, ...] | None = None
-    if lookup_bits is not None:
-        lookups = (None,) if lookup_bits == "none" else parse_numbers("--lookup-bits", lookup_bits)
-    widths = {}
-    for number in together:
-        for inputs, weights, activations in itertools.product(*(each or (number,) for each in apart)):
-            for lookup in lookups or (activations + 2,):
-                widths[Bits(inputs, weights, activations, lookup)] = None
-    return list(widths)
+                 lookup_bits: str | None) -> tuple[tuple[int, ...], list[dict[str, int | None]]]:  # fmt: skip
+    """Numbers of bits, and what to change in the widths that a formula has with each, as `grid` takes both."""
+    together = ("--bits", bits) if activation_bits is None else ("--activation-bits", activation_bits)
+    apart: dict[str, tuple[int | None, ...]] = {}
+    for name, option, text in (("inputs", "--input-bits", input_bits), ("weights", "--weight-bits", weight_bits),
+                               ("lookup", "--lookup-bits", lookup_bits)):  # fmt: skip
+        if text is not None:
+            apart[name] = (None,) if (name, text) == ("lookup", "none") else parse_numbers(option, text)
+    changes = [dict(zip(apart, values, strict=True)) for values in itertools.product(*apart.values())]
+    return parse_numbers(*together), changes
 
 
 def parse_grid_settings(settings: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -141,7 +131,7 @@ def read_config(model: str) -> Any:
 @click.option("--attention", "formulas", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
               help="Attention formulas; see info.")  # fmt: skip
 @click.option("--bits", default="2-8", show_default=True, metavar="N[,N-N...]",
-              help="Bits of inputs, weights and activations together.")  # fmt: skip
+              help="Bits of activations, and of all else what the formula has with them.")  # fmt: skip
 @options(width_options, text_options)
 @click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
 @options(cost_options)
@@ -156,7 +146,7 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
     from jaxgpt2 import sweep as sweeping
     from jaxgpt2.hybrid import Unit
 
-    widths = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+    widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
     experiment = make_experiment(model, text, limit, calibration, ks, seq_len, rounding, batch)
     config = read_config(model)
     chosen = itertools.product(
@@ -167,6 +157,7 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
         [name.strip() for name in formulas.split(",")],
         widths,
         parse_grid_settings(settings),
+        apart,
     )
     started = time.monotonic()
     try:
@@ -213,7 +204,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
-    widths = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
+    widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
     experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
     gpt2 = GPT2.from_pretrained(model)
     units = parse_heads(heads, gpt2.config)
@@ -222,7 +213,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     check(experiment, gpt2)
     names = [name.strip() for name in formulas.split(",")]
     searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
-    configurations = grid(units, names, widths, searched | parse_grid_settings(settings))
+    configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
     rows: list[dict[str, Any]] = []
     try:
         with counting("configurations", len(configurations)) as progress:

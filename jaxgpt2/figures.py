@@ -110,7 +110,7 @@ def over_cost(rows: Any) -> Figure:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     names = formula_of(rows)
-    recipe = [*names, *(name for name in rows.columns if name.endswith("_bits") and name != "max_bit_width")]
+    recipe = list(dict.fromkeys([*names, *(name for name in rows.columns if name.endswith("_bits"))]))
     means = rows.groupby(recipe, dropna=False, sort=True)[["estimated_seconds", "recovered_kl"]].mean().reset_index()
     for formula, same in means.groupby("attention", sort=True):
         axes.scatter(same["estimated_seconds"], same["recovered_kl"], s=18, label=str(formula))

@@ -144,22 +144,31 @@ def check(experiment: Experiment, gpt2: GPT2) -> int:
 
 
 def grid(
-    units: Iterable[Unit], formulas: Iterable[str], widths: Iterable[Bits], options: Mapping[str, Iterable[int]]
+    units: Iterable[Unit],
+    formulas: Iterable[str],
+    widths: Iterable[Bits | int],
+    options: Mapping[str, Iterable[int]],
+    apart: Iterable[Mapping[str, int | None]] = ({},),
 ) -> list[Configuration]:
     """All combinations; an option concerns the formulas that have it.
+
+    Args:
+        widths: a number means activations of so many bits, and what the formula has with them.
+        apart: fields of `Bits` that are changed after that.
 
     Raises:
         SweepError: there are none, or an option that none of the formulas has; FormulaError: an unknown formula.
     """
-    formulas, widths = tuple(formulas), tuple(widths)
+    formulas, widths, apart = tuple(formulas), tuple(widths), tuple(apart)
     for name in options:
         if not any(name in attention.get(formula).options for formula in formulas):
             raise SweepError(f"none of the formulas {', '.join(formulas)} has an option {name!r}")
     recipes = []
     for formula in formulas:
         own = {name: tuple(values) for name, values in options.items() if name in attention.get(formula).options}
-        for bits, chosen in itertools.product(widths, itertools.product(*own.values())):
-            recipes.append(Recipe.of(formula, bits, dict(zip(own, chosen, strict=True))))
+        for bits, changes, chosen in itertools.product(widths, apart, itertools.product(*own.values())):
+            recipe = Recipe.of(formula, bits, dict(zip(own, chosen, strict=True)))
+            recipes.append(dataclasses.replace(recipe, bits=dataclasses.replace(recipe.bits, **changes)))
     # A default that is also named is the same configuration.
     found = {each.key: each for each in (Configuration(unit, recipe) for unit in units for recipe in recipes)}
     if not found:

@@ -96,7 +96,7 @@ def test_info_says_what_is_there():
         (["generate", "x", "--head", "first"], "cannot read head 'first'"),
         (["generate", ""], "prompt is empty"),
         (["generate", "x " * 300], "context is"),
-        (["generate", "x", "--bits", "1"], "bits of inputs must be a whole number from 2 to 12, got 1"),
+        (["generate", "x", "--bits", "1"], "bits of activations must be a whole number from 2 to 12, got 1"),
         (["generate", "x", "--attention", "sofmax"], "no attention formula 'sofmax'"),
         (["generate", "x", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "x", "--top-p", "2"], "top_p must be"),

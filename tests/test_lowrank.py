@@ -1,9 +1,19 @@
 """The parts of the low-rank head, each against the float mathematics that it stands for."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fhe import NumpyOps
+from jaxgpt2 import attention
 from jaxgpt2.attention import lowrank
+from jaxgpt2.attention.formula import float_head
+from jaxgpt2.quantize import Bits, CalibrationError
+from test_attention import head_error, integers, random_head, random_inputs
 
 
 def activations(seed: int, count: int, size: int) -> np.ndarray:
@@ -71,3 +81,91 @@ def test_the_best_scale_clips_what_is_rare():
     scale = lowrank.best_scale(values, 4)
     assert 7 * scale < 6.0
     assert lowrank.best_scale(np.full(5, 2.0), 4) == pytest.approx(2 / 7)
+
+
+def calibrated_head(steps: int = 0, texts: int = 40, bits: int = 4, **options: int):
+    """A random head of 6 dimensions, its texts, and its integers; the texts lie near a plane, as activations do."""
+    head = random_head(0, 20, 6, sharpness=1.5)
+    plane = np.random.default_rng(5).normal(size=(5, 20)) * 0.4
+    inputs = [x[:, :5] @ plane for x in random_inputs(0, texts, 8, 20)]
+    settings = {**lowrank.LOWRANK.options, "training_steps": steps, **options}
+    return head, inputs, lowrank.calibrate(head, inputs, lowrank.LOWRANK.bits(bits), 8, **settings)
+
+
+def output_error(head, inputs, calibrated) -> float:
+    """In the head's metric, relative to the outputs."""
+    error = size = 0.0
+    for x in inputs:
+        wanted = float_head(head, x)
+        outputs = lowrank.run_head(NumpyOps(), calibrated.params, integers(calibrated, x))
+        got = np.asarray(lowrank.decode(calibrated.decoding, tuple(map(jnp.asarray, outputs))))
+        error += np.einsum("td,de,te->", got - wanted, head.metric, got - wanted)
+        size += np.einsum("td,de,te->", wanted, head.metric, wanted)
+    return float(error / size)
+
+
+def test_training_through_the_rounding_lowers_the_error_of_the_integers():
+    untrained, trained = (output_error(*calibrated_head(steps)) for steps in (0, 100))
+    assert trained < 0.7 * untrained
+
+
+def test_every_passage_is_seen_equally_often():
+    order = lowrank.batches(30, 7)
+    assert order.shape == (7, 30)
+    assert (np.bincount(order.ravel()) == 7).all()
+    assert np.ptp(np.bincount(lowrank.batches(100, 12).ravel(), minlength=100)) <= 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 8))
+def test_aligned_levels_are_the_rounded_projection(seed, activations, weight_bits):
+    """A level is a whole number of accumulator steps: looked up, it is the projection rounded once, and saturated."""
+    random = np.random.default_rng(seed)
+    bits = Bits(5, weight_bits, activations, activations + 1)
+    weight, bias = random.normal(size=(6, 3)) * 0.1, random.normal(size=3)
+    saturate = 2 ** (activations - 1) - 1
+    ops, made = NumpyOps(), lowrank.aligned("query", weight, bias, bits, saturate, activations + 1)
+    x = random.integers(-15, 16, size=(20, 6))
+    total = x @ made.weight + made.bias
+    unit = 2 ** (made.requantize.shift + activations - (2 * saturate).bit_length())
+    got = ops.lookup(made.requantize, total)
+    exact = np.clip(total / unit, -saturate, saturate)
+    assert np.abs(got - exact).max() <= 0.5 + 0.25  # half a level, and what the table's cells add
+    assert np.abs(got).max() <= saturate
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 8), st.integers(0, 3))
+def test_token_by_token_gives_the_integers_of_the_whole(tokens, seed):
+    _, inputs, calibrated = calibrated_head()
+    x = integers(calibrated, inputs[seed][:tokens])
+    whole = lowrank.run_head(NumpyOps(), calibrated.params, x)
+    steps = lowrank.LOWRANK.head.reading.steps  # pyright: ignore[reportAttributeAccessIssue]
+    assert steps is not None
+    bodies = {"project": steps.project, "first": steps.first} | {f"attend_{n}": steps.attend for n in steps.blocks}
+    state: list = []
+    rows = []
+    for row in x:
+        sums = steps.advance(
+            lambda name, arrays: bodies[name](NumpyOps(), calibrated.params, *arrays), state, [row[None]]
+        )
+        rows.append([np.sum(parts, axis=0) for parts in zip(*(results for _, results in sums), strict=True)])
+    for position, part in enumerate(whole):
+        assert np.array_equal(part, np.concatenate([row[position] for row in rows]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("score_rank", 0), ("value_rank", 5000), ("exponential_bits", 40), ("training_steps", -1)]
+)
+def test_an_option_out_of_range_is_named(name, value):
+    with pytest.raises(CalibrationError, match=f"{name} must be"):
+        calibrated_head(**{name: value})
+
+
+def test_more_rank_comes_closer_to_the_float_head():
+    formula = attention.get("lowrank")
+    errors = []
+    for rank in (1, 4, 8):
+        ranked = dataclasses.replace(formula, options={**formula.options, "score_rank": rank, "value_rank": rank})
+        errors.append(head_error(ranked, 8, 0))
+    assert errors == sorted(errors, reverse=True)

@@ -103,20 +103,20 @@ def test_a_row_equals_eval(bench, gpt2, mixed, index):
 def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
     hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
-    report = hybrid.compile(CALIBRATION, 4, backend="clear").circuits[each.unit].report
-    assert row["pbs_count"] == report.pbs_count
-    assert row["max_bit_width"] == report.max_bit_width
-    assert {bits: row[f"pbs_{bits}"] for bits in report.pbs_by_bit_width} == report.pbs_by_bit_width
-    assert row["estimated_seconds"] == report.estimated_run_seconds
+    cost = hybrid.compile(CALIBRATION, 4, backend="clear").costs(4)[each.unit]
+    assert row["pbs_count"] == cost.pbs_count
+    assert row["max_bit_width"] == cost.max_bit_width
+    assert {bits: row[f"pbs_{bits}"] for bits in cost.pbs_by_bit_width} == cost.pbs_by_bit_width
+    assert row["estimated_seconds"] == cost.estimated_run_seconds
     assert row["machine"] == fhe.LOOKUP_TIMES["machine"]
 
 
 def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
     hybrid = HybridGPT2(gpt2, {MIXED[0].unit: MIXED[0].recipe}).calibrate(CALIBRATION, bench.max_tokens)
-    report = hybrid.compile(CALIBRATION, 4, backend="concrete").circuits[MIXED[0].unit].report
-    assert mixed[0]["pbs_count"] == report.pbs_count
-    assert mixed[0]["max_bit_width"] == report.max_bit_width
+    cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].unit]
+    assert mixed[0]["pbs_count"] == cost.pbs_count
+    assert mixed[0]["max_bit_width"] == cost.max_bit_width
 
 
 def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
@@ -313,7 +313,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         (["--heads", "0-3"], "--heads 0-3: there is no 3, the model has 0 to 2"),
         (["--bits", "5-3"], "--bits '5-3' names nothing"),
         (["--bits", ""], "--bits '' cannot be read"),
-        (["--bits", "1"], "bits of inputs must be a whole number from 2 to 12"),
+        (["--bits", "1"], "bits of activations must be a whole number from 2 to 12"),
         (["--attention", "sofmax"], "no attention formula 'sofmax'"),
         (["--set", "rank=3"], "none of the formulas lowrank has an option 'rank'"),
         (["--top-k", "0"], "every k must be 1 to"),
@@ -375,3 +375,14 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
     result = run(*small_sweep(model, tmp_path / "out"), "--scheduler", "nonsense://")
     assert result.exit_code == 2
     assert "no Dask scheduler answers" in result.stderr.replace("\n", " ")
+
+
+def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
+    """--bits N is what the formula has with N-bit activations; what is named apart changes just that."""
+    arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
+    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--lookup-bits", "none"),
+                                              (6, 7, 3, None))]):  # fmt: skip
+        out = tmp_path / str(number)
+        assert run("sweep", *common(model), *arguments, *given, "--out", out).exit_code == 0
+        (row,) = read_rows(out).values()
+        assert tuple(row[f"{name}_bits"] for name in ("input", "weight", "activation", "lookup")) == wanted

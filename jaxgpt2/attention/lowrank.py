@@ -22,7 +22,6 @@ A text is read token by token: `project` once, `attend` to blocks of earlier tok
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,8 +37,9 @@ from jaxgpt2.attention.projection import Projection, build_table, project
 from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
 from jaxgpt2.reading import TokenByToken
 
-# Bits of what is added to scores: the row's predicted maximum and the key's own term.
-TERM_BITS = 6
+# So many more bits than activations have what is added to scores (the row's predicted maximum and the key's own term)
+# and what the exponential sees of them.
+SCORE_BITS = 2
 
 # Accumulators of terms are so much finer than a step of the scores.
 TERM_STEPS = 2**6
@@ -222,6 +222,7 @@ class Widths(NamedTuple):
     """What the rounding of a head in reals depends on."""
 
     levels: Any  # largest level
+    terms: Any  # largest of what is added to scores, in its steps
     largest_weight: Any
     term_step: Any  # steps of a score
     shift_step: Any
@@ -300,7 +301,7 @@ def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
         return straight_through(clipped, jnp.rint(clipped))
 
     def term(value: jax.Array, step: Any) -> jax.Array:
-        cells = jnp.clip(value / step, -(2 ** (TERM_BITS - 1)), 2 ** (TERM_BITS - 1) - 1)
+        cells = jnp.clip(value / step, -widths.terms - 1, widths.terms)
         return straight_through(cells, jnp.rint(cells)) * step
 
     q, k, v = (
@@ -328,16 +329,25 @@ def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
     return average @ reals.basis + reals.mean
 
 
-@functools.partial(jax.jit, static_argnames="steps")
+def batches(count: int, steps: int) -> np.ndarray:
+    """Which of `count` passages each step of training sees, (steps, batch): all of them equally often, at random."""
+    batch, random = min(BATCH, count), np.random.default_rng(0)
+    epochs = -(-steps * batch // count)
+    order = np.concatenate([random.permutation(count) for _ in range(epochs)])
+    return order[: steps * batch].reshape(steps, batch)
+
+
+@jax.jit
 def refine(
-    reals: Reals, widths: Widths, x: jax.Array, wanted: jax.Array, mask: jax.Array, metric: jax.Array, steps: int
+    reals: Reals, widths: Widths, x: jax.Array, wanted: jax.Array, mask: jax.Array, metric: jax.Array, order: jax.Array
 ) -> Reals:
     """Trains a head in reals, through its rounding, for the least error of its output.
 
     Args:
         x: (B, T, C) quantized inputs; wanted: (B, T, D) the float head's outputs; mask: (B, T), 1 where there is text.
         metric: (D, D), see `HeadWeights`.
-        steps: of Adam (Kingma and Ba, 2014), its rate a share of each array's own size and falling to 0 as a cosine.
+        order: (steps, batch), the passages of each step of Adam (Kingma and Ba, 2014), whose rate is a share of each
+            array's own size and falls to 0 as a cosine.
     """
     # Biases of levels count in levels, those of scores in nats.
     size = jax.tree.map(lambda a: jnp.where(jnp.ndim(a) == 2, jnp.sqrt(jnp.mean(a * a)), 1.0), reals)
@@ -350,10 +360,7 @@ def refine(
         return jnp.sum(jnp.sum((error @ metric) * error, axis=-1) * mask) / jnp.sum(mask) * scale
 
     scale = jnp.sum(mask) / jnp.maximum(jnp.sum(jnp.sum((wanted @ metric) * wanted, axis=-1) * mask), 1e-30)
-    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps), b2=0.99)
-    batch = min(BATCH, len(x))
-    epochs = -(-steps * batch // len(x))
-    order = jnp.concatenate([jax.random.permutation(jax.random.key(epoch), len(x)) for epoch in range(epochs)])
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, len(order)), b2=0.99)
 
     def step(carry: Any, chosen: jax.Array) -> Any:
         shares, state = carry
@@ -362,7 +369,7 @@ def refine(
         return (optax.apply_updates(shares, updates), state), None
 
     shares = jax.tree.map(jnp.divide, reals, size)
-    (shares, _), _ = jax.lax.scan(step, (shares, optimizer.init(shares)), order[: steps * batch].reshape(steps, batch))
+    (shares, _), _ = jax.lax.scan(step, (shares, optimizer.init(shares)), order)
     return jax.tree.map(jnp.multiply, shares, size)
 
 
@@ -409,18 +416,21 @@ def calibrate(
     """The head in integers; a head_dim below the ranks bounds them.
 
     Args:
-        exponential_bits: bits of a score that the exponential sees.
+        exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
         training_steps: of `refine`; 0 keeps the closed formulas.
     """
     for name, value, low, high in (
         ("score_rank", score_rank, 1, 4096),
         ("value_rank", value_rank, 1, 4096),
-        ("exponential_bits", exponential_bits, 4, 16),
+        ("exponential_bits", exponential_bits, 0, 16),
         ("training_steps", training_steps, 0, 100_000),
     ):
         if not low <= value <= high:
             raise CalibrationError(f"{name} must be {low} to {high}, got {value}")
     levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
+    term_bits = bits.activations + SCORE_BITS
+    saturated = largest_level(term_bits)
+    exponential_bits = exponential_bits or term_bits
     head_dim = weights.query.shape[1]
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
@@ -434,16 +444,17 @@ def calibrate(
     ranges = score_ranges(reals, levels, x * input_scale, texts)
     widths = Widths(
         levels=levels,
+        terms=saturated,
         largest_weight=largest_weight,
-        term_step=step_for(ranges.term, TERM_BITS),
-        shift_step=step_for(ranges.shift, TERM_BITS),
+        term_step=step_for(ranges.term, term_bits),
+        shift_step=step_for(ranges.shift, term_bits),
         cell=step_for((ranges.high - ranges.low) / 2, exponential_bits),
     )
     if training_steps:
         padded, wanted, mask = pad(weights, inputs, x * input_scale)
         reals = refine(
             *jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (reals, widths, padded, wanted, mask, weights.metric)),
-            steps=training_steps,
+            jnp.asarray(batches(len(inputs), training_steps)),
         )
         reals = Reals(*(np.asarray(part, np.float64) for part in reals))
         ranges = score_ranges(reals, levels, x * input_scale, texts)
@@ -451,7 +462,6 @@ def calibrate(
     scaled = input_scale[:, None]
     seen = bits.activations + 1 if bits.lookup is None else bits.lookup
     unit = 2 * float(reals.nats)
-    saturated = 2 ** (TERM_BITS - 1) - 1
     term_weight = np.rint(input_scale * reals.term / unit * TERM_STEPS).astype(np.int64)[:, None]
     term_bias = np.rint([float(reals.term_bias) / unit * TERM_STEPS]).astype(np.int64)
     squares = TERM_STEPS * rank * levels**2 // 4
@@ -474,14 +484,14 @@ def calibrate(
             np.array([float(reals.shift_bias) / unit / widths.shift_step]),
             bits,
             saturated,
-            TERM_BITS + 1,
+            term_bits + 1,
         ),
         term_weight=term_weight,
         term_bias=term_bias,
         term=build_table(
             lambda s: np.clip(np.rint(s / TERM_STEPS / widths.term_step), -saturated - 1, saturated),
-            -(2**TERM_BITS),
-            2**TERM_BITS - 1,
+            -(2**term_bits),
+            2**term_bits - 1,
             int(np.log2(TERM_STEPS * widths.term_step)),
         ),
         level_square=Table.build(quarter_square, -levels, levels),
@@ -555,7 +565,7 @@ LOWRANK = Formula(
     head=Program(
         run_head, calibrate, decode, TokenByToken(Steps(run_project, run_first, run_attend, row=2, alone=(2,)))
     ),
-    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 6, "training_steps": 300},
+    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 0, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
     search={"score_rank": (4, 8, 12, 16, 24), "value_rank": (8, 16, 24, 32, 48)},
