@@ -24,7 +24,7 @@ check: test lint
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,sweep,cluster,train,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,sweep,cluster,server,client,train,dev]'
 	touch $@
 
 clean:

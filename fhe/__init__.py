@@ -34,9 +34,11 @@ from .errors import (
     FHEError,
     InsecureParameters,
     KeyMismatch,
+    NoWeights,
     UnknownBackend,
 )
 from .steps import Steps
+from .wire import Port, Ports
 
 __all__ = [
     "LOOKUP_TIMES",
@@ -53,9 +55,12 @@ __all__ = [
     "InsecureParameters",
     "KeyMismatch",
     "Keys",
+    "NoWeights",
     "NumpyOps",
     "Ops",
     "Output",
+    "Port",
+    "Ports",
     "Report",
     "Rounding",
     "RunCost",

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
 import numpy as np
 
 from .errors import UnknownBackend
+
+if TYPE_CHECKING:
+    from .wire import Ports
 
 Rounding = Literal["exact", "approximate", "none"]
 
@@ -332,8 +335,8 @@ class Circuit(Protocol):
 
     Methods raise KeyMismatch where keys, arrays and circuit do not belong together; CircuitFormatError for damaged
     bytes or files, and for an array handed to where it does not belong (a result that no wire leads to this input,
-    an input among results); ValueError for an unknown function, for too many or too few arrays, and for inputs of
-    another shape or range than the input set's.
+    an input among results); NoWeights where the client's half is asked to compute; ValueError for an unknown
+    function, for too many or too few arrays, and for inputs of another shape or range than the input set's.
     """
 
     @property
@@ -344,6 +347,11 @@ class Circuit(Protocol):
     @property
     def report(self) -> Any:
         """A `CircuitReport`; from an engine of lookups, a `Report`."""
+        ...
+
+    @property
+    def ports(self) -> "Ports":
+        """The functions by name, and where arrays enter and leave them."""
         ...
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -371,8 +379,12 @@ class Circuit(Protocol):
         """What some or all results of a function hold, in the order given."""
         ...
 
-    def save(self, directory: str | Path) -> None:
-        """Write the circuit to a directory that `Backend.load` reads; made if missing."""
+    def save(self, directory: str | Path, server: bool = True) -> None:
+        """Write the circuit to a directory that `Backend.load` reads; made if missing.
+
+        server: False writes the client's half alone, which makes keys, encrypts and decrypts. No weights are in it,
+        and no code.
+        """
         ...
 
 
@@ -431,7 +443,10 @@ class Backend(Protocol):
         ...
 
     def load(self, directory: str | Path) -> Circuit:
-        """A saved circuit. Raises CircuitFormatError. A circuit holds code: load only what you trust."""
+        """A saved circuit, or the client's half of one, whichever is there. Raises CircuitFormatError.
+
+        The server's half holds code: load only what you trust.
+        """
         ...
 
 

@@ -29,7 +29,7 @@ import tenseal.sealapi as seal
 
 from . import wire
 from .backend import Function, Settings, check_functions
-from .errors import CircuitFormatError, CompilationError, InsecureParameters, KeyMismatch
+from .errors import CircuitFormatError, CompilationError, InsecureParameters, KeyMismatch, NoWeights
 from .packing import SlotMachine, SlotOps, Tally
 
 FORMAT = 1
@@ -533,12 +533,12 @@ class CKKSCircuit:
         return self._description.parameters
 
     @property
-    def _ports(self) -> wire.Ports:
+    def ports(self) -> wire.Ports:
         return self._description.ports
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         """The function on clear slot vectors, in float64 and without noise: complex128 results (slots,)."""
-        wire.check_count(f"the inputs of {name}", len(inputs), len(self._ports[name].sources))
+        wire.check_count(f"the inputs of {name}", len(inputs), len(self.ports[name].sources))
         function, machine = self._function(name), SlotMachine(self.parameters.slots)
         loaded = [machine.load(x, depth) for x, depth in zip(inputs, self._description.depths[name], strict=True)]
         return tuple(result.values for result in function(machine, self._params, *loaded))
@@ -562,14 +562,14 @@ class CKKSCircuit:
         return self._with_keys(CKKSKeys(self.id, key_id, generator.secret_key(), evaluation))
 
     def load_keys(self, path: str | Path) -> CKKSKeys:
-        key_id, _, (secret, evaluation) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        key_id, _, (secret, evaluation) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id, parts=2)
         key = _from_bytes(seal.SecretKey(), self._engine.context, secret, "keys")
         return self._with_keys(CKKSKeys(self.id, key_id, key, evaluation))
 
     def encrypt(self, keys: CKKSKeys, name: str, *inputs: np.ndarray) -> list[bytes]:
         """The inputs that the client encrypts, in their order, each (slots,): one blob each."""
         keys = self._checked(keys)
-        wire.check_count(f"the client's inputs of {name}", len(inputs), len(self._ports[name].client_inputs))
+        wire.check_count(f"the client's inputs of {name}", len(inputs), len(self.ports[name].client_inputs))
         encryptor = seal.Encryptor(self._engine.context, keys.secret)
         parts = []
         for x in inputs:
@@ -579,12 +579,12 @@ class CKKSCircuit:
             # What a client encrypts is kept nowhere.
             plain = self._engine.encode_once(x, self.parameters.levels + 1, self._engine.scale)
             parts.append(_to_bytes(encryptor.encrypt_symmetric(plain)))  # half of it is a seed
-        return self._ports.pack_inputs(name, self.id, keys.id, parts)
+        return self.ports.pack_inputs(name, self.id, keys.id, parts)
 
     def decrypt(self, keys: CKKSKeys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         """What some or all results of a function hold, in the order given: complex128 (slots,) each."""
         keys = self._checked(keys)
-        parts = self._ports.unpack_outputs(name, self.id, keys.id, arrays)
+        parts = self.ports.unpack_outputs(name, self.id, keys.id, arrays)
         decryptor = seal.Decryptor(self._engine.context, keys.secret)
         results = []
         for _, data in parts:
@@ -604,18 +604,18 @@ class CKKSCircuit:
         function, depths = self._function(name), self._description.depths[name]
         server = self._with_evaluation_keys(evaluation_keys)
         ops = CKKSOps(self._engine, server.relinearization, server.rotations)
-        parts = self._ports.unpack_inputs(name, self.id, server.key_id, arrays)
+        parts = self.ports.unpack_inputs(name, self.id, server.key_id, arrays)
         inputs = [self._ciphertext(part) for part in parts]
         for number, (x, depth) in enumerate(zip(inputs, depths, strict=True)):
             if ops.depth(x) != depth:
                 raise CircuitFormatError(f"input {number} of {name} comes at depth {ops.depth(x)}, wanted {depth}")
-        kept = _kept(self._ports)
+        kept = {(source.function, source.position) for source in self.ports.kept}
         results = [
             # One modulus is all that decryption needs.
             _to_bytes(result if (name, number) in kept else self._engine.switched(result, 1))
             for number, result in enumerate(function(ops, self._params, *inputs))
         ]
-        return self._ports.pack_outputs(name, self.id, server.key_id, results), ops.tally
+        return self.ports.pack_outputs(name, self.id, server.key_id, results), ops.tally
 
     def prepare(self, name: str) -> None:
         """Encode the clear vectors of a function, which its first run would do else: about as long as that run."""
@@ -623,12 +623,14 @@ class CKKSCircuit:
 
     # Files.
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, server: bool = True) -> None:
         """Write `circuit.json`, all that a client needs, and `server.bin`, which holds the weights."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "circuit.json").write_text(json.dumps(self._description.to_json(), indent=1))
-        if self._functions is not None:
+        if server:
+            if self._functions is None:
+                raise _no_weights()
             try:
                 content = pickle.dumps((self._functions, self._params))
             except (pickle.PicklingError, AttributeError) as error:
@@ -639,8 +641,8 @@ class CKKSCircuit:
 
     def _function(self, name: str) -> Run:
         if self._functions is None:
-            raise CompilationError("this circuit was loaded without its weights: it can encrypt and decrypt only")
-        assert self._ports[name] is not None  # raises for a function that is not there
+            raise _no_weights()
+        assert self.ports[name] is not None  # raises for a function that is not there
         return self._functions[name]
 
     def _checked(self, keys: Any) -> CKKSKeys:
@@ -655,7 +657,7 @@ class CKKSCircuit:
     def _with_evaluation_keys(self, evaluation: bytes) -> _Server:
         with self._server.lock:
             if self._server.evaluation is not evaluation:
-                key_id, _, (relinearization, rotations) = wire.unpack(evaluation, "evaluation keys", self.id)
+                key_id, _, (relinearization, rotations) = wire.unpack(evaluation, "evaluation keys", self.id, parts=2)
                 context = self._engine.context
                 self._server = _Server(
                     evaluation,
@@ -735,7 +737,7 @@ class CKKSBackend:
         if not (directory / "server.bin").exists():
             return CKKSCircuit(description)
         data = wire.read_file(directory / "server.bin", "CKKS circuit")
-        (content,) = wire.unpack(data, "CKKS circuit", description.id).parts
+        (content,) = wire.unpack(data, "CKKS circuit", description.id, parts=1).parts
         try:
             functions, params = pickle.loads(content)
         except Exception as error:
@@ -757,10 +759,8 @@ class _Trace:
     shown: float
 
 
-def _kept(ports: wire.Ports) -> set[tuple[str, int]]:
-    """The results that are some input's source, and stay on the server."""
-    sources = (source for port in ports.functions.values() for group in port.sources for source in group)
-    return {(source.function, source.position) for source in sources}
+def _no_weights() -> NoWeights:
+    return NoWeights("this circuit was loaded without its weights: it can encrypt and decrypt only")
 
 
 def _trace_all(functions: Mapping[str, Function], params: Any, slots: int) -> dict[str, _Trace]:
@@ -833,7 +833,7 @@ def _report(parameters: Parameters, traced: Mapping[str, _Trace], ports: wire.Po
     size = (levels + 1) * parameters.total_bits * parameters.ring // 8  # a key, half of which is a seed
     sent = (parameters.total_bits - parameters.moduli_bits[-1]) * parameters.ring // 8  # half of it is a seed
     received = 2 * parameters.moduli_bits[0] * parameters.ring // 8
-    kept = _kept(ports)
+    kept = {(source.function, source.position) for source in ports.kept}
     functions = {
         name: SlotCost(
             trace.tally.by_stage(),

@@ -6,12 +6,13 @@ would cost on Concrete: lookups and products of ciphertexts by stage, with bit w
 
 import hashlib
 import io
+import json
 import pickle
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import numpy as np
 
 from . import wire
 from .backend import Cost, Function, FunctionBody, Keys, Report, Settings, Table, check_functions
-from .errors import CircuitFormatError, CompilationError, KeyMismatch
+from .errors import CircuitFormatError, CompilationError, KeyMismatch, NoWeights
+
+FORMAT = 1
 
 UNTAGGED = "untagged"
 
@@ -287,20 +290,28 @@ class ClearKeys:
         wire.write_private(path, wire.pack("keys", self.circuit, self.id, []))
 
 
+Shapes = dict[str, tuple[tuple[int, ...], ...]]
+
+
 @dataclass(frozen=True)
 class ClearCircuit:
-    """Functions and their parameters. `encrypt` only writes the integers down: **anyone can read them**."""
+    """Functions and their parameters. `encrypt` only writes the integers down: **anyone can read them**.
+
+    shapes: of every input of every function. functions: None in the client's half, whose params are None too.
+    """
 
     id: str
     report: Report
-    functions: dict[str, FunctionBody]
-    params: Any
-    shapes: dict[str, tuple[tuple[int, ...], ...]]
+    shapes: Shapes
     ports: wire.Ports
+    functions: dict[str, FunctionBody] | None = None
+    params: Any = None
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
         wire.check_count(f"the inputs of {name}", len(inputs), len(self.ports[name].sources))
         self._check_shapes(name, range(len(inputs)), inputs)
+        if self.functions is None:
+            raise _no_weights()
         outputs = self.functions[name](NumpyOps(), self.params, *(np.asarray(value, np.int64) for value in inputs))
         return tuple(np.asarray(value, np.int64) for value in outputs)
 
@@ -327,14 +338,20 @@ class ClearCircuit:
         results = self.ports.unpack_outputs(name, self.id, self._id_of(keys), arrays)
         return tuple(_from_bytes(part) for _, part in results)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, server: bool = True) -> None:
+        """Write `circuit.json`, all that a client needs, and `server.bin`, which holds the functions' parameters."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        try:
-            content = pickle.dumps((self.report, self.functions, self.params, self.shapes, self.ports))
-        except (pickle.PicklingError, AttributeError) as error:
-            raise CompilationError(f"a clear circuit is saved with its functions' names: {error}") from error
-        (directory / "circuit.bin").write_bytes(wire.pack("clear circuit", "", "", [self.id.encode(), content]))
+        content = {"format": FORMAT, "id": self.id, "shapes": self.shapes, "ports": self.ports.to_json()}
+        (directory / "circuit.json").write_text(json.dumps(content | {"report": self.report.to_json()}, indent=1))
+        if server:
+            if self.functions is None:
+                raise _no_weights()
+            try:
+                data = pickle.dumps((self.functions, self.params))
+            except (pickle.PicklingError, AttributeError) as error:
+                raise CompilationError(f"a clear circuit is saved with its functions' names: {error}") from error
+            (directory / "server.bin").write_bytes(wire.pack("clear circuit", self.id, "", [data]))
 
     def _check_shapes(self, name: str, positions: Iterable[int], inputs: Sequence[np.ndarray]) -> None:
         shapes = [self.shapes[name][position] for position in positions]
@@ -379,16 +396,32 @@ class ClearBackend:
         names = {name: getattr(function.run, "__qualname__", "") for name, function in functions.items()}
         identity = hashlib.sha256(pickle.dumps((names, params, shapes, ports, settings))).hexdigest()
         bodies = {name: function.run for name, function in functions.items()}
-        return ClearCircuit(identity, report, bodies, params, shapes, ports)
+        return ClearCircuit(identity, report, shapes, ports, bodies, params)
 
     def load(self, directory: str | Path) -> ClearCircuit:
-        data = wire.read_file(Path(directory) / "circuit.bin", "clear circuit")
-        identity, content = wire.unpack(data, "clear circuit", "").parts
+        directory = Path(directory)
         try:
-            report, functions, params, shapes, ports = pickle.loads(content)
+            content = json.loads(wire.read_file(directory / "circuit.json", "circuit"))
+            if content["format"] != FORMAT:
+                raise CircuitFormatError(f"the circuit in {directory} has format {content['format']}, not {FORMAT}")
+            shapes = {name: tuple(map(tuple, inputs)) for name, inputs in content["shapes"].items()}
+            report, ports = Report.from_json(content["report"]), wire.Ports.from_json(content["ports"])
+            half = ClearCircuit(content["id"], report, shapes, ports)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
+        if not (directory / "server.bin").exists():
+            return half
+        data = wire.read_file(directory / "server.bin", "clear circuit")
+        (code,) = wire.unpack(data, "clear circuit", half.id, parts=1).parts
+        try:
+            functions, params = pickle.loads(code)
         except Exception as error:
             raise CircuitFormatError(f"the circuit in {directory} needs code that is not here: {error}") from error
-        return ClearCircuit(identity.decode(), report, functions, params, shapes, ports)
+        return replace(half, functions=functions, params=params)
+
+
+def _no_weights() -> NoWeights:
+    return NoWeights("this circuit was loaded without its weights: it can encrypt and decrypt only")
 
 
 def _to_bytes(value: np.ndarray) -> bytes:
@@ -398,4 +431,10 @@ def _to_bytes(value: np.ndarray) -> bytes:
 
 
 def _from_bytes(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        value = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # what NumPy's reader raises on bytes that are no array is not one kind
+        raise CircuitFormatError(f"these bytes are no array: {' '.join(str(error).split()):.80}") from None
+    if not isinstance(value, np.ndarray) or value.dtype != np.int64:
+        raise CircuitFormatError("these bytes are no array of int64")
+    return value

@@ -26,8 +26,8 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -47,10 +47,11 @@ from concrete.fhe.tracing import Tracer
 from . import wire
 from .backend import Cost, Function, Keys, Report, Settings, Table, check_functions
 from .clear import UNTAGGED, Observer, Site, lookup_slots, maximum_by_lookups, observe, product_range, signed_bits
-from .errors import CircuitFormatError, CompilationError, KeyMismatch
+from .errors import CircuitFormatError, CompilationError, KeyMismatch, NoWeights
 
 MAX_LOOKUP_BITS = 16  # of a Concrete lookup's input
 FORMAT = 2
+SERVER_FILES = ("server.zip", "circuit.mlir")
 NOISE = {
     "approximate": "a lookup whose input lies near a rounding boundary may give the neighbouring entry of its table",
     "exact": "",
@@ -233,29 +234,52 @@ class ConcreteKeys:
         wire.write_private(path, wire.pack("keys", self.circuit, self.id, [self.keys.serialize()]))
 
 
+@dataclass(frozen=True)
+class _Program:
+    """The server's half of a circuit: machine code, the program that it was compiled from, and how."""
+
+    server: fhe.Server
+    mlir: str
+    configuration: fhe.Configuration
+
+
 class ConcreteCircuit:
-    """Compiled functions: client and server in one object that keeps their data apart (see `fhe.Circuit`)."""
+    """Compiled functions: client and server in one object that keeps their data apart (see `fhe.Circuit`).
+
+    program: what computes; None in the client's half, which has the specification that encryption needs and no more.
+    """
 
     def __init__(
-        self, server: fhe.Server, mlir: str, ports: wire.Ports, configuration: fhe.Configuration, report: Report
+        self, identity: str, specs: fhe.ClientSpecs, ports: wire.Ports, report: Report, program: "_Program | None"
     ):
+        self.id = identity
+        self.ports = ports
         self.report = report
-        self._server = server
-        self._specs = server.client_specs
-        self._mlir = mlir
-        self._ports = ports
-        self._configuration = configuration
+        self._specs = specs
+        self._program = program
         self._simulator: tuple[fhe.Server, fhe.Client] | None = None
         self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
+        if program is not None:
+            weakref.finalize(program.server, shutil.rmtree, _directory_of(program.server), ignore_errors=True)
+
+    @classmethod
+    def of(cls, program: "_Program", ports: wire.Ports, report: Report) -> "ConcreteCircuit":
+        specs = program.server.client_specs
         wires = json.dumps(ports.to_json(), sort_keys=True)
-        self.id = hashlib.sha256(self._specs.serialize() + mlir.encode() + wires.encode()).hexdigest()
-        weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
+        identity = hashlib.sha256(specs.serialize() + program.mlir.encode() + wires.encode()).hexdigest()
+        return cls(identity, specs, ports, report, program)
+
+    @property
+    def program(self) -> "_Program":
+        if self._program is None:
+            raise NoWeights("this circuit was loaded without its weights: it can encrypt and decrypt only")
+        return self._program
 
     def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
-        wire.check_count(f"the inputs of {name}", len(inputs), len(self._ports[name].sources))
+        wire.check_count(f"the inputs of {name}", len(inputs), len(self.ports[name].sources))
         if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
-            rules = _Wires.of(self._ports).rules
-            server = fhe.Server.create(self._mlir, self._configuration, is_simulated=True, composition_rules=rules)
+            rules, program = _Wires.of(self.ports).rules, self.program
+            server = fhe.Server.create(program.mlir, program.configuration, is_simulated=True, composition_rules=rules)
             weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
             self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
         server, client = self._simulator
@@ -271,33 +295,36 @@ class ConcreteCircuit:
         return self._with_evaluation(keys, secrets.token_hex(16))
 
     def load_keys(self, path: str | Path) -> ConcreteKeys:
-        key_id, _, (data,) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id)
+        key_id, _, (data,) = wire.unpack(wire.read_file(path, "keys"), "keys", self.id, parts=1)
         return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
 
     def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
         keys = self._checked(keys)
-        port = self._ports[name]
+        port = self.ports[name]
         wire.check_count(f"the client's inputs of {name}", len(inputs), len(port.client_inputs))
         places: list[np.ndarray | None] = [None] * len(port.sources)  # Concrete skips what is None
         for position, x in zip(port.client_inputs, inputs, strict=True):
             places[position] = np.asarray(x, np.int64)
         values = _as_values(self._client(keys).encrypt(*places, function_name=name))
         parts = [value.serialize() for value in values if value is not None]
-        return self._ports.pack_inputs(name, self.id, keys.id, parts)
+        return self.ports.pack_inputs(name, self.id, keys.id, parts)
 
     def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
-        held = self._server_keys
+        server, held = self.program.server, self._server_keys
         if held is None or held[0] is not evaluation_keys:
-            key_id, _, (data,) = wire.unpack(evaluation_keys, "evaluation keys", self.id)
-            self._server_keys = held = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
+            key_id, _, (data,) = wire.unpack(evaluation_keys, "evaluation keys", self.id, parts=1)
+            with _refusals("evaluation keys"):
+                self._server_keys = held = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
         _, server_keys, key_id = held
-        values = [fhe.Value.deserialize(x) for x in self._ports.unpack_inputs(name, self.id, key_id, arrays)]
-        results = self._server.run(*values, evaluation_keys=server_keys, function_name=name)
-        return self._ports.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
+        parts = self.ports.unpack_inputs(name, self.id, key_id, arrays)
+        with _refusals(f"the inputs of {name}"):
+            values = [fhe.Value.deserialize(part) for part in parts]
+            results = server.run(*values, evaluation_keys=server_keys, function_name=name)
+        return self.ports.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
 
     def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         keys = self._checked(keys)
-        parts = self._ports.unpack_outputs(name, self.id, keys.id, arrays)
+        parts = self.ports.unpack_outputs(name, self.id, keys.id, arrays)
         # Client.decrypt takes all results of a function or its first ones; this is what it does with each.
         circuit = ClientProgram.create_encrypted(self._specs.program_info, keys.keys._keyset).get_client_circuit(name)
         return tuple(
@@ -305,16 +332,19 @@ class ConcreteCircuit:
             for position, part in parts
         )
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, server: bool = True) -> None:
+        """Write `circuit.json` and `client.json`, all that a client needs; `server.zip` and `circuit.mlir`, which hold
+        the weights."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._server.save(directory / "server.zip")
-        (directory / "circuit.mlir").write_text(self._mlir)
         (directory / "client.json").write_bytes(self._specs.serialize())
-        files = {name: _digest(directory / name) for name in ("server.zip", "circuit.mlir", "client.json")}
+        if server:
+            self.program.server.save(directory / "server.zip")
+            (directory / "circuit.mlir").write_text(self.program.mlir)
+        files = {name: _digest(directory / name) for name in ("client.json", *(SERVER_FILES if server else ()))}
         settings = {"p_error": self.report.p_error, "rounding": self.report.rounding}
         content = {"format": FORMAT, "id": self.id, "settings": settings, "report": self.report.to_json()}
-        content["ports"] = self._ports.to_json()
+        content["ports"] = self.ports.to_json()
         (directory / "circuit.json").write_text(json.dumps(content | {"files": files}, indent=1))
 
     def _checked(self, keys: Keys) -> ConcreteKeys:
@@ -374,7 +404,7 @@ class ConcreteBackend:
                 Tracer._is_tracing = False  # stays set when a trace fails
         _check_wires(wires, compiled.server.client_specs)
         report = _report(compiled, settings, observers, time.perf_counter() - start)
-        return ConcreteCircuit(compiled.server, compiled.mlir, ports, configuration, report)
+        return ConcreteCircuit.of(_Program(compiled.server, compiled.mlir, configuration), ports, report)
 
     def load(self, directory: str | Path) -> ConcreteCircuit:
         directory = Path(directory)
@@ -385,13 +415,26 @@ class ConcreteBackend:
             damaged = [name for name, digest in content["files"].items() if _digest(directory / name) != digest]
             if damaged:
                 raise CircuitFormatError(f"the circuit in {directory} is damaged: {', '.join(damaged)}")
-            mlir = (directory / "circuit.mlir").read_text()
             report = Report.from_json(content["report"])
             settings = Settings(**content["settings"])
             ports = wire.Ports.from_json(content["ports"])
+            if not set(SERVER_FILES) & set(content["files"]):
+                specs = fhe.ClientSpecs.deserialize((directory / "client.json").read_bytes())
+                return ConcreteCircuit(content["id"], specs, ports, report, None)
+            mlir = (directory / "circuit.mlir").read_text()
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
-        return ConcreteCircuit(fhe.Server.load(directory / "server.zip"), mlir, ports, _configuration(settings), report)
+        program = _Program(fhe.Server.load(directory / "server.zip"), mlir, _configuration(settings))
+        return ConcreteCircuit.of(program, ports, report)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """What Concrete says of bytes that it cannot use becomes a CircuitFormatError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CircuitFormatError(f"Concrete refuses {what}: {' '.join(str(error).split()):.200}") from error
 
 
 def _configuration(settings: Settings) -> fhe.Configuration:

@@ -25,5 +25,9 @@ class CircuitFormatError(FHEError):
     """Bytes or files that are damaged, cut short, of another format, or not what is wanted in their place."""
 
 
+class NoWeights(FHEError):
+    """The client's half of a circuit, which has no weights, is asked to compute."""
+
+
 class InsecureParameters(FHEError):
     """Parameters of an engine that give less than 128-bit security; refused."""

@@ -36,8 +36,10 @@ class Envelope(NamedTuple):
     parts: list[bytes]
 
 
-def unpack(data: bytes, kinds: str | Sequence[str], circuit: str, keys: str | None = None) -> Envelope:
-    """Open an envelope that must be of a kind, or of one of several.
+def unpack(
+    data: bytes, kinds: str | Sequence[str], circuit: str, keys: str | None = None, parts: int | None = None
+) -> Envelope:
+    """Open an envelope that must be of a kind, or of one of several, and hold so many parts.
 
     Raises CircuitFormatError if damaged or of another kind, KeyMismatch if of another circuit or other keys.
     """
@@ -48,20 +50,37 @@ def unpack(data: bytes, kinds: str | Sequence[str], circuit: str, keys: str | No
     body = memoryview(data)[:-DIGEST]
     if hashlib.sha256(body).digest() != data[-DIGEST:]:
         raise CircuitFormatError(f"the bytes of {what} are damaged or cut short: their checksum does not match")
-    start = len(MAGIC) + 4
-    (length,) = struct.unpack("<I", body[len(MAGIC) : start])
-    header = json.loads(bytes(body[start : start + length]))
-    kind = header["kind"]
+    kind, their_circuit, their_keys, content = _open(body, what)
     if kind not in wanted:
-        raise CircuitFormatError(f"expected {what}, got {kind}")
-    check_circuit(kind, header["circuit"], circuit)
-    if keys is not None and header["keys"] != keys:
-        raise KeyMismatch(f"{kind}: made with keys {header['keys'][:12]}, not with these, {keys[:12]}")
-    parts, position = [], start + length
-    for size in header["sizes"]:
-        parts.append(bytes(body[position : position + size]))
-        position += size
-    return Envelope(header["keys"], kind, parts)
+        raise CircuitFormatError(f"expected {what}, got {kind:.40}")
+    check_circuit(kind, their_circuit, circuit)
+    if keys is not None and their_keys != keys:
+        raise KeyMismatch(f"{kind}: made with keys {their_keys[:12]}, not with these, {keys[:12]}")
+    if parts is not None and len(content) != parts:
+        raise CircuitFormatError(f"{kind} has {len(content)} parts; wanted {parts}")
+    return Envelope(their_keys, kind, content)
+
+
+def _open(body: memoryview, what: str) -> tuple[str, str, str, list[bytes]]:
+    """Kind, circuit, keys and parts of an envelope. A checksum is no signature: nothing in it can be relied on."""
+    try:
+        start = len(MAGIC) + 4
+        (length,) = struct.unpack("<I", body[len(MAGIC) : start])
+        header = json.loads(bytes(body[start : start + length]))
+        kind, circuit, keys, sizes = (header[name] for name in ("kind", "circuit", "keys", "sizes"))
+        if not all(isinstance(value, str) for value in (kind, circuit, keys)):
+            raise ValueError("its header names no kind, circuit or keys")
+        parts, position = [], start + length
+        for size in sizes:
+            if not isinstance(size, int) or not 0 <= size <= len(body) - position:
+                raise ValueError("a part is not where its header says")
+            parts.append(bytes(body[position : position + size]))
+            position += size
+        if position != len(body):
+            raise ValueError("it holds more than its parts")
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        raise CircuitFormatError(f"the bytes of {what} are no envelope: {error}") from None
+    return kind, circuit, keys, parts
 
 
 def check_circuit(kind: str, theirs: str, ours: str) -> None:
@@ -101,6 +120,11 @@ class Ports:
             raise ValueError(f"there is no function {name!r} in this circuit; there are: {', '.join(self.functions)}")
         return self.functions[name]
 
+    @property
+    def kept(self) -> frozenset[Output]:
+        """The results that some input may be handed: they stay on the server. All others are for the client."""
+        return frozenset(o for port in self.functions.values() for group in port.sources for o in group)
+
     def pack_inputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
         """What the client encrypted for a function."""
         positions = self[name].client_inputs
@@ -111,7 +135,7 @@ class Ports:
         sources = self[name].sources
         check_count(f"the inputs of {name}", len(arrays), len(sources))
         kinds = [[_output(o) for o in group] or [_input(name, i)] for i, group in enumerate(sources)]
-        return [unpack(array, kind, circuit, keys).parts[0] for array, kind in zip(arrays, kinds, strict=True)]
+        return [unpack(array, kind, circuit, keys, 1).parts[0] for array, kind in zip(arrays, kinds, strict=True)]
 
     def pack_outputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
         """What a function returned."""
@@ -120,7 +144,7 @@ class Ports:
     def unpack_outputs(self, name: str, circuit: str, keys: str, arrays: Sequence[bytes]) -> list[tuple[int, bytes]]:
         """Some of the results of a function, each with its position."""
         kinds = [_output(Output(name, i)) for i in range(self[name].outputs)]
-        envelopes = [unpack(array, kinds, circuit, keys) for array in arrays]
+        envelopes = [unpack(array, kinds, circuit, keys, 1) for array in arrays]
         return [(kinds.index(envelope.kind), envelope.parts[0]) for envelope in envelopes]
 
     def to_json(self) -> dict[str, Any]:

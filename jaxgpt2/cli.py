@@ -40,7 +40,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 # Commands that live in other modules, imported when they are called: name to module and attribute.
-ELSEWHERE = {"sweep": ("jaxgpt2.cli_sweep", "sweep"), "tune": ("jaxgpt2.cli_sweep", "tune")}
+ELSEWHERE = {
+    "serve": ("jaxgpt2.cli_serve", "serve"),
+    "sweep": ("jaxgpt2.cli_sweep", "sweep"),
+    "token": ("jaxgpt2.cli_serve", "token"),
+    "tune": ("jaxgpt2.cli_sweep", "tune"),
+}
 
 
 class Commands(click.Group):
@@ -94,6 +99,22 @@ compile_options = options(
                  help="How low bits are rounded away before a lookup.  [default: the formula's]"),
     click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
+)  # fmt: skip
+server_options = options(
+    click.option("--server", metavar="URL", help="Compute protected heads on this server; needs --client."),
+    click.option("--client", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Client bundle, from compile; it is used instead of --model and all of its options."),
+    click.option("--keys", "secret_keys", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Secret keys for a server are kept here.  [default: the user's data directory]"),
+    click.option("--token", envvar="JAXGPT2_TOKEN", show_envvar=True,
+                 help="For the server. On the command line, unlike in the environment, others can see it."),
+    click.option("--tls-ca", "authority", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Certificate of the authority that the server has its own from."),
+    click.option("--tls-cert", "certificate", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The client's own certificate, for a server that wants one."),
+    click.option("--tls-key", "certificate_key", type=click.Path(path_type=Path), metavar="FILE",
+                 help="The key of it."),
+    click.option("--insecure", is_flag=True, help="Allow a server without TLS on another machine."),
 )  # fmt: skip
 mode_option = click.option("--mode", type=click.Choice(MODES), default="float", show_default=True,
                            help="How the protected heads are computed.")  # fmt: skip
@@ -220,6 +241,14 @@ def describe_recipe(recipe: Any) -> str:
     return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}"
 
 
+def refuse_given(context: click.Context, why: str, head: Iterable[str], *names: str) -> None:
+    """Raises InputError for an option that was given and has no place here."""
+    for name in (*head, *names):
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            option = next(option for option in context.command.params if option.name == name)
+            raise InputError(f"{option.opts[0]} has no place beside --server: {why}")
+
+
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:
     """The result of a command: one JSON object, or lines for people."""
     if as_json:
@@ -237,20 +266,33 @@ def main() -> None:
 
 @main.command()
 @click.argument("prompt")
-@options(model_options, head_options, mode_option, compile_options)
+@options(model_options, head_options, mode_option, compile_options, server_options)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
 @click.option("--top-k", type=int, help="Draw among the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only.")
 @click.option("--seed", default=0, show_default=True)
 @json_option
-def generate(prompt: str, calibration: Path | None, mode: str, backend: str | None, p_error: float | None,
-             rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None,
-             top_p: float | None, seed: int, as_json: bool, **head: Any) -> None:  # fmt: skip
-    """Continue PROMPT."""
+@click.pass_context
+def generate(context: click.Context, prompt: str, calibration: Path | None, mode: str, backend: str | None,
+             p_error: float | None, rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float,
+             top_k: int | None, top_p: float | None, seed: int, as_json: bool, server: str | None, client: Path | None,
+             secret_keys: Path | None, token: str | None, authority: Path | None, certificate: Path | None,
+             certificate_key: Path | None, insecure: bool, **head: Any) -> None:  # fmt: skip
+    """Continue PROMPT; with --server and --client, a server computes the protected heads, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    if server is not None or client is not None:
+        from jaxgpt2.cli_serve import generate_remotely
+
+        if server is None or client is None:
+            raise InputError("a server needs a client bundle, and a client bundle a server: give --server and --client")
+        refuse_given(context, "the client bundle says what the model is", head, "calibration", "mode", "backend",
+                     "p_error", "rounding", "cache")  # fmt: skip
+        generate_remotely(prompt, server, client, secret_keys, token, authority, certificate, certificate_key, insecure,
+                          max_new_tokens, sampling, as_json)  # fmt: skip
+        return
     with step("loading the model"):
         hybrid = make_hybrid(**head, backend=backend)
     settings = make_settings(hybrid, p_error, rounding)
@@ -269,17 +311,27 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str | No
             keys = make_keys(hybrid, cache)
             announce_run(hybrid, length, length - max_new_tokens + 1)
         result |= heads_of(hybrid)
+    steps = mode in ("simulate", "encrypted")
+    waiting = (lambda n: step(f"token {n} of {max_new_tokens}")) if steps else (lambda n: contextlib.nullcontext())
+    write_tokens(gpt2, result, hybrid.generate(prompt, max_new_tokens, mode, sampling, keys), as_json, waiting)
+
+
+def write_tokens(
+    gpt2: Any, result: dict[str, Any], iterator: Iterator[int], as_json: bool,
+    waiting: Callable[[int], contextlib.AbstractContextManager[None]],
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> None:  # fmt: skip
+    """Writes tokens as they come, then the result with what became of its prompt.
+
+    waiting: what to show while the token of this number is made. facts: what the result says beside that.
+    """
     tokens: list[int] = []
     stream = gpt2.stream()
-    iterator = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
     if not as_json:
-        click.echo(prompt, nl=False)
+        click.echo(result["prompt"], nl=False)
     started = time.monotonic()
     while True:
-        if mode in ("simulate", "encrypted"):
-            with step(f"token {len(tokens) + 1} of {max_new_tokens}"):
-                token = next(iterator, None)
-        else:
+        with waiting(len(tokens) + 1):
             token = next(iterator, None)
         if token is None:
             break
@@ -294,6 +346,7 @@ def generate(prompt: str, calibration: Path | None, mode: str, backend: str | No
         "tokens": tokens,
         "seconds": took,
         "seconds_per_token": took / len(tokens) if tokens else None,
+        **facts(),
     }
     emit(as_json, result, [""])
 
@@ -364,7 +417,8 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str | None, p
 @main.command("compile")
 @options(model_options, head_options, compile_options)
 @click.option("--seq-len", type=click.IntRange(1), default=6, show_default=True, help="Longest text, in tokens.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write circuits and report here.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="Write server bundle, client bundle and report here.")  # fmt: skip
 @json_option
 def compile_command(calibration: Path | None, backend: str | None, p_error: float | None, rounding: str | None,
                     cache: Path | None, seq_len: int, out: Path | None, as_json: bool,
@@ -381,14 +435,10 @@ def compile_command(calibration: Path | None, backend: str | None, p_error: floa
     hybrid = compiled(hybrid, passages, seq_len, settings, backend, cache)
     result = compile_result(hybrid)
     if out is not None:
-        from weights.checkpoint import write_atomically
+        from jaxgpt2.serving.models import write_bundles
 
-        out.mkdir(parents=True, exist_ok=True)
-        for unit, circuit in hybrid.circuits.items():
-            circuit.save(out / str(unit))
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(out / "report.json", lambda path: Path(path).write_text(text))
-        note(f"wrote {out}")
+        result["bundle"] = write_bundles(hybrid, out, result)
+        note(f"wrote {out / 'server'}, with the weights of head {result['head']}, and {out / 'client'}, without them")
     emit(as_json, result, cost_lines(result, describe(hybrid)))
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 console = Console(stderr=True, highlight=False)
@@ -54,6 +56,37 @@ def step(text: str, expected: float | None = None) -> Iterator[None]:
     took = time.monotonic() - started
     if took > 2:
         note(f"{text}: {seconds(took)}")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: `0.12 MB`, `148 MB`."""
+    return f"{count / 1e6:.3g} MB"
+
+
+@contextlib.contextmanager
+def sending(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` bytes are there; on a file or pipe, one line if it took a while.
+
+    Yields:
+        a function to be told how many more there are.
+    """
+    started, done = time.monotonic(), 0
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(text, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress.update(task, completed=done)
+
+        yield advance
+    took = time.monotonic() - started
+    if took > 2:
+        note(f"{text}, {megabytes(total)}: {seconds(took)}")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """The interface, the tables, the caches and the clear backend: everything of `fhe` that needs no Concrete."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import stat
+import struct
 import subprocess
 import sys
 from typing import Any
@@ -205,9 +207,66 @@ def test_saved_circuit(tmp_path):
     assert np.array_equal(loaded.simulate("head", *INPUTSET[0])[0], circuit.simulate("head", *INPUTSET[0])[0])
     with pytest.raises(fhe.CircuitFormatError, match="cannot read"):
         fhe.get_backend("clear").load(tmp_path)
+    (tmp_path / "circuit" / "circuit.json").write_text("[]")
+    with pytest.raises(fhe.CircuitFormatError, match="damaged"):
+        fhe.get_backend("clear").load(tmp_path / "circuit")
     nameless = compiled(lambda ops, params, x: (x,), None)
     with pytest.raises(fhe.CompilationError, match="saved with its functions' names"):
         nameless.save(tmp_path)
+
+
+def test_half_of_a_saved_circuit_is_a_client(tmp_path):
+    circuit = compiled()
+    circuit.save(tmp_path, server=False)
+    client = fhe.get_backend("clear").load(tmp_path)
+    assert (client.id, client.report, client.ports) == (circuit.id, circuit.report, circuit.ports)
+    keys = client.make_keys()
+    results = circuit.run("head", client.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation)
+    expected = small_head(fhe.NumpyOps(), PARAMS, *INPUTSET[0])
+    assert all(np.array_equal(a, b) for a, b in zip(client.decrypt(keys, "head", results), expected, strict=True))
+    for computing in (
+        lambda: client.run("head", client.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation),
+        lambda: client.simulate("head", *INPUTSET[0]),
+        lambda: client.save(tmp_path),
+    ):
+        with pytest.raises(fhe.NoWeights, match="without its weights"):
+            computing()
+
+
+@given(content=st.binary(max_size=200), header=st.one_of(st.none(), st.binary(max_size=80)))
+def test_a_checksum_alone_opens_no_envelope(content, header):
+    """Whoever sends bytes can sum them too: what is within must be checked all the same."""
+    body = wire.MAGIC + (struct.pack("<I", len(header)) + header if header is not None else b"") + content
+    with pytest.raises(fhe.CircuitFormatError):
+        wire.unpack(body + hashlib.sha256(body).digest(), "results", "circuit", "keys")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sizes": [1]},
+        {"sizes": [4]},
+        {"sizes": [-1, 4]},
+        {"sizes": 3},
+        {"sizes": [2, "1"]},
+        {"keys": None},
+        {"kind": []},
+    ],
+)
+def test_a_header_must_be_true(changes):
+    header = json.dumps({"kind": "results", "circuit": "c", "keys": "k", "sizes": [3]} | changes).encode()
+    body = wire.MAGIC + struct.pack("<I", len(header)) + header + b"abc"
+    with pytest.raises(fhe.CircuitFormatError):
+        wire.unpack(body + hashlib.sha256(body).digest(), "results", "c", "k")
+
+
+@given(content=st.binary(max_size=200))
+def test_bytes_that_are_no_array_are_refused(content):
+    circuit = compiled()
+    keys = circuit.make_keys(1)
+    (array,) = circuit.ports.pack_inputs("head", circuit.id, keys.id, [b"\x93NUMPY" + content])
+    with pytest.raises(fhe.CircuitFormatError):
+        circuit.run("head", [array], keys.evaluation)
 
 
 class CountingBackend(clear.ClearBackend):
@@ -253,7 +312,7 @@ def test_circuits_are_cached(tmp_path, caplog):
     make(name="other")
     assert backend.compilations == 6
     assert len(list(tmp_path.iterdir())) == 6  # nothing unfinished is left
-    for entry in tmp_path.glob("*/circuit.bin"):
+    for entry in tmp_path.glob("*/server.bin"):
         entry.write_bytes(entry.read_bytes()[:100])
     with caplog.at_level(logging.WARNING, logger="fhe.cache"):
         make()

@@ -250,6 +250,47 @@ def test_another_process_can_go_on(head, tmp_path):
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
+def test_half_of_a_saved_circuit_is_a_client(head, tmp_path):
+    circuit, keys = head
+    circuit.save(tmp_path, server=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit.json", "client.json"]
+    client = fhe.get_backend(BACKEND).load(tmp_path)
+    assert (client.id, client.ports) == (circuit.id, circuit.ports)
+    results = circuit.run("head", client.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation)
+    assert_same(client.decrypt(keys, "head", results), tiny_head(fhe.NumpyOps(), PARAMS, *INPUTSET[0]))
+    own = client.make_keys()
+    results = circuit.run("head", client.encrypt(own, "head", *INPUTSET[1]), own.evaluation)
+    assert_same(client.decrypt(own, "head", results), tiny_head(fhe.NumpyOps(), PARAMS, *INPUTSET[1]))
+    for computing in (
+        lambda: client.run("head", [], keys.evaluation),
+        lambda: client.simulate("head", *INPUTSET[0]),
+        lambda: client.save(tmp_path),
+    ):
+        with pytest.raises(fhe.NoWeights, match="without its weights"):
+            computing()
+    (tmp_path / "client.json").write_bytes(b"{}")
+    with pytest.raises(fhe.CircuitFormatError, match="damaged"):
+        fhe.get_backend(BACKEND).load(tmp_path)
+
+
+def test_evaluation_keys_are_the_same_bytes_after_loading(head, tmp_path):
+    """A server that knows keys by their hash is not sent them twice."""
+    circuit, keys = head
+    keys.save(tmp_path / "keys")
+    assert circuit.load_keys(tmp_path / "keys").evaluation == keys.evaluation
+
+
+@pytest.mark.parametrize("part", [b"", b"no ciphertext", bytes(64)])
+def test_bytes_that_are_no_ciphertext_are_refused(head, part):
+    circuit, keys = head
+    arrays = circuit.ports.pack_inputs("head", circuit.id, keys.id, [part])
+    with pytest.raises(fhe.CircuitFormatError, match="Concrete refuses the inputs of head"):
+        circuit.run("head", arrays, keys.evaluation)
+    strange = fhe.wire.pack("evaluation keys", circuit.id, keys.id, [part])
+    with pytest.raises(fhe.CircuitFormatError, match="Concrete refuses evaluation keys"):
+        circuit.run("head", arrays, strange)
+
+
 def test_damaged_files_are_refused(head, tmp_path):
     backend = fhe.get_backend(BACKEND)
     circuit, keys = head

@@ -1,0 +1,160 @@
+"""What `jaxgpt2 compile` hands to two machines.
+
+    OUT/server/                       the head's owner
+      bundle.json                     format, identity, circuits with their ports, hashes of all files
+      circuits/L.H/                   a compiled circuit, with weights and code
+    OUT/client/                       the user
+      bundle.json                     the same, and how to decode
+      circuits/L.H/                   the circuit's client half
+      heads/L.H.safetensors           scales and decoding
+      model/                          the float model, in Hugging Face's format, without the protected heads' weights
+
+A server bundle holds code: load only what you trust. A client bundle holds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fhe
+import jaxgpt2
+from jaxgpt2.errors import InputError
+from jaxgpt2.serving import FORMAT
+
+MANIFEST = "bundle.json"
+
+
+class BundleError(InputError):
+    """A directory that is no bundle, a damaged one, or one that other versions made."""
+
+
+@dataclass(frozen=True)
+class CircuitEntry:
+    """What both sides know of a circuit.
+
+    unit: the head, as "0.1"; id: the circuit's; backend: its engine; ports: its functions.
+    """
+
+    unit: str
+    id: str
+    backend: str
+    ports: fhe.Ports
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle. id: the same on both sides, and nowhere else. content: all of its manifest."""
+
+    directory: Path
+    kind: str
+    id: str
+    circuits: tuple[CircuitEntry, ...]
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path, kind: str) -> Bundle:
+        """A bundle of a kind, "server" or "client", whose files are those that were written.
+
+        Raises:
+            BundleError: one line that says what is wrong.
+        """
+        try:
+            content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        except OSError as error:
+            hint = f": give {directory / kind}" if (directory / kind / MANIFEST).exists() else ""
+            reason = (error.strerror or str(error)).lower()
+            raise BundleError(f"{directory} is no {kind} bundle ({MANIFEST}: {reason}){hint}") from None
+        except ValueError:
+            raise BundleError(f"{directory / MANIFEST} is damaged") from None
+        try:
+            if content["kind"] != kind:
+                raise BundleError(f"{directory} is a {content['kind']} bundle, wanted the {kind}'s")
+            if content["format"] != FORMAT:
+                raise BundleError(
+                    f"{directory} has format {content['format']}, this jaxgpt2 reads {FORMAT}: compile it again"
+                )
+            _check_files(directory, content["files"])
+            _check_versions(directory, content["versions"])
+            circuits = tuple(
+                CircuitEntry(unit, facts["id"], facts["backend"], fhe.Ports.from_json(facts["ports"]))
+                for unit, facts in content["circuits"].items()
+            )
+            return cls(directory, kind, content["id"], circuits, content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, BundleError):
+                raise
+            raise BundleError(f"{directory / MANIFEST} is damaged: {error!r}") from None
+
+    def circuit_directory(self, unit: str) -> Path:
+        return self.directory / "circuits" / unit
+
+
+def write(
+    directory: Path,
+    kind: str,
+    identity: str,
+    circuits: Mapping[str, fhe.Circuit],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """A bundle of a kind, with circuits by unit, in a directory that may hold more of it already.
+
+    facts: what else its manifest shall say.
+    """
+    for unit, circuit in circuits.items():
+        circuit.save(directory / "circuits" / unit, server=kind == "server")
+    content = {
+        "format": FORMAT,
+        "kind": kind,
+        "id": identity,
+        "jaxgpt2": jaxgpt2.__version__,
+        "versions": {
+            package: version
+            for circuit in circuits.values()
+            for package, version in circuit.report.versions.items()
+            if package != "numpy"  # any will do
+        },
+        "circuits": {
+            unit: {"id": circuit.id, "backend": circuit.report.backend, "ports": circuit.ports.to_json()}
+            for unit, circuit in circuits.items()
+        },
+        **(facts or {}),
+        "files": hashes(directory),
+    }
+    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by its path there."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(directory: Path, files: Mapping[str, str]) -> None:
+    for name, digest in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{directory} lacks {name}")
+        if _digest(path) != digest:
+            raise BundleError(f"{path} is damaged: it is not what was written")
+
+
+def _check_versions(directory: Path, versions: Mapping[str, str]) -> None:
+    """The engine's library is the one that the circuits were compiled with: ciphertexts and code depend on it."""
+    for package, wanted in versions.items():
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found != wanted:
+            raise BundleError(f"{directory} was made with {package} {wanted}, here is {found}: install {wanted}")

@@ -1,0 +1,117 @@
+"""The model of a client, whose protected heads a server computes.
+
+from jaxgpt2.serving import RemoteGPT2
+
+with RemoteGPT2.connect("https://heads.example.org:8343", "client/", token=token) as model:
+    for token in model.generate("Privacy is", 8):
+        print(model.text([token]), end="")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import fhe
+from jaxgpt2.generation import GREEDY, Sampling
+from jaxgpt2.hybrid import HybridGPT2, Unit
+from jaxgpt2.serving.bundle import Bundle
+from jaxgpt2.serving.models import read_client
+from jaxgpt2.serving.remote import Connection, Remote
+
+
+class RemoteGPT2:
+    """A GPT-2 whose protected heads are computed by a server, which sees neither text nor keys. Use it in a `with`.
+
+    Args:
+        hybrid: of a client bundle.
+        connection: to a server that has been asked what it serves (`Connection.check`).
+        keys: of every protected head; they stay here.
+    """
+
+    def __init__(self, hybrid: HybridGPT2, connection: Connection, keys: Mapping[Unit, fhe.Keys]):
+        self.hybrid, self.connection, self.keys = hybrid, connection, keys
+
+    @classmethod
+    def connect(cls, url: str, client: str | os.PathLike[str], keys: Path | None = None, **options: Any) -> Self:
+        """A model from a client bundle, and a server that has the server bundle of the same compilation.
+
+        Keys are made if there are none, which takes seconds to minutes.
+
+        Args:
+            url: the server's, as `https://host:8343`.
+            client: directory of the client bundle.
+            keys: directory of secret keys, by default in the user's data directory; it must be its owner's alone.
+            options: of `Connection`, such as `token`.
+
+        Raises:
+            BundleError: the directory is no client bundle; ServerError: the server does not answer or belongs to
+            another bundle.
+        """
+        bundle = Bundle.read(Path(client), "client")
+        connection = Connection(url, **options)
+        try:
+            connection.check(bundle.id, [entry.id for entry in bundle.circuits])
+            hybrid = read_client(bundle)
+            return cls(hybrid, connection, hybrid.make_keys(keys or key_directory()))
+        except BaseException:
+            connection.close()
+            raise
+
+    @property
+    def evaluation_key_bytes(self) -> int:
+        """Of all protected heads together."""
+        return sum(len(keys.evaluation) for keys in self.keys.values())
+
+    def upload_keys(self, progress: Callable[[int], None] = lambda count: None) -> None:
+        """Sends the evaluation keys that the server lacks, from where an upload broke off.
+
+        Args:
+            progress: is told how many bytes more the server has.
+
+        Raises:
+            ServerError: the server refuses them, or is gone.
+        """
+        for keys in self.keys.values():
+            self.connection.upload(keys.evaluation, progress)
+
+    def generate(self, prompt: str, max_new_tokens: int = 8, sampling: Sampling = GREEDY) -> Iterator[int]:
+        """Yields the tokens that continue a prompt. Evaluation keys that the server lacks are sent before the first.
+
+        Raises:
+            NotReady: the text would be longer than the circuits; ServerError: the server refuses, or is gone;
+            fhe.FHEError: decrypted numbers that cannot be right.
+        """
+        parties = {
+            unit: Remote(self.connection, circuit, self.keys[unit]) for unit, circuit in self.hybrid.circuits.items()
+        }
+        tokens = self.hybrid.continue_text(prompt, max_new_tokens, self.hybrid.engine_of(parties), sampling)
+
+        def until_closed() -> Iterator[int]:
+            with contextlib.ExitStack() as stack:
+                for party in parties.values():
+                    stack.callback(party.close)
+                yield from tokens
+
+        return until_closed()
+
+    def text(self, tokens: list[int]) -> str:
+        return self.hybrid.gpt2.text(tokens)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def key_directory() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("jaxgpt2")) / "keys"

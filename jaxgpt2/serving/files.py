@@ -1,0 +1,240 @@
+"""What a server keeps on disk: evaluation keys under a size cap, and sessions that outlive a restart.
+
+    state/
+      keys/CLIENT/SHA256          complete keys; SHA256.partial while they arrive
+      sessions/ID/session.json    whose it is, and for which circuit and keys
+      sessions/ID/CALL.OUTPUT     a result that later calls may take
+      sessions/ID/answer.REQUEST  the last answer
+
+Every file appears under its name whole or not at all, save `.partial`. Nothing here is secret: what the server has it
+cannot decrypt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt2.serving.protocol import Result
+
+PARTIAL = ".partial"
+
+
+class Refusal(Exception):
+    """A request that is not done: HTTP status, a word for programs, a line for people.
+
+    retry_after: seconds after which it may be sent again.
+    """
+
+    def __init__(self, status: int, code: str, detail: str, retry_after: float | None = None):
+        super().__init__(detail)
+        self.status, self.code, self.detail, self.retry_after = status, code, detail, retry_after
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The file appears under its name with all of its bytes, or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class KeyStore:
+    """Evaluation keys, every client's in a directory of its own.
+
+    capacity: bytes of all keys together, those arriving included; the least recently used ones go first.
+    per_client: sets of keys that one client may have here.
+    """
+
+    def __init__(self, directory: Path, capacity: int, per_client: int):
+        self.directory, self.capacity, self.per_client = directory, capacity, per_client
+        directory.mkdir(parents=True, exist_ok=True)
+        self._arriving: set[Path] = set()
+
+    def path(self, client: str, digest: str) -> Path:
+        return self.directory / client / digest
+
+    def status(self, client: str, digest: str) -> tuple[int, bool]:
+        """Bytes received, and whether these are all."""
+        path = self.path(client, digest)
+        for candidate, complete in ((path, True), (path.with_name(digest + PARTIAL), False)):
+            with contextlib.suppress(FileNotFoundError):
+                return candidate.stat().st_size, complete
+        return 0, False
+
+    def use(self, client: str, digest: str) -> Path:
+        """The file of complete keys, now the most recently used ones.
+
+        Raises:
+            Refusal: they are not here, or not any more.
+        """
+        path = self.path(client, digest)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            raise Refusal(409, "keys_missing", "these evaluation keys are not here: upload them") from None
+        return path
+
+    @contextlib.contextmanager
+    def receive(self, client: str, digest: str, start: int, total: int):
+        """Opens the keys' file for the bytes from `start` on. Yields an object with `write`; closing it is not enough:
+        see `finish`.
+
+        Raises:
+            Refusal: too large, out of step with what has arrived, or arriving already on another connection.
+        """
+        if total > self.capacity:
+            raise Refusal(413, "too_large", f"keys of {total} bytes, and this server keeps {self.capacity} in all")
+        partial = self.path(client, digest).with_name(digest + PARTIAL)
+        partial.parent.mkdir(exist_ok=True)
+        if partial in self._arriving:
+            raise Refusal(409, "arriving", "these keys arrive on another connection already", retry_after=1)
+        received, complete = self.status(client, digest)
+        if complete or start != received:
+            raise Refusal(409, "offset", f"{received} bytes are here, the upload begins at {start}")
+        self._make_room(total - received, partial)
+        self._arriving.add(partial)
+        try:
+            with partial.open("ab") as file:
+                yield file
+        finally:
+            self._arriving.discard(partial)
+
+    def finish(self, client: str, digest: str) -> None:
+        """Checks what has arrived, and takes it for the client's keys.
+
+        Raises:
+            Refusal: these are not the bytes that were announced; they are thrown away.
+        """
+        path = self.path(client, digest)
+        partial = path.with_name(digest + PARTIAL)
+        with partial.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            partial.unlink()
+            raise Refusal(422, "digest", "the bytes received are not those of this SHA-256: upload them again")
+        os.replace(partial, path)
+        os.utime(path)
+        own = sorted(self._complete(path.parent), key=lambda key: key.stat().st_mtime)
+        for key in own[: -self.per_client]:
+            key.unlink(missing_ok=True)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all keys."""
+        return sum(path.stat().st_size for path in self.directory.glob("*/*"))
+
+    @staticmethod
+    def _complete(directory: Path, pattern: str = "*") -> list[Path]:
+        return [path for path in directory.glob(pattern) if path.suffix != PARTIAL]
+
+    def _make_room(self, size: int, arriving: Path) -> None:
+        """Removes the keys used longest ago, and uploads begun and left, until there is room for so many bytes."""
+        files = [path for path in self.directory.glob("*/*") if path != arriving and path not in self._arriving]
+        sizes = {path: path.stat() for path in files}
+        excess = self.size + size - self.capacity
+        for path in sorted(files, key=lambda path: sizes[path].st_mtime):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= sizes[path].st_size
+
+
+@dataclass(eq=False)
+class Session:
+    """One client's calls of one circuit under one set of keys.
+
+    running: the batch that is being computed, by its identity; a session computes one at a time.
+    """
+
+    id: str
+    client: str
+    circuit: str
+    keys: str
+    path: Path
+    used: float
+    running: tuple[str, asyncio.Task[None]] | None = None
+    size: int = 0
+
+    def result(self, result: Result) -> Path:
+        return self.path / f"{result.call}.{result.output}"
+
+    def answer(self, request: str) -> Path:
+        return self.path / f"answer.{request}"
+
+    def measure(self) -> None:
+        self.size = sum(path.stat().st_size for path in self.path.iterdir())
+
+
+class SessionStore:
+    """All sessions; those on disk from before a restart are here again.
+
+    idle: seconds without a request after which a session is gone. per_client, total: sessions at most. capacity:
+    bytes that a session may hold.
+    """
+
+    def __init__(self, directory: Path, idle: float, per_client: int, total: int, capacity: int):
+        self.directory, self.idle, self.per_client, self.total = directory, idle, per_client, total
+        self.capacity = capacity
+        directory.mkdir(parents=True, exist_ok=True)
+        self.sessions: dict[str, Session] = {}
+        for path in directory.iterdir():
+            try:
+                facts = json.loads((path / "session.json").read_text())
+                session = Session(path.name, path=path, used=(path / "session.json").stat().st_mtime, **facts)
+                session.measure()
+                self.sessions[session.id] = session
+            except (OSError, ValueError, TypeError):  # begun when the server died
+                shutil.rmtree(path, ignore_errors=True)
+        self.sweep()
+
+    def open(self, client: str, circuit: str, keys: str) -> Session:
+        self.sweep()
+        own = [session for session in self.sessions.values() if session.client == client]
+        if len(own) >= self.per_client or len(self.sessions) >= self.total:
+            raise Refusal(429, "sessions", "too many sessions are open: close some, or wait for them to expire", 5)
+        session = Session(secrets.token_hex(16), client, circuit, keys, Path(), time.time())
+        session.path = self.directory / session.id
+        session.path.mkdir()
+        facts = {"client": client, "circuit": circuit, "keys": keys}
+        write_whole(session.path / "session.json", json.dumps(facts).encode())
+        self.sessions[session.id] = session
+        return session
+
+    def get(self, client: str, identity: str) -> Session:
+        """A client's own session, now used.
+
+        Raises:
+            Refusal: there is none of that id, not any more, or it is another client's.
+        """
+        self.sweep()
+        session = self.sessions.get(identity)
+        if session is None:
+            raise Refusal(404, "no_session", "there is no such session, or it has expired")
+        if session.client != client:
+            raise Refusal(403, "not_yours", "this session belongs to another client")
+        session.used = time.time()
+        os.utime(session.path / "session.json")
+        return session
+
+    def close(self, session: Session) -> None:
+        self.sessions.pop(session.id, None)
+        shutil.rmtree(session.path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Closes the sessions that nobody used for too long."""
+        now = time.time()
+        for session in list(self.sessions.values()):
+            if session.running is None and now - session.used > self.idle:
+                self.close(session)

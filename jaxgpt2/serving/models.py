@@ -1,0 +1,129 @@
+"""A compiled model as two bundles, and the model that a client bundle holds."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+import fhe
+from jaxgpt2.attention import Recipe
+from jaxgpt2.attention.formula import Calibrated
+from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.hybrid import HybridGPT2, NotReady, Unit, parse_heads
+from jaxgpt2.parameters import disassemble
+from jaxgpt2.quantize import Bits
+from jaxgpt2.serving import bundle as bundles
+from jaxgpt2.serving.bundle import Bundle, BundleError
+from weights import save_checkpoint
+
+
+def without_heads(hybrid: HybridGPT2) -> dict[str, np.ndarray]:
+    """The float model's tensors, with zeros for the protected heads' query, key and value weights and biases.
+
+    Of a whole block all of them, and the output projection, which its circuit computes as well. A single head's rows of
+    the output projection stay: with them the client adds what the head gives to the residual stream.
+    """
+    config = hybrid.gpt2.config
+    tensors = {name: np.array(tensor, np.float32) for name, tensor in disassemble(hybrid.gpt2.model).items()}
+    for unit in hybrid.units:
+        own = f"h.{unit.layer}.attn"
+        if unit.head is None:
+            columns = slice(None)
+            tensors[f"{own}.c_proj.weight"][:] = 0
+        else:
+            starts = unit.head * config.head_dim + np.arange(3) * config.n_embd
+            columns = np.concatenate([np.arange(start, start + config.head_dim) for start in starts])
+        tensors[f"{own}.c_attn.weight"][:, columns] = 0
+        tensors[f"{own}.c_attn.bias"][columns] = 0
+    return tensors
+
+
+def write_bundles(hybrid: HybridGPT2, directory: Path, report: Mapping[str, Any]) -> str:
+    """`server/`, `client/` and `report.json` in a directory that appears whole or not at all.
+
+    Returns:
+        the identity of both bundles.
+
+    Raises:
+        NotReady: the model is not compiled; BundleError: the directory exists and is not empty.
+    """
+    if hybrid.seq_len is None:
+        raise NotReady("a bundle is made of compiled heads: call compile first")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BundleError(f"{directory} exists and is not an empty directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)
+        identity = _write(hybrid, hybrid.seq_len, temporary)
+        (temporary / "report.json").write_text(
+            json.dumps({**report, "bundle": identity}, indent=2) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return identity
+
+
+def _write(hybrid: HybridGPT2, seq_len: int, directory: Path) -> str:
+    circuits = {str(unit): circuit for unit, circuit in hybrid.circuits.items()}
+    client = directory / "client"
+    save_checkpoint(client / "model", dataclasses.asdict(hybrid.gpt2.config), without_heads(hybrid))
+    hybrid.gpt2.tokenizer.save(str(client / "model" / "tokenizer.json"))
+    (client / "heads").mkdir()
+    heads = {}
+    for unit, calibrated in hybrid.calibrated.items():
+        arrays = {"input_scale": calibrated.input_scale}
+        arrays |= {f"decoding.{name}": value for name, value in calibrated.decoding._asdict().items()}
+        save_file({name: np.array(value) for name, value in arrays.items()}, client / "heads" / f"{unit}.safetensors")
+        heads[str(unit)] = {
+            "recipe": hybrid.recipes[unit].to_json(),
+            "bits": dataclasses.asdict(calibrated.bits),
+            "max_tokens": calibrated.max_tokens,
+            "decoding": list(calibrated.decoding._fields),
+        }
+    contents = bundles.hashes(client), seq_len, heads, {unit: circuit.id for unit, circuit in circuits.items()}
+    identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    bundles.write(client, "client", identity, circuits, {"seq_len": seq_len, "heads": heads})
+    bundles.write(directory / "server", "server", identity, circuits)
+    return identity
+
+
+def read_client(bundle: Bundle) -> HybridGPT2:
+    """The model of a client bundle: it encrypts and decrypts for its protected heads, and cannot compute them.
+
+    Raises:
+        BundleError: it is damaged; what `GPT2.from_pretrained` raises.
+    """
+    gpt2 = GPT2.from_pretrained(bundle.directory / "model")
+    recipes: dict[Unit, Recipe] = {}
+    calibrated: dict[Unit, Calibrated] = {}
+    circuits: dict[Unit, fhe.Circuit] = {}
+    try:
+        for entry in bundle.circuits:
+            (unit,) = parse_heads(entry.unit, gpt2.config)
+            facts: Mapping[str, Any] = bundle.content["heads"][entry.unit]
+            arrays = load_file(bundle.directory / "heads" / f"{entry.unit}.safetensors")
+            # As JAX and `decode` take it, which go by its fields.
+            decoding = collections.namedtuple("Decoding", facts["decoding"])
+            values = [arrays[f"decoding.{name}"] for name in facts["decoding"]]
+            recipes[unit] = Recipe.from_json(facts["recipe"])
+            calibrated[unit] = Calibrated(
+                None, arrays["input_scale"], decoding(*values), Bits(**facts["bits"]), facts["max_tokens"]
+            )
+            circuits[unit] = fhe.get_backend(entry.backend).load(bundle.circuit_directory(entry.unit))
+        return HybridGPT2(gpt2, recipes, calibrated, circuits, bundle.content["seq_len"])
+    except (KeyError, TypeError, OSError, SafetensorError) as error:
+        raise BundleError(f"{bundle.directory} is damaged: {error!r}") from None

@@ -1,0 +1,372 @@
+"""The client's side of the wire: circuits whose functions run on a server.
+
+What leaves this machine is evaluation keys, ciphertexts and the order in which functions run. Secret keys stay in their
+file, and nothing that was decrypted is ever sent: there is no request that could hold it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import ssl
+import urllib.parse
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import tenacity
+
+import fhe
+import jaxgpt2
+from jaxgpt2.errors import InputError
+from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.protocol import (
+    MSGPACK,
+    Answer,
+    BadRequest,
+    Batch,
+    Call,
+    KeyStatus,
+    NewSession,
+    Problem,
+    Result,
+    SessionOpened,
+    pack,
+    unpack,
+)
+
+# Bytes of an upload that are handed to the socket at a time.
+PIECE = 1 << 20
+
+# A batch whose worker died is sent again so many times: whatever killed it may have been somebody else's.
+DEATHS = 3
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class ServerError(InputError):
+    """A server that cannot be reached, refuses a request, or does not speak this protocol."""
+
+
+class Mismatch(ServerError):
+    """A server of another bundle, or of another version."""
+
+
+class Refused(ServerError):
+    """The server refused a request; `code` is its word for why."""
+
+    def __init__(self, status: int, code: str, detail: str):
+        super().__init__(f"the server refused: {detail} ({status} {code})")
+        self.status, self.code = status, code
+
+
+class _Unknown(Refused):
+    """The server does not know the batch that it is asked for."""
+
+
+class _Again(Exception):
+    """A request that may succeed later. after: seconds, where the server said."""
+
+    def __init__(self, reason: Exception, after: float | None = None):
+        super().__init__(str(reason))
+        self.reason, self.after = reason, after
+
+
+@dataclass
+class Traffic:
+    """Bytes of bodies that crossed the wire: of evaluation keys, and of everything else up and down; round trips."""
+
+    keys: int = 0
+    sent: int = 0
+    received: int = 0
+    requests: int = 0
+
+
+class Connection:
+    """Requests to one server, each repeated until it is answered: all of them may be sent twice without harm.
+
+    Args:
+        url: as `https://host:8343`. Unencrypted HTTP is refused beyond this machine, unless `insecure`.
+        token: sent as a bearer token.
+        authority: a file with the certificate of whom the server has its own from, if the system does not know it.
+        certificate: files of the client's own certificate and its key, if the server wants one.
+        patience: seconds after which a server that does not answer is given up.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        authority: Path | None = None,
+        certificate: tuple[Path, Path] | None = None,
+        insecure: bool = False,
+        patience: float = 300.0,
+    ):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ServerError(f"{url!r} is no server: wanted https://HOST[:PORT]")
+        if parts.scheme == "http" and parts.hostname not in LOOPBACK and not insecure:
+            raise ServerError(f"{url} is not encrypted: the token could be read on the way; use https, or --insecure")
+        try:
+            context = ssl.create_default_context(cafile=authority)
+            if certificate is not None:
+                context.load_cert_chain(*certificate)
+        except OSError as error:
+            raise ServerError(f"the certificate cannot be used: {error}") from None
+        headers = {"User-Agent": f"jaxgpt2/{jaxgpt2.__version__}"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
+        self.url, self.patience, self.traffic = url, patience, Traffic()
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, verify=context, trust_env=False)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """An answer with a status of success.
+
+        Raises:
+            Refused: the server will not do it, however often it is asked; ServerError: it does not answer.
+        """
+        return self.persist(lambda: self.once(method, path, **options))
+
+    def persist(self, attempt: Callable[[], Any]) -> Any:
+        """`attempt`, again and again while it raises `_Again`, with growing pauses, until patience ends."""
+        backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=10)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Again),
+            wait=lambda state: max(backoff(state), _asked_pause(state)),
+            stop=tenacity.stop_after_delay(self.patience),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _Again as error:
+            raise error.reason from None
+
+    def once(self, method: str, path: str, **options: Any) -> httpx2.Response:
+        """Raises _Again where it is worth another try."""
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx2.TransportError as error:
+            raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
+        self.traffic.requests += 1
+        self.traffic.received += len(response.content)
+        if response.is_success:
+            return response
+        try:
+            problem = Problem.model_validate(response.json())
+            kind = _Unknown if problem.code == "no_batch" else Refused
+            reason = kind(response.status_code, problem.code, problem.detail)
+        except ValueError:
+            reason = ServerError(f"{self.url} answers {response.status_code} and no reason: is it a jaxgpt2 server?")
+        after = response.headers.get("Retry-After", "")
+        if after.isdigit() or response.status_code in (408, 502, 503, 504):
+            raise _Again(reason, float(after) if after.isdigit() else None)
+        raise reason
+
+    def check(self, bundle: str, circuits: Sequence[str]) -> None:
+        """Asks what the server serves.
+
+        Raises:
+            Mismatch: it is not the bundle with these circuits.
+        """
+        try:
+            found = self.request("GET", "/specification").json()
+            theirs = {entry["id"] for entry in found["circuits"].values()}
+            version, heads = found["version"], ", ".join(found["circuits"])
+            if found["format"] != FORMAT:
+                raise Mismatch(
+                    f"the server speaks format {found['format']}, this client {FORMAT}: one of jaxgpt2 {version} there "
+                    f"and {jaxgpt2.__version__} here is too old"
+                )
+            if found["bundle"] != bundle or not set(circuits) <= theirs:
+                raise Mismatch(
+                    f"the server has another bundle ({found['bundle'][:12]}, head {heads}), this client is of "
+                    f"{bundle[:12]}: use the client bundle that was compiled with the server's"
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise ServerError(f"{self.url} does not say what it serves: is it a jaxgpt2 server?") from None
+
+    def upload(self, keys: bytes, progress: Callable[[int], None] = lambda count: None) -> str:
+        """Sends evaluation keys, from the byte on that the server lacks; nothing if it has them.
+
+        progress: is told how many bytes more the server has.
+
+        Returns:
+            their name, the SHA-256.
+        """
+        digest = hashlib.sha256(keys).hexdigest()
+
+        def attempt() -> None:
+            status = KeyStatus.model_validate_json(self.once("GET", f"/keys/{digest}").content)
+            if status.complete:
+                progress(len(keys) - sent)
+                return
+            place = f"bytes {status.received}-{len(keys) - 1}/{len(keys)}"
+            try:
+                self.once("PUT", f"/keys/{digest}", content=pieces(status.received), headers={"Content-Range": place})
+            except Refused as error:
+                if error.code in ("offset", "digest"):  # what was there has changed since it was asked for
+                    raise _Again(error) from None
+                raise
+
+        sent = 0
+
+        def pieces(start: int) -> Iterator[bytes]:
+            nonlocal sent
+            for at in range(start, len(keys), PIECE):
+                piece = keys[at : at + PIECE]
+                yield piece
+                self.traffic.keys += len(piece)
+                progress(max(0, at + len(piece) - sent))
+                sent = max(sent, at + len(piece))
+
+        try:
+            self.persist(attempt)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise ServerError(f"{self.url} does not say which keys it has: is it a jaxgpt2 server?") from None
+        return digest
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def _asked_pause(state: tenacity.RetryCallState) -> float:
+    """What the server asked for before the next try, in seconds."""
+    error = state.outcome.exception() if state.outcome else None
+    return (error.after if isinstance(error, _Again) else None) or 0.0
+
+
+class Handle:
+    """A result on the server, or on its way there."""
+
+    def __init__(self, result: Result):
+        self.result = result
+
+
+@dataclass
+class Remote:
+    """A circuit's functions, run by a server: `encrypt` and `decrypt` here, `run` there.
+
+    `run` only notes what is to run. `decrypt` sends all that was noted, in one request, which brings every result that
+    is the client's. What only the server needs stays there, until nothing here refers to it any more.
+
+    Args:
+        circuit: the client's half is enough.
+        keys: stay here, but for their evaluation keys.
+    """
+
+    connection: Connection
+    circuit: fhe.Circuit
+    keys: fhe.Keys
+    _session: str | None = None
+    _calls: list[Call] = field(default_factory=list)
+    _uploads: list[bytes] = field(default_factory=list)
+    _wanted: list[Result] = field(default_factory=list)  # by calls not sent yet
+    _results: dict[Result, bytes] = field(default_factory=dict)
+    _forgotten: list[Result] = field(default_factory=list)
+    _count: int = 0
+
+    def encrypt(self, name: str, *inputs: np.ndarray) -> Sequence[Any]:
+        return self.circuit.encrypt(self.keys, name, *inputs)
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        """Args:
+        arrays: what `encrypt` or `run` returned.
+        """
+        inputs: list[int | Result] = []
+        for array in arrays:
+            if isinstance(array, Handle):
+                inputs.append(array.result)
+            else:
+                inputs.append(len(self._uploads))
+                self._uploads.append(array)
+        call = Call(id=self._count, function=name, inputs=inputs)
+        self._count += 1
+        self._calls.append(call)
+        handles = []
+        for output in range(self.circuit.ports[name].outputs):
+            result = Result(call=call.id, output=output)
+            handles.append(handle := Handle(result))
+            if fhe.Output(name, output) in self.circuit.ports.kept:
+                weakref.finalize(handle, self._forgotten.append, result).atexit = False
+            else:
+                self._wanted.append(result)
+        return handles
+
+    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
+        """Raises Refused or ServerError."""
+        places = [handle.result for handle in results]
+        missing = [result for result in places if result not in self._results]
+        if missing:
+            self._wanted += [result for result in missing if result not in self._wanted]
+            self._flush()
+        return self.circuit.decrypt(self.keys, name, [self._results.pop(result) for result in places])
+
+    def close(self) -> None:
+        """Tells the server that the session is over; it finds out by itself, if it cannot be told."""
+        if self._session is not None:
+            with contextlib.suppress(ServerError, _Again):
+                self.connection.once("DELETE", f"/sessions/{self._session}")
+            self._session = None
+
+    def _flush(self) -> None:
+        forget = [self._forgotten.pop() for _ in range(len(self._forgotten))]
+        batch = Batch(
+            request=secrets.token_hex(16), calls=self._calls, uploads=self._uploads, results=self._wanted, forget=forget
+        )
+        self._calls, self._uploads, self._wanted = [], [], []
+        answer = self._send(batch)
+        if len(answer.results) != len(batch.results):
+            raise ServerError(
+                f"{self.connection.url} answers with {len(answer.results)} results of {len(batch.results)}"
+            )
+        self._results.update(zip(batch.results, answer.results, strict=True))
+
+    def _send(self, batch: Batch) -> Answer:
+        """The answer to a batch, which is computed once however often it is sent."""
+        content, deaths, sent = pack(batch), 0, False
+        if self._session is None:
+            self._open()
+        path = f"/sessions/{self._session}/batches"
+
+        def attempt() -> httpx2.Response:
+            nonlocal sent
+            if sent:
+                with contextlib.suppress(_Unknown):
+                    return self.connection.once("GET", f"{path}/{batch.request}")
+            sent = True
+            self.connection.traffic.sent += len(content)
+            return self.connection.once("POST", path, content=content, headers={"Content-Type": MSGPACK})
+
+        while True:
+            try:
+                response = self.connection.persist(attempt)
+                if response.status_code != 202:  # still computing
+                    return unpack(Answer, response.content)
+            except BadRequest as error:
+                raise ServerError(f"{self.connection.url} answers with what is no answer: {error}") from None
+            except Refused as error:
+                sent = False
+                if error.code == "keys_missing":  # evicted since
+                    self.connection.upload(self.keys.evaluation)
+                elif error.code == "worker_died" and deaths < DEATHS:
+                    deaths += 1
+                else:
+                    raise
+
+    def _open(self) -> None:
+        content = NewSession(circuit=self.circuit.id, keys=self.connection.upload(self.keys.evaluation))
+        response = self.connection.request("POST", "/sessions", content=content.model_dump_json())
+        try:
+            self._session = SessionOpened.model_validate_json(response.content).session
+        except ValueError:
+            raise ServerError(f"{self.connection.url} opens no session: is it a jaxgpt2 server?") from None

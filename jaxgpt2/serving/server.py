@@ -1,0 +1,667 @@
+"""The HTTP server: it knows circuits, ciphertexts and clients' names, and neither the model nor a secret key."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import ssl
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import limits as rates
+import prometheus_client
+import structlog
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from filelock import FileLock, Timeout
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import jaxgpt2
+from jaxgpt2.errors import InputError
+from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.bundle import Bundle, CircuitEntry
+from jaxgpt2.serving.files import KeyStore, Refusal, Session, SessionStore
+from jaxgpt2.serving.limits import Limits
+from jaxgpt2.serving.protocol import (
+    MSGPACK,
+    Answer,
+    BadRequest,
+    Batch,
+    Digest,
+    Identity,
+    KeyStatus,
+    NewSession,
+    Problem,
+    Result,
+    SessionOpened,
+    read,
+    unpack,
+)
+from jaxgpt2.serving.work import Job
+from jaxgpt2.serving.workers import LocalWorker, Scheduler, TookTooLong, Worker, WorkerDied, dask_workers
+
+log = structlog.get_logger()
+
+# Whoever has no token is this client, where the server asks for none.
+ANYBODY = "anybody"
+
+# The client of this name may read /metrics, which tell of all clients, and nothing else.
+METRICS = "metrics"
+
+# Seconds that a request waits for an answer before it is told to ask again.
+POLL = 20.0
+
+# A request whose next bytes take longer than this is given up.
+PATIENCE = 60.0
+
+
+class TokenError(InputError):
+    """A file of tokens that cannot be read."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a bundle is served.
+
+    state: directory for keys and sessions. tokens: client's name by the SHA-256 of its token; None asks for none.
+    workers: processes, None for one per core. threads: of each, None for as many as there are cores. scheduler: of
+    more workers, by Dask's address. certificate, key: files for TLS. client_authority: certificates of whom clients
+    must have theirs from.
+    """
+
+    state: Path
+    host: str = "127.0.0.1"
+    port: int = 8343
+    tokens: Mapping[str, str] | None = None
+    workers: int | None = None
+    threads: int | None = None
+    scheduler: str | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    client_authority: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def read_tokens(path: Path) -> dict[str, str]:
+    """The clients of a file with a line `NAME SHA256-OF-TOKEN` for each, by that hash. Empty lines and # are left out.
+
+    Raises:
+        TokenError: the file cannot be read, or a line of it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"\s*([A-Za-z0-9][\w.-]{0,63})\s+([0-9a-f]{64})\s*", line, re.ASCII)
+        if match is None:
+            raise TokenError(f"{path}, line {number}: wanted NAME and the token's SHA-256 in hexadecimal digits")
+        if match[2] in tokens or match[1] in tokens.values():
+            raise TokenError(f"{path}, line {number}: {match[1]} or its token is there twice")
+        tokens[match[2]] = match[1]
+    if not tokens:
+        raise TokenError(f"{path} has no token: nobody could use the server")
+    return tokens
+
+
+class Metrics:
+    """What Prometheus may ask for. No metric names a client."""
+
+    def __init__(self, server: "Server"):
+        registry = self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=registry)
+
+        def gauge(name: str, text: str, value: Any) -> None:
+            prometheus_client.Gauge(f"jaxgpt2_{name}", text, registry=registry).set_function(value)
+
+        gauge("batches_waiting", "Batches in the queue.", lambda: server.scheduler.waiting)
+        gauge("batches_running", "Batches being computed.", lambda: server.scheduler.running)
+        gauge("workers", "Worker processes.", lambda: len(server.scheduler.workers))
+        gauge("sessions", "Open sessions.", lambda: len(server.sessions.sessions))
+        gauge("key_bytes", "Evaluation keys on disk.", lambda: server.keys.size)
+        self.requests = prometheus_client.Counter(
+            "jaxgpt2_requests", "Requests by route and status.", ["route", "status"], registry=registry
+        )
+        self.received = prometheus_client.Counter(
+            "jaxgpt2_received_bytes", "Bodies of requests.", ["route"], registry=registry
+        )
+        self.sent = prometheus_client.Counter("jaxgpt2_sent_bytes", "Bodies of answers.", ["route"], registry=registry)
+        self.seconds = prometheus_client.Histogram(
+            "jaxgpt2_function_seconds", "Runs of a circuit's functions.", ["function"], registry=registry,
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+        )  # fmt: skip
+        self.died = prometheus_client.Counter("jaxgpt2_worker_deaths", "Workers that died at work.", registry=registry)
+
+
+class Server:
+    """A bundle's state and workers; `make_app` gives it a face."""
+
+    def __init__(self, bundle: Bundle, settings: ServerSettings, workers: Sequence[Worker]):
+        self.bundle, self.settings, self.limits = bundle, settings, settings.limits
+        self.circuits: dict[str, CircuitEntry] = {entry.id: entry for entry in bundle.circuits}
+        own = self.limits
+        self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client)
+        self.sessions = SessionStore(
+            settings.state / "sessions", own.idle, own.sessions_per_client, own.sessions, own.session_size
+        )
+        self.in_flight: Counter[str] = Counter()
+        self.rates = MovingWindowRateLimiter(MemoryStorage())
+        self.metrics = Metrics(self)
+        self.scheduler = Scheduler(workers, own.queue)
+
+    def client(self, token: str | None) -> str:
+        """Whose token this is. Raises Refusal."""
+        if self.settings.tokens is None:
+            return ANYBODY
+        name = None if token is None else self.settings.tokens.get(hashlib.sha256(token.encode()).hexdigest())
+        if name is None:
+            raise Refusal(401, "unauthorized", "this server wants a bearer token that it knows")
+        return name
+
+    @contextlib.contextmanager
+    def admitted(self, client: str) -> Iterator[None]:
+        """One more request in flight. Raises Refusal if there are too many."""
+        if self.in_flight[client] >= self.limits.requests_per_client:
+            raise Refusal(429, "in_flight", "too many requests of this client at once", retry_after=1)
+        if self.in_flight.total() >= self.limits.requests:
+            raise Refusal(503, "busy", "too many requests at once", retry_after=1)
+        self.in_flight[client] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[client] -= 1
+            if not self.in_flight[client]:
+                del self.in_flight[client]
+
+    def count_calls(self, client: str, calls: int) -> None:
+        """Raises Refusal if the client has run too many functions lately."""
+        limit = self.limits.calls_per_minute
+        if limit is None or not calls:
+            return
+        rate = rates.RateLimitItemPerMinute(limit)
+        if calls > limit:
+            raise Refusal(422, "rate", f"a batch of {calls} calls, and this server runs {limit} in a minute")
+        if not self.rates.hit(rate, client, cost=calls):
+            reset = self.rates.get_window_stats(rate, client).reset_time - time.time()
+            raise Refusal(429, "rate", f"this server runs {limit} functions a minute for a client", max(reset, 1))
+
+    def check_batch(self, session: Session, batch: Batch) -> None:
+        """What can be known of a batch before it is computed. Raises Refusal."""
+        ports = self.circuits[session.circuit].ports
+        made: set[Result] = set()
+
+        def known(result: Result) -> None:
+            if result not in made and not session.result(result).exists():
+                raise Refusal(422, "no_result", f"there is no result {result.output} of call {result.call}")
+
+        for call in batch.calls:
+            if call.function not in ports.functions:
+                raise Refusal(422, "no_function", f"there is no such function; there are: {', '.join(ports.functions)}")
+            port = ports[call.function]
+            if len(call.inputs) != len(port.sources):
+                detail = f"{call.function} takes {len(port.sources)} inputs, not {len(call.inputs)}"
+                raise Refusal(422, "inputs", detail)
+            for source in call.inputs:
+                if isinstance(source, Result):
+                    known(source)
+                elif source >= len(batch.uploads):
+                    raise Refusal(422, "inputs", f"there is no upload {source}")
+            made |= {Result(call=call.id, output=output) for output in range(port.outputs)}
+        for result in batch.results:
+            known(result)
+        if session.size + sum(map(len, batch.uploads)) > self.sessions.capacity:
+            raise Refusal(413, "session_full", f"a session may hold {self.sessions.capacity} bytes")
+
+    def begin(self, session: Session, batch: Batch) -> None:
+        """Puts a batch in the queue, if it is not computed already or being computed.
+
+        Raises Refusal, also for another batch while one is computed.
+        """
+        if session.running is not None:
+            if session.running[0] != batch.request:
+                raise Refusal(409, "in_order", "this session is computing another batch", retry_after=1)
+            return
+        if session.answer(batch.request).exists():
+            return
+        self.check_batch(session, batch)
+        self.scheduler.check()
+        self.keys.use(session.client, session.keys)
+        self.count_calls(session.client, len(batch.calls))
+        session.running = batch.request, asyncio.create_task(self._compute(session, batch))
+
+    async def answer(self, session: Session, request: str) -> Path | None:
+        """The file with the answer to a batch that has begun; None if it takes longer than POLL.
+
+        Raises Refusal: the batch was refused, or is not known here.
+        """
+        if session.running is not None and session.running[0] == request:
+            task = session.running[1]
+            # Whoever waits may go away; the work goes on.
+            await asyncio.wait([task], timeout=POLL)
+            if not task.done():
+                return None
+            task.result()
+        path = session.answer(request)
+        if not path.exists():
+            raise Refusal(404, "no_batch", "there is no such batch, or its answer has been dropped: send it again")
+        return path
+
+    async def _compute(self, session: Session, batch: Batch) -> None:
+        entry = self.circuits[session.circuit]
+        job = Job(
+            entry.backend,
+            self.bundle.circuit_directory(entry.unit).absolute(),
+            self.keys.path(session.client, session.keys).absolute(),
+            session.path.absolute(),
+            batch,
+            self.limits.keys_in_memory,
+        )
+        started = time.monotonic()
+        facts = {"client": session.client, "circuit": entry.unit, "calls": len(batch.calls)}
+        try:
+            done = await self.scheduler.run(session.client, job)
+        except WorkerDied as error:
+            self.metrics.died.inc()
+            log.error("worker died", reason=str(error), **facts)
+            raise Refusal(500, "worker_died", "the process that computed this died; it has been replaced") from None
+        except TookTooLong:
+            log.warning("batch stopped", **facts)
+            raise Refusal(500, "too_long", f"this took longer than {self.limits.job:g} s, and was stopped") from None
+        finally:
+            session.running = None
+            session.used = time.time()
+        if done.refusal is not None:
+            status, code, detail = done.refusal
+            log.warning("batch refused", code=code, **facts)
+            raise Refusal(status, code, detail)
+        for function, seconds in done.seconds:
+            self.metrics.seconds.labels(function).observe(seconds)
+        await asyncio.to_thread(self._tidy, session, batch)
+        log.info("batch done", seconds=round(time.monotonic() - started, 3), **facts)
+
+    @staticmethod
+    def _tidy(session: Session, batch: Batch) -> None:
+        """Removes answers but the last, and what the client will not use again."""
+        for path in session.path.glob("answer.*"):
+            if path != session.answer(batch.request):
+                path.unlink(missing_ok=True)
+        for result in batch.forget:
+            session.result(result).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            session.measure()
+
+
+async def chunks_of(request: Request) -> AsyncIterator[bytes]:
+    """A request's body as it comes. Raises Refusal if it stops coming."""
+    stream = request.stream().__aiter__()
+    while True:
+        try:
+            async with asyncio.timeout(PATIENCE):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Refusal(408, "slow", f"nothing came for {PATIENCE:g} s") from None
+        if chunk:
+            yield chunk
+
+
+async def body_of(request: Request, limit: int) -> bytes:
+    """A request's body. Raises Refusal if it is larger than the limit, before all of it is here."""
+    too_large = Refusal(413, "too_large", f"a request may have {limit} bytes")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for chunk in chunks_of(request):
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def content_range(request: Request) -> tuple[int, int]:
+    """First byte and number of all bytes, from `Content-Range: bytes FIRST-LAST/ALL`. Raises Refusal."""
+    value = request.headers.get("content-range", "")
+    match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", value)
+    if match is None or not int(match[1]) <= int(match[2]) == int(match[3]) - 1:
+        raise Refusal(400, "range", "wanted Content-Range: bytes FIRST-LAST/ALL, to the last byte of all")
+    return int(match[1]), int(match[3])
+
+
+def refused(error: Refusal) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(int(-(-error.retry_after // 1)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(Problem(code=error.code, detail=error.detail).model_dump(), error.status, headers)
+
+
+DESCRIPTION = """Runs functions of compiled circuits on encrypted data. It holds weights and evaluation keys; it cannot
+decrypt. Batches of calls and their answers are MessagePack of the schemas `Batch` and `Answer`."""
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        401: "No token, or one that is not known",
+        403: "Another client's",
+        404: "Not here, or not any more",
+        408: "The request stopped coming",
+        409: "Out of step; the code says how",
+        413: "Too large",
+        422: "Not a request of this protocol, or arrays that do not belong here",
+        429: "Too often, or too much at once; see Retry-After",
+        500: "The computation failed; the code says how",
+        503: "The queue is full; see Retry-After",
+    }.items()
+}
+
+
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer", "content": {MSGPACK: {"schema": Answer.model_json_schema()}}},
+    202: {"description": "Still in the queue, or being computed: ask again"},
+}
+
+
+bearer = HTTPBearer(auto_error=False)
+
+
+def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
+    """Whose token a request has."""
+    return request.app.state.server.client(credentials.credentials if credentials else None)
+
+
+def client_of(name: Annotated[str, Depends(caller)]) -> str:
+    if name == METRICS:
+        raise Refusal(403, "metrics_only", "this token reads /metrics, and no more")
+    return name
+
+
+Client = Annotated[str, Depends(client_of)]
+
+
+def make_app(server: Server) -> FastAPI:
+    """The HTTP interface of a server."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await server.scheduler.finish()
+
+    app = FastAPI(
+        title="jaxgpt2", version=jaxgpt2.__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None,
+        redoc_url=None, redirect_slashes=False, responses=PROBLEMS,
+    )  # fmt: skip
+    app.state.server = server
+
+    @app.middleware("http")
+    async def watch(request: Request, call_next: Any) -> Response:
+        """One line of log for every request, without its address, headers or body."""
+        started = time.monotonic()
+        try:
+            response = await call_next(request)
+        except Exception as error:
+            log.error("failed", exc_info=error)
+            response = refused(Refusal(500, "failed", f"the server failed: {type(error).__name__}"))
+        route = getattr(request.scope.get("route"), "path", "none")
+        received = int(request.headers.get("content-length") or 0)
+        server.metrics.requests.labels(route, response.status_code).inc()
+        server.metrics.received.labels(route).inc(received)
+        server.metrics.sent.labels(route).inc(int(response.headers.get("content-length") or 0))
+        if route not in ("/healthz", "/metrics"):
+            log.info(
+                "request", method=request.method, route=route, status=response.status_code, received=received,
+                seconds=round(time.monotonic() - started, 3),
+            )  # fmt: skip
+        return response
+
+    @app.exception_handler(Refusal)
+    async def on_refusal(_: Request, error: Refusal) -> JSONResponse:
+        return refused(error)
+
+    @app.exception_handler(BadRequest)
+    async def on_bad_request(_: Request, error: BadRequest) -> JSONResponse:
+        return refused(Refusal(422, "malformed", str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return refused(Refusal(422, "malformed", f"{first['loc'][-1]}: {first['msg']}"))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
+        return refused(Refusal(error.status_code, "http", str(error.detail)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(_: Request, error: ClientDisconnect) -> JSONResponse:
+        return refused(Refusal(400, "disconnected", "the request ended before its body"))
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        """Whether the server answers."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics(name: Annotated[str, Depends(caller)]) -> Response:
+        """For Prometheus; with the token of the client named `metrics`, where the server asks for tokens."""
+        if name not in (METRICS, ANYBODY):
+            raise Refusal(403, "metrics_only", f"/metrics is for the client named {METRICS}")
+        text = prometheus_client.generate_latest(server.metrics.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.get("/specification")
+    async def specification(client: Client) -> dict[str, Any]:
+        """What this server serves, and the limits that a client should know."""
+        return {
+            "format": FORMAT,
+            "bundle": server.bundle.id,
+            "version": jaxgpt2.__version__,
+            "circuits": {
+                entry.unit: {"id": entry.id, "backend": entry.backend, "functions": entry.ports.to_json()}
+                for entry in server.bundle.circuits
+            },
+            "limits": {
+                "body": server.limits.body,
+                "idle": server.limits.idle,
+                "calls_per_minute": server.limits.calls_per_minute,
+            },
+        }
+
+    @app.get("/keys/{digest}")
+    async def key_status(client: Client, digest: Digest) -> KeyStatus:
+        """How much of a set of evaluation keys, named by its SHA-256, is here."""
+        received, complete = server.keys.status(client, digest)
+        return KeyStatus(received=received, complete=complete)
+
+    @app.put("/keys/{digest}")
+    async def upload_keys(client: Client, digest: Digest, request: Request) -> KeyStatus:
+        """Evaluation keys from the byte on that is missing, to the last. What has arrived when the connection breaks
+        stays here."""
+        start, total = content_range(request)
+        with server.admitted(client), server.keys.receive(client, digest, start, total) as file:
+            try:
+                async for chunk in chunks_of(request):
+                    start += len(chunk)
+                    if start > total:
+                        raise Refusal(413, "too_large", "more bytes than were announced")
+                    await asyncio.to_thread(file.write, chunk)
+            finally:
+                await asyncio.to_thread(file.flush)
+            if start == total:
+                await asyncio.to_thread(server.keys.finish, client, digest)
+        return KeyStatus(received=start, complete=start == total)
+
+    @app.post("/sessions", status_code=201, openapi_extra=_body(NewSession, "application/json"))
+    async def open_session(client: Client, request: Request) -> SessionOpened:
+        """A session for calls of one circuit under keys that were uploaded."""
+        try:
+            content = json.loads(await body_of(request, 10_000))
+        except (ValueError, RecursionError):
+            raise BadRequest("this is no JSON") from None
+        wanted = read(NewSession, content)
+        if wanted.circuit not in server.circuits:
+            raise Refusal(409, "no_circuit", "this server has no such circuit: client and server are of other bundles")
+        server.keys.use(client, wanted.keys)
+        session = server.sessions.open(client, wanted.circuit, wanted.keys)
+        return SessionOpened(session=session.id, expires_after=server.limits.idle)
+
+    @app.delete("/sessions/{identity}", status_code=204)
+    async def close_session(client: Client, identity: Identity) -> None:
+        """Forgets a session and all that it holds."""
+        session = server.sessions.get(client, identity)
+        if session.running is not None:
+            raise Refusal(409, "in_order", "this session is computing a batch", retry_after=1)
+        server.sessions.close(session)
+
+    @app.post(
+        "/sessions/{identity}/batches",
+        response_class=Response,
+        openapi_extra=_body(Batch, MSGPACK),
+        responses=ANSWERS,
+    )
+    async def run_batch(client: Client, identity: Identity, request: Request) -> Response:
+        """Runs a batch's calls, once, however often it is sent."""
+        session = server.sessions.get(client, identity)
+        with server.admitted(client):
+            batch = unpack(Batch, await body_of(request, server.limits.body))
+            server.begin(session, batch)
+            return await _answered(await server.answer(session, batch.request))
+
+    @app.get("/sessions/{identity}/batches/{batch}", response_class=Response, responses=ANSWERS)
+    async def wait_for_batch(client: Client, identity: Identity, batch: Identity) -> Response:
+        """The answer to a batch that was sent before."""
+        session = server.sessions.get(client, identity)
+        with server.admitted(client):
+            return await _answered(await server.answer(session, batch))
+
+    return app
+
+
+async def _answered(path: Path | None) -> Response:
+    if path is None:
+        return Response(status_code=202)
+    try:
+        return Response(await asyncio.to_thread(path.read_bytes), media_type=MSGPACK)
+    except FileNotFoundError:  # the session's next batch is done, or the session closed
+        raise Refusal(404, "no_batch", "the answer to this batch has been dropped") from None
+
+
+def _body(message: type[Any], media: str) -> dict[str, Any]:
+    """A request's body for the API's description, of routes that read it themselves."""
+    schema = message.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    if definitions:  # written out in place: they appear nowhere else
+        text = json.dumps(schema)
+        for name, definition in definitions.items():
+            definitions[name] = json.loads(_inline(json.dumps(definition), definitions))
+        schema = json.loads(_inline(text, definitions))
+    return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
+
+
+def _inline(text: str, definitions: Mapping[str, Any]) -> str:
+    for name, definition in definitions.items():
+        text = text.replace(f'{{"$ref": "#/components/schemas/{name}"}}', json.dumps(definition))
+    return text
+
+
+def start_workers(settings: ServerSettings) -> list[Worker]:
+    """Raises InputError if a cluster is wanted and does not answer."""
+    count = settings.workers if settings.workers is not None else len(os.sched_getaffinity(0))
+    workers: list[Worker] = [LocalWorker(settings.limits.job, settings.threads) for _ in range(count)]
+    if settings.scheduler is not None:
+        workers += dask_workers(settings.scheduler, settings.limits.job)
+    return workers
+
+
+def places_only(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Of an exception its type and where it was raised: its text and its variables may hold what no log shall."""
+    error = event.pop("exc_info", None)
+    if isinstance(error, tuple):
+        error = error[1]
+    if isinstance(error, BaseException):
+        event["error"] = type(error).__name__
+        event["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return event
+
+
+def configure_logs() -> None:
+    """JSON lines on standard error, uvicorn's own among them."""
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        places_only,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.processors.JSONRenderer()],
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()],
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def serve(bundle: Bundle, settings: ServerSettings) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what is running.
+
+    Raises:
+        InputError: the state directory is another server's, or the address or certificate cannot be used.
+    """
+    configure_logs()
+    settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = FileLock(settings.state / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"another server uses {settings.state}: give another --state") from None
+    with lock:
+        server = Server(bundle, settings, start_workers(settings))
+        config = uvicorn.Config(
+            make_app(server), settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=settings.limits.grace, limit_concurrency=2 * settings.limits.requests + 16,
+            ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
+            ssl_ca_certs=None if settings.client_authority is None else str(settings.client_authority),
+            ssl_cert_reqs=ssl.CERT_NONE if settings.client_authority is None else ssl.CERT_REQUIRED,
+        )  # fmt: skip
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise InputError(f"the certificate or its key cannot be used: {error}") from None
+        try:
+            socket = config.bind_socket()
+        except SystemExit:  # uvicorn's answer to an address that is taken
+            raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
+        scheme = "http" if settings.certificate is None else "https"
+        log.info("listening", url=f"{scheme}://{settings.host}:{socket.getsockname()[1]}", bundle=bundle.id)
+        for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
+            signal.signal(number, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[socket])
+        log.info("stopped")

@@ -1,0 +1,114 @@
+"""What a worker process does: a batch of a session, from files to files.
+
+Workers on this machine and on others run this one function. They share the bundle and the server's state directory, so
+that keys and ciphertexts are read where they lie and pass through no other process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import fhe
+from jaxgpt2.serving.files import Refusal, write_whole
+from jaxgpt2.serving.protocol import Answer, Batch, Result, pack
+
+
+@dataclass(frozen=True)
+class Job:
+    """A batch, and where to find what it needs.
+
+    circuit: directory of the compiled circuit; keys: file of the evaluation keys; session: directory of results.
+    in_memory: sets of keys that a worker holds ready at once.
+    """
+
+    backend: str
+    circuit: Path
+    keys: Path
+    session: Path
+    batch: Batch
+    in_memory: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a job: the seconds each function took, or why it was refused."""
+
+    seconds: tuple[tuple[str, float], ...] = ()
+    refusal: tuple[int, str, str] | None = None
+
+
+def start_worker(threads: int | None) -> None:
+    """Before a worker's first job. threads: of its runtime; None for as many as there are cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all processes; the server decides
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the runtime when it is loaded, with the first circuit
+    with contextlib.suppress(OSError):  # Linux: where memory runs out, a worker goes and not the server
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+@functools.cache
+def _ready() -> OrderedDict[tuple[Path, Path], tuple[fhe.Circuit, bytes]]:
+    """Circuits with the keys that they have loaded: loading takes seconds. The last used ones are at the end."""
+    return OrderedDict()
+
+
+def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
+    ready, name = _ready(), (job.circuit, job.keys)
+    if name not in ready:
+        try:
+            keys = job.keys.read_bytes()
+        except FileNotFoundError:
+            raise Refusal(409, "keys_missing", "these evaluation keys are not here: upload them") from None
+        while len(ready) >= job.in_memory:
+            ready.popitem(last=False)
+        ready[name] = fhe.get_backend(job.backend).load(job.circuit), keys
+    ready.move_to_end(name)
+    return ready[name]
+
+
+def perform(job: Job) -> Done:
+    """Runs the calls of a batch, stores what later calls may take, then the answer."""
+    try:
+        return Done(seconds=tuple(_perform(job)))
+    except Refusal as error:
+        return Done(refusal=(error.status, error.code, error.detail))
+    except (fhe.FHEError, ValueError) as error:
+        return Done(refusal=(422, "refused", " ".join(str(error).split())[:500]))
+    except MemoryError:
+        return Done(refusal=(500, "out_of_memory", "the worker has too little memory for this"))
+    except Exception as error:  # the type says what went wrong here; the text might say what with
+        return Done(refusal=(500, "failed", f"the computation failed: {type(error).__name__}"))
+
+
+def _perform(job: Job) -> list[tuple[str, float]]:
+    circuit, keys = _circuit(job)
+    kept, forgotten = circuit.ports.kept, set(job.batch.forget)
+    fresh: dict[Result, bytes] = {}
+    seconds = []
+
+    def take(source: int | Result) -> bytes:
+        if isinstance(source, int):
+            return job.batch.uploads[source]
+        if source not in fresh:
+            fresh[source] = (job.session / f"{source.call}.{source.output}").read_bytes()
+        return fresh[source]
+
+    for call in job.batch.calls:
+        started = time.perf_counter()
+        results = circuit.run(call.function, [take(source) for source in call.inputs], keys)
+        seconds.append((call.function, time.perf_counter() - started))
+        for output, data in enumerate(results):
+            result = Result(call=call.id, output=output)
+            fresh[result] = data
+            if fhe.Output(call.function, output) in kept and result not in forgotten:
+                write_whole(job.session / f"{call.id}.{output}", data)
+    answer = Answer(results=[take(result) for result in job.batch.results])
+    write_whole(job.session / f"answer.{job.batch.request}", pack(answer))
+    return seconds

@@ -1,0 +1,783 @@
+"""The server as clients meet it: its protocol, its limits, what it survives. Nothing is encrypted, so it is fast."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import msgpack
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fhe
+import served
+from jaxgpt2.cli import main
+from jaxgpt2.serving import bundle as bundles
+from jaxgpt2.serving import remote as remote_module
+from jaxgpt2.serving.files import KeyStore, Refusal, SessionStore
+from jaxgpt2.serving.protocol import Batch
+from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, ServerError
+from jaxgpt2.serving.server import Server, ServerSettings, make_app
+from jaxgpt2.serving.work import Done, Job
+from jaxgpt2.serving.workers import Scheduler, WorkerDied
+from served import FATAL, PARAMS, Running, running, small_circuit
+
+IDENTITY = "b" * 64
+TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob", "metrics": "token-of-metrics"}
+ROW = np.array([[1, -2, 3, 0]])
+
+
+@pytest.fixture(scope="module")
+def circuit() -> Any:
+    return small_circuit()
+
+
+@pytest.fixture(scope="module")
+def bundle(circuit, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle") / "server"
+    bundles.write(directory, "server", IDENTITY, {"0.1": circuit})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    lines = [f"{name} {hashlib.sha256(token.encode()).hexdigest()}" for name, token in TOKENS.items()]
+    path.write_text("\n".join(["# name, SHA-256 of the token", "", *lines]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(bundle, tokens, tmp_path_factory):
+    with running(bundle, tmp_path_factory.mktemp("server") / "state", "--tokens", tokens, "--body", 1) as one:
+        yield one
+
+
+def connection(server: Running, name: str | None = "alice", patience: float = 30.0) -> Connection:
+    return Connection(server.url, TOKENS[name] if name else None, patience=patience)
+
+
+def remote(server: Running, circuit: Any, name: str | None = "alice") -> Any:
+    return Remote(connection(server, name), circuit, circuit.make_keys())
+
+
+def raw(server: Running, name: str | None = "alice") -> httpx2.Client:
+    headers = {"Authorization": f"Bearer {TOKENS[name]}"} if name else {}
+    return httpx2.Client(base_url=server.url, headers=headers, timeout=60)
+
+
+def batch_of(party: Any, name: str, x: np.ndarray, **changes: Any) -> bytes:
+    """A batch with one call, as it goes over the wire."""
+    content = {
+        "request": secrets.token_hex(16),
+        "calls": [{"id": 0, "function": name, "inputs": [0]}],
+        "uploads": list(party.encrypt(name, x)),
+        "results": [{"call": 0, "output": 0}],
+    }
+    return packed(content | changes)
+
+
+def packed(content: Any) -> bytes:
+    data = msgpack.packb(content)
+    assert data is not None
+    return data
+
+
+def run(party: Any, name: str, x: np.ndarray) -> np.ndarray:
+    (result,) = party.decrypt(name, party.run(name, party.encrypt(name, x))[:1])
+    return result
+
+
+def expected(x: np.ndarray) -> np.ndarray:
+    ops = fhe.NumpyOps()
+    return served.attend(ops, PARAMS, *served.project(ops, PARAMS, x))[0]
+
+
+def session_of(server: Running, party: Any, client: httpx2.Client) -> str:
+    """A session opened by hand."""
+    keys = party.keys.evaluation
+    digest = hashlib.sha256(keys).hexdigest()
+    span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}
+    assert client.put(f"/keys/{digest}", content=keys, headers=span).is_success
+    return client.post("/sessions", json={"circuit": party.circuit.id, "keys": digest}).json()["session"]
+
+
+# --- the protocol -------------------------------------------------------------------------------
+
+
+def test_results_stay_on_the_server_and_calls_travel_together(server, circuit):
+    party = remote(server, circuit)
+    party.connection.check(IDENTITY, [circuit.id])
+    run(party, "nap", np.zeros((1, 1), int))
+    before = party.connection.traffic.requests
+    q, k = party.run("project", party.encrypt("project", ROW))
+    (result,) = party.decrypt("attend", party.run("attend", [q, k]))
+    assert np.array_equal(result, expected(ROW))
+    assert party.connection.traffic.requests == before + 1  # both calls in one round trip
+    (again,) = party.decrypt("attend", party.run("attend", [q, k]))  # from what the server kept
+    assert np.array_equal(again, expected(ROW))
+    assert np.array_equal(party.decrypt("project", [k])[0], served.project(fhe.NumpyOps(), PARAMS, ROW)[1])
+
+    def kept() -> list[str]:
+        state = server.log.parent / "state" / "sessions" / str(party._session)
+        return sorted(path.name for path in state.glob("[0-9]*"))
+
+    assert len(kept()) == 2
+    del q
+    run(party, "nap", np.zeros((1, 1), int))
+    assert len(kept()) == 1  # what the client dropped, the server drops
+    party.close()
+    assert not kept()
+
+
+def test_the_api_describes_itself(server):
+    client = raw(server, None)
+    assert client.get("/healthz").json() == {"status": "ok"}
+    description = client.get("/openapi.json").json()
+    assert {"/specification", "/keys/{digest}", "/sessions", "/sessions/{identity}/batches"} <= set(
+        description["paths"]
+    )
+    body = description["paths"]["/sessions/{identity}/batches"]["post"]["requestBody"]["content"]
+    assert set(body["application/vnd.msgpack"]["schema"]["properties"]) == set(Batch.model_fields)
+    assert "$defs" not in json.dumps(body)
+    found = raw(server).get("/specification").json()
+    assert found["bundle"] == IDENTITY
+    assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash"}
+
+
+def test_metrics_are_for_their_own_token(server):
+    assert b"jaxgpt2_requests_total" in raw(server, "metrics").get("/metrics").content
+    assert raw(server, "alice").get("/metrics").status_code == 403
+    assert raw(server, None).get("/metrics").status_code == 401
+    assert raw(server, "metrics").get("/specification").status_code == 403
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic YTpi", "Bearer", "Bearer token-of-alice extra"])
+def test_without_a_token_nothing_is_said(server, header):
+    headers = {} if header is None else {"Authorization": header}
+    client = httpx2.Client(base_url=server.url, headers=headers)
+    for method, path in [("GET", "/specification"), ("GET", f"/keys/{'a' * 64}"), ("PUT", f"/keys/{'a' * 64}"),
+                         ("POST", "/sessions"), ("DELETE", f"/sessions/{'a' * 32}"),
+                         ("POST", f"/sessions/{'a' * 32}/batches")]:  # fmt: skip
+        response = client.request(method, path)
+        assert response.status_code == 401
+        assert response.json() == {
+            "code": "unauthorized", "detail": "this server wants a bearer token that it knows"
+        }  # fmt: skip
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_a_session_is_its_owners(server, circuit):
+    alice, bob = remote(server, circuit), raw(server, "bob")
+    run(alice, "nap", np.zeros((1, 1), int))
+    content = batch_of(alice, "nap", np.zeros((1, 1), int))
+    for response in (
+        bob.post(f"/sessions/{alice._session}/batches", content=content),
+        bob.delete(f"/sessions/{alice._session}"),
+    ):
+        assert response.status_code == 403
+        assert response.json() == {"code": "not_yours", "detail": "this session belongs to another client"}
+    assert bob.post(f"/sessions/{'0' * 32}/batches", content=content).status_code == 404
+    # Nor are Alice's keys Bob's, though he knows their name.
+    digest = hashlib.sha256(alice.keys.evaluation).hexdigest()
+    assert bob.get(f"/keys/{digest}").json() == {"received": 0, "complete": False}
+    assert bob.post("/sessions", json={"circuit": circuit.id, "keys": digest}).json()["code"] == "keys_missing"
+    run(alice, "nap", np.zeros((1, 1), int))
+
+
+def test_a_client_of_another_bundle_is_told_at_once(server, circuit):
+    with pytest.raises(Mismatch, match=r"another bundle \(bbbbbbbbbbbb, head 0.1\), this client is of cccccccccccc"):
+        connection(server).check("c" * 64, [circuit.id])
+    with pytest.raises(Mismatch, match="another bundle"):
+        connection(server).check(IDENTITY, ["d" * 64])
+    other = fhe.get_backend("clear").compile({"nap": fhe.Function(served.nap, [(ROW,)])}, None, fhe.Settings())
+    with pytest.raises(Refused, match="no such circuit"):
+        run(remote(server, other), "nap", ROW * 0)
+
+
+def test_a_batch_is_computed_once(server, circuit):
+    party, client = remote(server, circuit), raw(server)
+    session = session_of(server, party, client)
+
+    def naps() -> float:
+        text = raw(server, "metrics").get("/metrics").text
+        lines = [
+            line for line in text.splitlines() if line.startswith('jaxgpt2_function_seconds_count{function="nap"}')
+        ]
+        return float(lines[0].split()[-1]) if lines else 0.0
+
+    before, content = naps(), batch_of(party, "nap", np.full((1, 1), 5))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda _: client.post(f"/sessions/{session}/batches", content=content), range(4)))
+    answers.append(client.post(f"/sessions/{session}/batches", content=content))
+    assert all(answer.status_code == 200 and answer.content == answers[0].content for answer in answers)
+    assert naps() == before + 1
+
+
+def test_long_work_is_waited_for_in_short_requests(server, circuit, monkeypatch):
+    party, client = remote(server, circuit), raw(server)
+    run(party, "nap", np.zeros((1, 1), int))
+    request = secrets.token_hex(16)
+    content = batch_of(party, "nap", np.full((1, 1), 8), request=request)
+    path = f"/sessions/{party._session}/batches"
+    assert client.get(f"{path}/{request}").json()["code"] == "no_batch"
+    with pytest.raises(httpx2.ReadTimeout):  # the line is lost
+        client.post(path, content=content, timeout=0.3)
+    assert client.get(f"{path}/{request}").status_code == 200
+
+    sent, once = [], party.connection.once
+
+    def broken(method: str, *arguments: Any, **options: Any) -> httpx2.Response:
+        """Loses the first answer to a batch."""
+        response = once(method, *arguments, **options)
+        sent.append(method)
+        if sent == ["POST"]:
+            raise remote_module._Again(ServerError("lost"))
+        return response
+
+    monkeypatch.setattr(party.connection, "once", broken)
+    assert np.array_equal(run(party, "nap", np.full((1, 1), 2)), [[2]])
+    assert sent == ["POST", "GET"]  # what arrived is not sent again
+
+
+def test_another_batch_of_a_session_waits_its_turn(server, circuit):
+    party, client = remote(server, circuit), raw(server)
+    session = session_of(server, party, client)
+    first = threading.Thread(
+        target=client.post, args=[f"/sessions/{session}/batches"],
+        kwargs={"content": batch_of(party, "nap", np.full((1, 1), 10))},
+    )  # fmt: skip
+    first.start()
+    time.sleep(0.4)
+    refused = client.post(f"/sessions/{session}/batches", content=batch_of(party, "nap", np.zeros((1, 1), int)))
+    assert (refused.status_code, refused.json()["code"]) == (409, "in_order")
+    assert client.delete(f"/sessions/{session}").json()["code"] == "in_order"
+    first.join()
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+
+def test_an_upload_goes_on_where_it_broke(server):
+    client, keys = raw(server), os.urandom(300_000)
+    digest = hashlib.sha256(keys).hexdigest()
+
+    def put(data: Any, start: int) -> httpx2.Response:
+        span = {"Content-Range": f"bytes {start}-{len(keys) - 1}/{len(keys)}"}
+        return client.put(f"/keys/{digest}", content=data, headers=span)
+
+    def breaks():
+        yield keys[:100_000]
+        raise OSError("the line is cut")
+
+    with pytest.raises(OSError, match="cut"):
+        put(breaks(), 0)
+    deadline = time.monotonic() + 5
+    while (status := client.get(f"/keys/{digest}").json())["received"] != 100_000:
+        assert time.monotonic() < deadline, status
+    assert put(keys, 0).json()["code"] in ("offset", "arriving")
+    time.sleep(0.2)
+    assert (put(keys[100_000:], 100_000).json()) == {"received": 300_000, "complete": True}
+    assert client.get(f"/keys/{digest}").json() == {"received": 300_000, "complete": True}
+
+
+def test_keys_are_what_their_name_says(server):
+    client, digest = raw(server), "a" * 64
+
+    def put(data: bytes, span: str) -> tuple[int, str]:
+        response = client.put(f"/keys/{digest}", content=data, headers={"Content-Range": span})
+        return response.status_code, response.json()["code"]
+
+    assert put(b"12345", "bytes 0-4/5") == (422, "digest")
+    assert client.get(f"/keys/{digest}").json() == {"received": 0, "complete": False}
+    assert put(b"123456", "bytes 0-4/5") == (413, "too_large")
+    assert put(b"1", "bytes 0-99999999999999/100000000000000") == (413, "too_large")
+    assert put(b"1", "bytes 7-9/10")[1] == "offset"
+    for span in ("", "bytes", "bytes 0-4/*", "bytes 5-4/5", "bytes 0-3/5", "bytes -1-4/5", "words 0-4/5"):
+        assert put(b"12345", span) == (400, "range")
+
+
+def test_the_keys_used_longest_ago_go_first(tmp_path):
+    store = KeyStore(tmp_path, capacity=1000, per_client=2)
+
+    def add(client: str, data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        with store.receive(client, digest, 0, len(data)) as file:
+            file.write(data)
+        store.finish(client, digest)
+        os.utime(store.path(client, digest), (time.time() - 100 + len(added), time.time() - 100 + len(added)))
+        added.append(digest)
+        return digest
+
+    added: list[str] = []
+    first, second = add("a", b"1" * 400), add("b", b"2" * 400)
+    store.use("a", first)
+    third = add("c", b"3" * 400)
+    assert [store.status(*key)[1] for key in (("a", first), ("b", second), ("c", third))] == [True, False, True]
+    with pytest.raises(Refusal, match="upload them"):
+        store.use("b", second)
+    small = [add("d", bytes([n])) for n in range(3)]
+    assert [store.status("d", digest)[1] for digest in small] == [False, True, True]  # two of a client
+    assert store.size <= store.capacity
+
+
+def test_keys_that_were_evicted_are_sent_again(bundle, circuit, tmp_path):
+    with running(bundle, tmp_path / "state") as server:
+        party = remote(server, circuit, None)
+        run(party, "nap", np.zeros((1, 1), int))
+        for path in (tmp_path / "state" / "keys").glob("*/*"):
+            path.unlink()
+        assert np.array_equal(run(party, "nap", np.ones((1, 1), int)), [[1]])
+
+
+# --- limits -------------------------------------------------------------------------------------
+
+
+def test_limits(bundle, circuit, tmp_path):
+    limits = ["--sessions-per-client", 1, "--calls-per-minute", 6, "--idle", 2, "--body", 1, "--session-size", 1]
+    with running(bundle, tmp_path / "state", *limits) as server:
+        party, client = remote(server, circuit, None), raw(server, None)
+        session = session_of(server, party, client)
+        keys = hashlib.sha256(party.keys.evaluation).hexdigest()
+        path, zero = f"/sessions/{session}/batches", np.zeros((1, 1), int)
+
+        response = client.post("/sessions", json={"circuit": circuit.id, "keys": keys})
+        assert (response.status_code, response.json()["code"]) == (429, "sessions")
+        assert int(response.headers["Retry-After"]) >= 1
+
+        assert client.post(path, content=bytes(1_000_001)).status_code == 413
+        assert client.post(path, content=iter([bytes(600_000)] * 2)).status_code == 413
+        wide = {"uploads": [bytes(900_000)] * 1, "calls": [], "results": []}
+        assert client.post(path, content=batch_of(party, "nap", zero, **wide)).status_code == 200
+
+        calls = [{"id": n, "function": "nap", "inputs": [0]} for n in range(5)]
+        assert client.post(path, content=batch_of(party, "nap", zero, calls=calls)).status_code == 200
+        response = client.post(path, content=batch_of(party, "nap", zero, calls=calls))
+        assert (response.status_code, response.json()["code"]) == (429, "rate")
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
+        response = client.post(path, content=batch_of(party, "nap", zero, calls=calls + calls))
+        assert (response.status_code, response.json()["code"]) == (422, "rate")
+
+        time.sleep(2.5)
+        response = client.post(path, content=batch_of(party, "nap", zero))
+        assert (response.status_code, response.json()["code"]) == (404, "no_session")
+        assert not list((tmp_path / "state" / "sessions").iterdir())
+
+
+def test_a_full_queue_says_when_to_come_back(bundle, circuit, tmp_path):
+    with running(bundle, tmp_path / "state", "--queue", 1, "--workers", 1) as server:
+        parties = [remote(server, circuit, None) for _ in range(4)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            results = [pool.submit(run, party, "nap", np.full((1, 1), 4)) for party in parties]
+            assert all(np.array_equal(result.result(), [[4]]) for result in results)  # they came back
+        refused = [event for event in server.events() if event.get("status") == 503]
+        assert refused
+
+
+class Fake:
+    """A worker that notes whose jobs it got."""
+
+    def __init__(self):
+        self.order: list[str] = []
+
+    async def run(self, job: Any) -> Done:
+        self.order.append(job.backend)
+        await asyncio.sleep(0)
+        if job.batch is not None:
+            raise job.batch
+        return Done()
+
+    def close(self) -> None:
+        self.order.append("closed")
+
+
+def job_of(name: str, keys: str = "k", error: Any = None) -> Job:
+    return Job(name, Path(), Path(keys), Path(), error, 1)
+
+
+def test_clients_take_turns():
+    async def play() -> list[str]:
+        worker = Fake()
+        scheduler = Scheduler([worker], limit=10)
+        jobs = [scheduler.run("a", job_of(f"a{n}")) for n in range(4)]
+        jobs += [scheduler.run("b", job_of("b0")), scheduler.run("c", job_of("c0", error=WorkerDied("it"))),
+                 scheduler.run("b", job_of("b1"))]  # fmt: skip
+        done = await asyncio.gather(*jobs, return_exceptions=True)
+        assert [type(result) for result in done] == [Done] * 5 + [WorkerDied, Done]
+        await scheduler.finish()
+        return worker.order
+
+    # a0 begins before anyone else is there
+    assert asyncio.run(play()) == ["a0", "a1", "b0", "c0", "a2", "b1", "a3", "closed"]
+
+
+def test_jobs_return_to_the_worker_that_has_their_keys():
+    async def play() -> tuple[list[str], list[str]]:
+        first, second = Fake(), Fake()
+        scheduler = Scheduler([first, second], limit=10)
+        for _ in range(3):
+            await asyncio.gather(scheduler.run("a", job_of("a", "ka")), scheduler.run("b", job_of("b", "kb")))
+        await scheduler.run("b", job_of("b", "kb"))
+        await scheduler.run("a", job_of("a", "ka"))
+        return first.order, second.order
+
+    assert sorted(map(set, asyncio.run(play()))) == [{"a"}, {"b"}]
+
+
+def test_a_full_queue_refuses():
+    async def play() -> None:
+        scheduler = Scheduler([Fake()], limit=1)
+        jobs = [asyncio.ensure_future(scheduler.run("a", job_of("a"))) for _ in range(3)]
+        done = await asyncio.gather(*jobs, return_exceptions=True)
+        assert [getattr(result, "status", None) for result in done] == [None, None, 503]
+        assert done[2].retry_after >= 1  # pyright: ignore[reportAttributeAccessIssue]
+
+    asyncio.run(play())
+
+
+# --- what breaks --------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_takes_one_request_with_it(server, circuit):
+    party, client = remote(server, circuit), raw(server)
+    session = session_of(server, party, client)
+    path, fatal = f"/sessions/{session}/batches", np.full((1, 1), FATAL)
+    response = client.post(path, content=batch_of(party, "crash", fatal))
+    assert response.status_code == 500
+    assert response.json() == {
+        "code": "worker_died", "detail": "the process that computed this died; it has been replaced"
+    }  # fmt: skip
+    assert client.post(path, content=batch_of(party, "crash", fatal * 0)).status_code == 200
+    with pytest.raises(Refused, match="died"):  # after a few tries
+        run(party, "crash", fatal)
+    assert np.array_equal(run(party, "nap", np.ones((1, 1), int)), [[1]])
+
+
+def test_a_worker_killed_at_work_is_replaced_and_the_client_notices_nothing(bundle, circuit, tmp_path):
+    with running(bundle, tmp_path / "state", "--workers", 1) as server:
+        party = remote(server, circuit, None)
+        run(party, "nap", np.zeros((1, 1), int))
+        (worker,) = server.workers()
+        timer = threading.Timer(0.5, os.kill, [worker, signal.SIGKILL])
+        timer.start()
+        assert np.array_equal(run(party, "nap", np.full((1, 1), 15)), [[15]])
+        assert server.workers() != [worker]
+        assert [event["event"] for event in server.events()].count("worker died") == 1
+
+
+def test_too_long_a_batch_is_stopped(bundle, circuit, tmp_path):
+    with running(bundle, tmp_path / "state", "--job", 3, "--workers", 1) as server:
+        party = remote(server, circuit, None)
+        run(party, "nap", np.zeros((1, 1), int))
+        with pytest.raises(Refused, match="longer than 3 s"):
+            run(party, "nap", np.full((1, 1), 600))
+        assert np.array_equal(run(party, "nap", np.ones((1, 1), int)), [[1]])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_killed_and_started_again_goes_on(bundle, circuit, tmp_path):
+    port = free_port()
+    with running(bundle, tmp_path / "state", port=port) as server:
+        party = remote(server, circuit, None)
+        q, k = party.run("project", party.encrypt("project", ROW))
+        party.decrypt("attend", party.run("attend", [q, k]))
+        sent = party.connection.traffic.keys
+        workers = server.workers()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            result = pool.submit(run, party, "nap", np.full((1, 1), 20))  # under way when the server dies
+            time.sleep(0.5)
+            server.process.kill()
+            server.process.wait()
+            with running(bundle, tmp_path / "state", port=port):
+                assert np.array_equal(result.result(), [[20]])
+                (again,) = party.decrypt("attend", party.run("attend", [q, k]))
+                assert np.array_equal(again, expected(ROW))
+                assert party.connection.traffic.keys == sent
+        deadline = time.monotonic() + 10
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):  # they end without their server
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_server_told_to_stop_finishes_what_it_does(bundle, circuit, tmp_path):
+    with running(bundle, tmp_path / "state") as server:
+        party = remote(server, circuit, None)
+        run(party, "nap", np.zeros((1, 1), int))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            result = pool.submit(run, party, "nap", np.full((1, 1), 15))
+            time.sleep(0.5)
+            server.process.terminate()
+            assert np.array_equal(result.result(), [[15]])
+        assert server.process.wait(20) == 0
+        assert server.events()[-1]["event"] == "stopped"
+    with pytest.raises(ServerError, match="does not answer"):
+        connection(server, None, patience=1).check(IDENTITY, [])
+
+
+def test_a_state_directory_has_one_server(bundle, server):
+    command = [sys.executable, "-m", "jaxgpt2.cli", "serve", str(bundle), "--state", str(server.log.parent / "state")]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("jaxgpt2: another server uses")
+
+
+def test_sessions_half_begun_are_swept(tmp_path):
+    (tmp_path / "half").mkdir()
+    old = SessionStore(tmp_path, idle=60, per_client=5, total=5, capacity=1)
+    assert not list(tmp_path.iterdir())
+    session = old.open("a", "c", "k")
+    new = SessionStore(tmp_path, idle=60, per_client=5, total=5, capacity=1)
+    assert new.get("a", session.id).circuit == "c"
+    os.utime(session.path / "session.json", (1, 1))
+    assert not SessionStore(tmp_path, idle=60, per_client=5, total=5, capacity=1).sessions
+
+
+# --- hostile bytes ------------------------------------------------------------------------------
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=20)
+    | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@st.composite
+def broken_batches(draw: st.DrawFn, party: Any) -> bytes:
+    """A good batch with something wrong: a field, a type, a length, a ciphertext cut or with a bit turned."""
+    (array,) = party.encrypt("project", ROW)
+    content: dict[str, Any] = {
+        "request": secrets.token_hex(16),
+        "calls": [{"id": 0, "function": "project", "inputs": [0]},
+                  {"id": 1, "function": "attend", "inputs": [{"call": 0, "output": 0}, {"call": 0, "output": 1}]}],
+        "uploads": [array],
+        "results": [{"call": 1, "output": 0}],
+        "forget": [],
+    }  # fmt: skip
+    match draw(st.integers(0, 8)):
+        case 0:
+            content[draw(st.sampled_from(list(content)))] = draw(PLAIN)
+        case 1:
+            call = draw(st.integers(0, 1))
+            content["calls"][call][draw(st.sampled_from(["id", "function", "inputs", "more"]))] = draw(PLAIN)
+        case 2:
+            content["uploads"] = [array[: draw(st.integers(0, len(array) - 1))]]
+        case 3:
+            turned = bytearray(array)
+            turned[draw(st.integers(0, len(array) - 1))] ^= 1 << draw(st.integers(0, 7))
+            content["uploads"] = [bytes(turned)]
+        case 4:  # rightly summed, and wrong within
+            body = bytearray(array[:-32])
+            body[draw(st.integers(0, len(body) - 1))] ^= 1 << draw(st.integers(0, 7))
+            content["uploads"] = [bytes(body) + hashlib.sha256(body).digest()]
+        case 5:
+            content["calls"][1]["inputs"][0] = {"call": draw(st.integers(-5, 2**40)), "output": draw(st.integers(0, 9))}
+        case 6:
+            del content[draw(st.sampled_from(["request", "calls", "uploads", "results"]))]
+        case 7:
+            x = np.zeros(draw(st.lists(st.integers(0, 4), max_size=4)), np.int64)
+            content["uploads"] = party.circuit.ports.pack_inputs(
+                "project", party.circuit.id, party.keys.id, [fhe.clear._to_bytes(x)]
+            )
+        case 8:
+            content["results"] = [{"call": draw(st.integers(0, 3)), "output": draw(st.integers(0, 2**31))}]
+    data = packed(content)
+    if draw(st.booleans()) and draw(st.booleans()):
+        data = data[: draw(st.integers(0, len(data)))] + draw(st.binary(max_size=5))
+    return data
+
+
+def test_thousands_of_malformed_requests(server, circuit):
+    """None is answered with 500, none kills the server, none spoils the next good request."""
+    party, client = remote(server, circuit), raw(server)
+    session = session_of(server, party, client)
+    seen: dict[int, int] = {}
+
+    def note(response: httpx2.Response) -> None:
+        seen[response.status_code] = seen.get(response.status_code, 0) + 1
+        assert response.status_code < 500, response.text
+        if not response.is_success:
+            problem = response.json()
+            assert set(problem) == {"code", "detail"} and problem["detail"] and "\n" not in problem["detail"]
+        if sum(seen.values()) % 100 == 0:
+            q, k = party.run("project", party.encrypt("project", ROW))
+            assert np.array_equal(party.decrypt("attend", party.run("attend", [q, k]))[0], expected(ROW))
+
+    calm = settings(
+        deadline=None,
+        database=None,
+        max_examples=1200,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+    @calm
+    @given(content=broken_batches(party))
+    def batches(content: bytes) -> None:
+        note(client.post(f"/sessions/{session}/batches", content=content))
+
+    @settings(calm, max_examples=400)
+    @given(content=st.binary(max_size=300) | PLAIN.map(packed))
+    def garbage(content: bytes) -> None:
+        note(client.post(f"/sessions/{session}/batches", content=content))
+
+    named = st.fixed_dictionaries({"circuit": st.text(), "keys": st.text()}).map(json.dumps)
+
+    @settings(calm, max_examples=300)
+    @given(content=st.binary(max_size=100) | (PLAIN.map(repr) | named).map(str.encode))
+    def sessions(content: bytes) -> None:
+        note(client.post("/sessions", content=content))
+
+    @settings(calm, max_examples=300)
+    @given(content=st.binary(max_size=100), name=st.from_regex(r"[0-9a-f]{64}|[ -~]{1,70}", fullmatch=True),
+           span=st.from_regex(r"bytes [0-9]{1,3}-[0-9]{1,3}/[0-9]{1,3}|[ -~]{0,30}", fullmatch=True))  # fmt: skip
+    def keys(content: bytes, name: str, span: str) -> None:
+        note(client.put(f"/keys/{quote(name)}", content=content, headers={"Content-Range": span.strip()}))
+
+    @settings(calm, max_examples=60)
+    @given(content=st.binary(max_size=60))
+    def sockets(content: bytes) -> None:
+        with socket.create_connection(("127.0.0.1", httpx2.URL(server.url).port or 0), timeout=5) as line:
+            line.sendall(content)
+
+    for attack in (batches, garbage, sessions, keys, sockets):
+        attack()
+    assert sum(seen.values()) > 2000, seen
+    assert server.process.poll() is None
+    assert all(event.get("status", 0) < 500 or event.get("route") == "none" for event in server.events()[-2000:])
+
+
+def test_strange_keys_are_refused_when_they_are_used(server, circuit):
+    party, client = remote(server, circuit), raw(server)
+    stranger = circuit.make_keys().evaluation
+    other = fhe.wire.pack("evaluation keys", "c" * 64, party.keys.id, [])
+    for keys, reason in [
+        (stranger, "made with keys"), (other, "made for circuit"), (b"nothing", "do not begin"),
+        (stranger[:-1], "damaged"), (fhe.wire.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
+    ]:  # fmt: skip
+        digest = hashlib.sha256(keys).hexdigest()
+        span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}
+        assert client.put(f"/keys/{digest}", content=keys, headers=span).is_success
+        session = client.post("/sessions", json={"circuit": circuit.id, "keys": digest}).json()["session"]
+        response = client.post(f"/sessions/{session}/batches", content=batch_of(party, "project", ROW))
+        assert (response.status_code, response.json()["code"]) == (422, "refused")
+        assert reason in response.json()["detail"]
+        assert client.delete(f"/sessions/{session}").status_code == 204
+
+
+def test_logs_hold_no_payload_and_no_token(server, circuit):
+    party, client = remote(server, circuit), raw(server)
+    session = session_of(server, party, client)
+    marker = b"PLANTED-MARKER"
+    client.post(f"/sessions/{session}/batches", content=batch_of(party, "nap", ROW[:, :1], uploads=[marker]))
+    client.post(f"/sessions/{session}/batches", content=packed({"request": marker.decode(), "x": marker}))
+    client.post("/sessions", content=b'{"circuit": "PLANTED-MARKER", "PLANTED-MARKER": 1}')
+    client.get("/keys/PLANTED-MARKER")
+    text = server.log.read_text()
+    for secret in (marker.decode(), session, hashlib.sha256(party.keys.evaluation).hexdigest(), *TOKENS.values()):
+        assert secret not in text
+    assert all("event" in json.loads(line) for line in text.splitlines())
+
+
+def test_a_failure_within_is_answered_and_logged_without_its_text(bundle, tmp_path, monkeypatch):
+    """What no one foresaw is a 500 with a reason."""
+    from starlette.testclient import TestClient
+
+    inner = Server(bundles.Bundle.read(bundle, "server"), ServerSettings(tmp_path), [])
+    monkeypatch.setattr(inner.keys, "status", lambda *_: 1 / 0)
+    with TestClient(make_app(inner)) as client:
+        response = client.get(f"/keys/{'a' * 64}")
+    assert response.status_code == 500
+    assert response.json() == {"code": "failed", "detail": "the server failed: ZeroDivisionError"}
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_bad_options_are_one_line(bundle, tokens, tmp_path):
+    (tmp_path / "bad").write_text("alice\n")
+    (tmp_path / "empty").write_text("# nobody\n")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "bundle.json").write_text("{")
+    for arguments, message in [
+        ([tmp_path], "is no server bundle (bundle.json: no such file or directory)"),
+        ([bundle.parent], f"give {bundle}"),
+        ([tmp_path / "torn"], "is damaged"),
+        ([bundle, "--host", "0.0.0.0"], "anybody could use the server: give --tokens FILE, or --anybody"),
+        ([bundle, "--tokens", tmp_path / "absent"], "cannot be read: No such file"),
+        ([bundle, "--tokens", tmp_path / "bad"], "line 1: wanted NAME and the token's SHA-256"),
+        ([bundle, "--tokens", tmp_path / "empty"], "has no token"),
+        ([bundle, "--tls-cert", tokens], "TLS takes --tls-cert and --tls-key"),
+        ([bundle, "--tls-cert", tokens, "--tls-key", tokens, "--state", tmp_path / "s"], "certificate or its key"),
+        ([bundle, "--workers", 0], "nobody to compute"),
+    ]:
+        result = CliRunner().invoke(main, ["serve", *map(str, arguments)])
+        assert result.exit_code == 2, result.output
+        line = result.stderr.strip().splitlines()[-1]
+        assert line.startswith("jaxgpt2: ") and message in line
+
+
+def test_a_token_is_made_and_works(bundle, tmp_path):
+    file = tmp_path / "tokens"
+    made = [CliRunner().invoke(main, ["token", name, str(file)]) for name in ("carol", "dave")]
+    assert all(result.exit_code == 0 for result in made)
+    again = CliRunner().invoke(main, ["token", "carol", str(file)])
+    assert again.exit_code == 2 and "twice" in again.stderr
+    assert len(file.read_text().splitlines()) == 2
+    with running(bundle, tmp_path / "state", "--tokens", file) as server:
+        Connection(server.url, made[1].stdout.strip()).check(IDENTITY, [])
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:1", "is no server"),
+        ("ftp://host", "is no server"),
+        ("http://example.org", "is not encrypted"),
+        ("https://", "is no server"),
+    ],
+)
+def test_urls_that_are_no_servers(url, message):
+    with pytest.raises(ServerError, match=message):
+        Connection(url)
+
+
+def test_a_damaged_bundle_is_refused(circuit, tmp_path):
+    bundles.write(tmp_path, "server", IDENTITY, {"0.1": circuit})
+    found = bundles.Bundle.read(tmp_path, "server")
+    assert (found.id, found.circuits[0].ports) == (IDENTITY, circuit.ports)
+    with pytest.raises(bundles.BundleError, match="is a server bundle, wanted the client's"):
+        bundles.Bundle.read(tmp_path, "client")
+    manifest = tmp_path / "bundle.json"
+    good = json.loads(manifest.read_text())
+    for changes, message in [({"format": 99}, "has format 99, this jaxgpt2 reads 1"), ({"circuits": []}, "is damaged"),
+                             ({"versions": {"numpy": "0.1"}}, "was made with numpy 0.1, here is")]:  # fmt: skip
+        manifest.write_text(json.dumps(good | changes))
+        with pytest.raises(bundles.BundleError, match=message):
+            bundles.Bundle.read(tmp_path, "server")
+    manifest.write_text(json.dumps(good))
+    (tmp_path / "circuits" / "0.1" / "server.bin").write_bytes(b"other")
+    with pytest.raises(bundles.BundleError, match=r"server\.bin is damaged"):
+        bundles.Bundle.read(tmp_path, "server")
