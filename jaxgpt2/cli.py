@@ -272,13 +272,14 @@ def main() -> None:
 @click.option("--top-k", type=int, help="Draw among the k likeliest tokens only.")
 @click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers run encrypted heads.")
 @json_option
 @click.pass_context
 def generate(context: click.Context, prompt: str, calibration: Path | None, mode: str, backend: str | None,
              p_error: float | None, rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float,
-             top_k: int | None, top_p: float | None, seed: int, as_json: bool, server: str | None, client: Path | None,
-             secret_keys: Path | None, token: str | None, authority: Path | None, certificate: Path | None,
-             certificate_key: Path | None, insecure: bool, **head: Any) -> None:  # fmt: skip
+             top_k: int | None, top_p: float | None, seed: int, scheduler: str | None, as_json: bool,
+             server: str | None, client: Path | None, secret_keys: Path | None, token: str | None, authority: Path | None,
+             certificate: Path | None, certificate_key: Path | None, insecure: bool, **head: Any) -> None:  # fmt: skip
     """Continue PROMPT; with --server and --client, a server computes the protected heads, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
@@ -289,16 +290,18 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
         if server is None or client is None:
             raise InputError("a server needs a client bundle, and a client bundle a server: give --server and --client")
         refuse_given(context, "the client bundle says what the model is", head, "calibration", "mode", "backend",
-                     "p_error", "rounding", "cache")  # fmt: skip
+                     "p_error", "rounding", "cache", "scheduler")  # fmt: skip
         generate_remotely(prompt, server, client, secret_keys, token, authority, certificate, certificate_key, insecure,
                           max_new_tokens, sampling, as_json)  # fmt: skip
         return
+    if scheduler is not None and mode != "encrypted":
+        raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
     with step("loading the model"):
         hybrid = make_hybrid(**head, backend=backend)
     settings = make_settings(hybrid, p_error, rounding)
     gpt2 = hybrid.gpt2
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": head["model"]}
-    keys = None
+    keys: Any = None
     if mode != "float":
         length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens - 1
         passages = calibration_passages(calibration)
@@ -313,7 +316,19 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
         result |= heads_of(hybrid)
     steps = mode in ("simulate", "encrypted")
     waiting = (lambda n: step(f"token {n} of {max_new_tokens}")) if steps else (lambda n: contextlib.nullcontext())
-    write_tokens(gpt2, result, hybrid.generate(prompt, max_new_tokens, mode, sampling, keys), as_json, waiting)
+    if scheduler is None:
+        text = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
+    else:
+        from jaxgpt2 import distribute
+
+        cluster = distribute.connect(scheduler)
+        with step("sending circuits and evaluation keys"):
+            parties = {
+                unit: distribute.send(cluster, circuit, keys[unit], circuit.report.backend)
+                for unit, circuit in hybrid.circuits.items()
+            }
+        text = hybrid.continue_text(prompt, max_new_tokens, hybrid.engine_of(parties), sampling)
+    write_tokens(gpt2, result, text, as_json, waiting)
 
 
 def write_tokens(

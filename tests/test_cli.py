@@ -110,6 +110,7 @@ def test_info_says_what_is_there():
         (["eval", "--text", "CALIBRATION"], "evaluate on other text"),
         (["compile", "--out", "MODEL"], "not an empty directory"),
         (["compile", "--seq-len", "999"], "max_tokens must be 1 to"),
+        (["generate", "x", "--scheduler", "tcp://nowhere:1"], "--scheduler is for --mode encrypted"),
         (["generat"], "No such command"),
     ],
 )
