@@ -278,8 +278,9 @@ def main() -> None:
 def generate(context: click.Context, prompt: str, calibration: Path | None, mode: str, backend: str | None,
              p_error: float | None, rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float,
              top_k: int | None, top_p: float | None, seed: int, scheduler: str | None, as_json: bool,
-             server: str | None, client: Path | None, secret_keys: Path | None, token: str | None, authority: Path | None,
-             certificate: Path | None, certificate_key: Path | None, insecure: bool, **head: Any) -> None:  # fmt: skip
+             server: str | None, client: Path | None, secret_keys: Path | None, token: str | None,
+             authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
+             **head: Any) -> None:  # fmt: skip
     """Continue PROMPT; with --server and --client, a server computes the protected heads, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
