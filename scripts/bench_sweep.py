@@ -6,9 +6,9 @@
 
 A row is one head at one number of bits with every metric: agreement at three k, KL, recovered KL, head error. It shares
 the float model, and with the other rows of its head the model without that head; both are counted in. Its calibration
-is the formula's work, done on other threads meanwhile, and stands apart: `lowrank` trains every head for seconds. Beside
-it stand as many single-sentence forward passes of transformers as there are passages. Reported are medians; compilation
-is no part of them.
+is the formula's work, done on other threads meanwhile, and stands apart: `lowrank` trains every head for seconds.
+Beside it stand as many single-sentence forward passes of transformers as there are passages. Reported are medians;
+compilation is no part of them.
 
 The limit of a row is the arithmetic of the layers after the head and of the output projection over the vocabulary, at
 the speed of the device's largest matrix products, which is measured in the same run.

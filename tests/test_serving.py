@@ -39,9 +39,9 @@ pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
 CALIBRATION = ["ab", "cd", "th", "ea", "to", "of", "in", "we", "he", "it", "ox", "zz", "abcd", "that", "word"]
 TOKENS = {name: f"token-of-{name}" for name in ("alice", "bob", "carol", "dave")}
 PROMPT, NEW = "tq", 3
-LENGTH = 6
+LENGTH = 9
 HEADS = "1.2"
-LOWRANK = ["--attention", "lowrank", "--bits", 3, "--set", "score_rank=2", "--set", "value_rank=2",
+LOWRANK = ["--attention", "lowrank", "--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1",
            "--set", "training_steps=2", "--rounding", "exact", "--p-error", 1e-6]  # fmt: skip
 
 
@@ -239,9 +239,21 @@ def memory_of(pid: int) -> Iterator[bytes]:
                 start += (1 << 24) - (1 << 12)
 
 
+def secret_bits(keys: Any) -> bytes:
+    """A stretch of the secret key as it is serialized: words of 64 bits, each 0 or 1."""
+    data = keys.keys.serialize()
+    for offset in range(8):
+        words = np.frombuffer(data, np.uint64, (len(data) - offset) // 8, offset)
+        runs = np.split(words, np.flatnonzero(words > 1))
+        longest = max(runs, key=lambda run: int(np.count_nonzero(run == 1)))[1:257]
+        if 64 < np.count_nonzero(longest) < 192:
+            return longest.tobytes()
+    raise AssertionError("found no secret key in its own file")
+
+
 def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
     """Neither on its disk, nor in its memory or its workers', nor in its log; nor the client's token."""
-    marker = "qzxj"
+    marker = "qzxjvkwy"  # so long that no ciphertext will hold it by chance
     with running(compiled / "server", tmp_path / "state", "--workers", 1) as server:
         with RemoteGPT2.connect(server.url, compiled / "client", tmp_path / "keys") as remote:
             inputs: list[np.ndarray] = []
@@ -255,10 +267,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
                 circuit.encrypt = spy  # pyright: ignore[reportAttributeAccessIssue]
                 assert remote.keys[unit]
             assert len(list(remote.generate(marker, 2))) == 2
-            secrets_held = [
-                keys.keys._keyset.get_client_keys().serialize()[400:600]  # pyright: ignore[reportAttributeAccessIssue]
-                for keys in remote.keys.values()
-            ]
+            secrets_held = [secret_bits(keys) for keys in remote.keys.values()]
         rows = [row.astype(kind).tobytes() for x in inputs for row in x for kind in (np.int64, np.int32, np.float32)]
         needles = {"text": marker.encode(), **{f"key {n}": part for n, part in enumerate(secrets_held)}}
         needles |= {f"row {n}": row for n, row in enumerate(rows) if np.frombuffer(row, np.uint8).any()}
@@ -331,7 +340,7 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
         (inner,) = fhe.wire.unpack(array, "input 0 of project", circuit.id, own.id).parts
         session, outcomes = session_for(own.evaluation), []
         assert send(session, array).is_success
-        for attempt in range(150):
+        for attempt in range(60):
             damaged = bytearray(inner)
             if attempt % 3 == 0:
                 damaged = damaged[: rng.integers(0, len(inner))]
@@ -341,12 +350,12 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
                 damaged[rng.integers(0, len(inner))] ^= 1 << rng.integers(0, 8)
             (sealed,) = circuit.ports.pack_inputs("project", circuit.id, own.id, [bytes(damaged)])
             outcomes.append(send(session, sealed).status_code)
-        assert outcomes.count(422) > 30
+        assert outcomes.count(422) > 12
         assert send(session, array).is_success
         client.delete(f"/sessions/{session}")
 
         (inner,) = fhe.wire.unpack(own.evaluation, "evaluation keys", circuit.id, own.id).parts
-        for attempt in range(6):
+        for attempt in range(3):
             damaged = bytearray(inner)
             if attempt % 2:
                 damaged = damaged[: rng.integers(0, len(inner))]
@@ -390,7 +399,7 @@ def test_bad_input_is_one_line(server, compiled, keys, tmp_path):
         (["--server", server.url, "--client", client, "--mode", "float"], "--mode has no place"),
         (["--server", server.url, "--client", client], "wants a bearer token that it knows (401 unauthorized)"),
         (["--server", "http://example.org", "--client", client], "is not encrypted"),
-        ([*remote_command(server, compiled, keys, "alice", 9)[2:]], "these are made for 6"),
+        ([*remote_command(server, compiled, keys, "alice", 12)[2:]], "these are made for 9"),
     ]:
         result = CliRunner().invoke(main, ["generate", PROMPT, *map(str, arguments)])
         assert result.exit_code == 2, result.output
