@@ -287,7 +287,7 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
         click.echo(table(header, rows))
         click.echo(
             f"\n{workers or os.cpu_count()} workers, each with {threads or 'all'} cores and room for {keys_in_memory} "
-            f"sets of keys; a text is {length - tokens + 1} prompt tokens and {tokens} new ones; memory after the texts."
+            f"sets of keys; texts of {length - tokens + 1} prompt tokens and {tokens} new ones; memory after them."
         )
 
 
