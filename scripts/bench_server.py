@@ -314,7 +314,7 @@ def token_table(here: list[list[float]], there: list[list[float]], crossed: list
     return table(("new token", "in one process", "through the server", "ratio", "sent", "received"), rows)
 
 
-def timed(name: str, own: float, other: float, sent: int, received: int) -> tuple[str, ...]:
+def timed(name: str, own: float, other: float, sent: float, received: float) -> tuple[str, ...]:
     return name, f"{own:.2f} s", f"{other:.2f} s", f"{other / own:.2f}", megabytes(sent), megabytes(received)
 
 
