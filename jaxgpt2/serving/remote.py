@@ -26,6 +26,7 @@ import jaxgpt2
 from jaxgpt2.errors import InputError
 from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.protocol import (
+    MAX_CALLS,
     MSGPACK,
     Answer,
     BadRequest,
@@ -282,6 +283,8 @@ class Remote:
         """Args:
         arrays: what `encrypt` or `run` returned.
         """
+        if len(self._calls) == MAX_CALLS:  # a long prompt goes in several batches
+            self._flush()
         inputs: list[int | Result] = []
         for array in arrays:
             if isinstance(array, Handle):

@@ -32,6 +32,7 @@ from limits.strategies import MovingWindowRateLimiter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
 from jaxgpt2.serving import FORMAT
@@ -226,8 +227,12 @@ class Server:
                 elif source >= len(batch.uploads):
                     raise Refusal(422, "inputs", f"there is no upload {source}")
             made |= {Result(call=call.id, output=output) for output in range(port.outputs)}
+        functions = {call.id: call.function for call in batch.calls}
         for result in batch.results:
             known(result)
+            # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
+            if result.call not in functions or fhe.Output(functions[result.call], result.output) in ports.kept:
+                raise Refusal(403, "kept", f"result {result.output} of call {result.call} stays on the server")
         if session.size + sum(map(len, batch.uploads)) > self.sessions.capacity:
             raise Refusal(413, "session_full", f"a session may hold {self.sessions.capacity} bytes")
 
