@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -34,3 +35,8 @@ def gpt2(small_readonly: Path) -> GPT2:
 def small(small_readonly: Path, tmp_path: Path) -> Path:
     """A copy of it that the test may damage."""
     return Path(shutil.copytree(small_readonly, tmp_path / "small"))
+
+
+# A first example compiles; and machines are shared.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
