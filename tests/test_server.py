@@ -682,7 +682,7 @@ def test_strange_keys_are_refused_when_they_are_used(server, circuit):
         span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}
         assert client.put(f"/keys/{digest}", content=keys, headers=span).is_success
         session = client.post("/sessions", json={"circuit": circuit.id, "keys": digest}).json()["session"]
-        response = client.post(f"/sessions/{session}/batches", content=batch_of(party, "project", ROW))
+        response = client.post(f"/sessions/{session}/batches", content=batch_of(party, "project", ROW, results=[]))
         assert (response.status_code, response.json()["code"]) == (422, "refused")
         assert reason in response.json()["detail"]
         assert client.delete(f"/sessions/{session}").status_code == 204
