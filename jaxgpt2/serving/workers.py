@@ -12,7 +12,7 @@ import functools
 import multiprocessing
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,19 +46,27 @@ class LocalWorker:
     """
 
     def __init__(self, timeout: float, threads: int | None):
+        self._timeout, self._threads = timeout, threads
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPool:
         # A process that is spawned inherits nothing: no socket, no memory of the server.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(1, initializer=start_worker, initargs=[threads], context=context)
-        self._timeout = timeout
+        return ProcessPool(1, initializer=start_worker, initargs=[self._threads], context=context)
 
     async def run(self, job: Job) -> Done:
-        future: Future[Done] = self._pool.schedule(perform, args=[job], timeout=self._timeout)
         try:
+            future: Future[Done] = self._pool.schedule(perform, args=[job], timeout=self._timeout)
             return await asyncio.wrap_future(future)
         except TimeoutError:
             raise TookTooLong from None
         except ProcessExpired as error:
             raise WorkerDied(f"exit code {error.exitcode}") from None
+        except (BrokenExecutor, RuntimeError) as error:
+            # It died where the pool itself cannot go on, as while it was handed the job.
+            self._pool.stop()
+            self._pool = self._start()
+            raise WorkerDied(f"{type(error).__name__}") from None
 
     def close(self) -> None:
         self._pool.stop()
