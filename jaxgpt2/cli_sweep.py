@@ -20,7 +20,7 @@ from jaxgpt2.progress import counting, note, seconds
 if TYPE_CHECKING:
     from jaxgpt2.sweep import Experiment
 
-# Widths that `tune` tries: beyond 8 bits an encrypted head costs more than anyone will wait for.
+# Widths that `tune` tries: every one more is a training for each head and choice of ranks.
 TUNED_BITS = "3-5"
 
 text_options = options(

@@ -155,7 +155,14 @@ def test_token_by_token_gives_the_integers_of_the_whole(tokens, seed):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("score_rank", 0), ("value_rank", 5000), ("exponential_bits", 40), ("training_steps", -1)]
+    ("name", "value"),
+    [
+        ("score_rank", 0),
+        ("value_rank", 5000),
+        ("exponential_bits", 40),
+        ("exponential_bits", 1),
+        ("training_steps", -1),
+    ],
 )
 def test_an_option_out_of_range_is_named(name, value):
     with pytest.raises(CalibrationError, match=f"{name} must be"):

@@ -419,18 +419,18 @@ def calibrate(
         exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
         training_steps: of `refine`; 0 keeps the closed formulas.
     """
+    term_bits = bits.activations + SCORE_BITS
     for name, value, low, high in (
         ("score_rank", score_rank, 1, 4096),
         ("value_rank", value_rank, 1, 4096),
-        ("exponential_bits", exponential_bits, 0, 16),
+        ("exponential_bits", exponential_bits or term_bits, 4, 16),
         ("training_steps", training_steps, 0, 100_000),
     ):
         if not low <= value <= high:
             raise CalibrationError(f"{name} must be {low} to {high}, got {value}")
     levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
-    term_bits = bits.activations + SCORE_BITS
     saturated = largest_level(term_bits)
-    exponential_bits = exponential_bits or bits.activations + SCORE_BITS
+    exponential_bits = exponential_bits or term_bits
     head_dim = weights.query.shape[1]
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
@@ -472,12 +472,11 @@ def calibrate(
     term_bias = np.rint([float(reals.term_bias) / unit * TERM_STEPS]).astype(np.int64)
     squares = TERM_STEPS * rank * levels**2 // 4
     check_accumulator("key", projection_bound(term_weight, term_bias, limit) + squares)
-    cell = widths.cell
     exponential = build_table(
         lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
-        int(np.floor(ranges.low / cell)) - 1,
-        int(np.ceil(ranges.high / cell)) + 1,
-        int(np.log2(cell)),
+        int(np.floor(ranges.low / widths.cell)) - 1,
+        int(np.ceil(ranges.high / widths.cell)) + 1,
+        int(np.log2(widths.cell)),
     )
     check_accumulator("output", max_tokens * 2 * largest_weight * levels)
     params = LowRankParams(
