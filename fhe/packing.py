@@ -8,9 +8,9 @@ there are few; a rotation costs ten times a product with a clear vector; sums ar
 `ops` (a `SlotOps`) is what the engine can do: `SlotMachine` does it in NumPy and encrypts nothing, an engine does it on
 ciphertexts. Both count rotations, products and levels in the same lines of code.
 
-This module has the operations, the layout (`Layout`) and the pieces of attention on it: `project`, `spread`, `scores`,
-`quadratics`, `weigh`. Sources: diagonals with baby and giant steps are Halevi and Shoup's ("Algorithms in HElib",
-CRYPTO 2014; "Faster homomorphic linear transformations in HElib", CRYPTO 2018).
+This module has the operations, the layout (`Layout`) and the pieces of attention on it: `project`, `apart`, `spread`,
+`scores`, `quadratics`, `weigh`. Sources: diagonals with baby and giant steps are Halevi and Shoup's ("Algorithms in
+HElib", CRYPTO 2014; "Faster homomorphic linear transformations in HElib", CRYPTO 2018).
 """
 
 from abc import ABC, abstractmethod
@@ -266,8 +266,9 @@ class Layout:
     The token varies fastest, so that a rotation by r * T slots moves positions and leaves every token in its lane; as
     positions run through the whole vector, that rotation is cyclic and nothing is lost at an end.
 
-    Input: position p holds feature p mod F. Projected: position p holds output p mod R, so that every output stands
-    P / R times. Read as blocks of 2R positions, two copies of the R outputs each:
+    Input: position p holds feature p mod F. Projected: position p holds output p mod 2R of two maps side by side, and
+    once they are apart output p mod R of one, so that every output stands P / R times. Read as blocks of 2R positions,
+    two copies of the R outputs each:
 
         block         0         |         1         | ...  B-1,  B = P / 2R
         output   0 .. R-1 0 .. R-1 | 0 .. R-1 0 .. R-1 | ...
@@ -278,7 +279,7 @@ class Layout:
     Args:
         slots: S, half the ring's degree.
         tokens: T, tokens in a tile.
-        features: F, at least the width of the input.
+        features: F, at least the width of the input, and 2R.
         outputs: R, at least the number of outputs of each projection.
     """
 
@@ -291,7 +292,7 @@ class Layout:
         numbers = self.slots, self.tokens, self.features, self.outputs
         if any(n < 1 or n & (n - 1) for n in numbers):
             raise CompilationError(f"a layout's numbers must be powers of two, got {numbers}")
-        if self.features > self.positions or self.outputs > self.features or self.blocks < self.tokens:
+        if not 2 * self.outputs <= self.features <= self.positions or self.blocks < self.tokens:
             raise CompilationError(
                 f"{self.slots} slots are too few for tiles of {self.tokens} tokens with {self.features} features and "
                 f"{self.outputs} outputs: use smaller tiles, a lower rank or a larger ring"
@@ -304,7 +305,7 @@ class Layout:
         Raises CompilationError if not even a tile of one token fits.
         """
         outputs = power_of_two(outputs)
-        features = max(power_of_two(width), outputs)
+        features = max(power_of_two(width), 2 * outputs)
         size = power_of_two(tokens) if tokens else slots
         while size > 1 and (features * size > slots or 2 * outputs * size * size > slots):
             size //= 2
@@ -353,59 +354,68 @@ class Layout:
 
 
 def steps_of(layout: Layout) -> tuple[int, int]:
-    """How R diagonals are cut into baby and giant steps, (baby, giant) with baby * giant = R.
-
-    Baby steps are shared by all projections of an input, giant steps are not: more of the former.
-    """
-    giant = 1 << (layout.outputs.bit_length() - 1) // 2 - (layout.outputs > 4)
-    return layout.outputs // giant, giant
+    """How 2R diagonals are cut into baby and giant steps, (baby, giant) with baby * giant = 2R."""
+    giant = 1 << ((2 * layout.outputs).bit_length() - 1) // 2
+    return 2 * layout.outputs // giant, giant
 
 
-def project(ops: SlotOps[V], layout: Layout, x: V, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[V]:
-    """Linear maps of every token of a packed input; one level.
+def project(ops: SlotOps[V], layout: Layout, x: V, matrix: np.ndarray) -> V:
+    """A linear map of every token of a packed input, to 2R outputs; one level.
 
-    With x at position p feature p mod F, and W padded by zeros to (F, R), the R diagonals
+    With x at position p feature p mod F, and W padded by zeros to (F, 2R), the 2R diagonals
 
-        D_r[p] = W[(p + r) mod F, p mod R],   y[p] = sum_r D_r[p] * x[p + r]
+        D_r[p] = W[(p + r) mod F, p mod 2R],   y[p] = sum_r D_r[p] * x[p + r]
 
-    reach R of the F features from position p; adding y's rotations by R, 2R ... F/2 positions reaches them all, and as
-    that sum is cyclic it leaves the outputs at all P / R places. r = giant * b + baby, and the giant steps go by
-    Horner's rule, so that one rotation key does for all baby steps and another for all giant ones.
+    reach 2R of the F features from position p; adding y's rotations by 2R, 4R ... F/2 positions reaches them all, and
+    as that sum is cyclic it leaves the outputs in all blocks. r = giant * b + baby, and the giant steps go by Horner's
+    rule, so that one rotation key does for all baby steps and another for all giant ones.
 
     Args:
-        parts: matrices (C, n) with biases (n,), n <= R, real or complex: output o of token t is
-            x_t @ matrix[:, o] + bias[o]; outputs n to R - 1 are zero.
+        matrix: (C, 2R), real or complex: output o of token t is x_t @ matrix[:, o].
 
     Returns:
-        For each part its outputs at all P / R places, in every lane.
+        output o at position o of every block. Of two maps side by side, `apart` makes two vectors.
     """
-    lanes, size = layout.tokens, layout.outputs
+    lanes, size = layout.tokens, 2 * layout.outputs
     baby, _ = steps_of(layout)
     rotated = [x]
     for _ in range(1, baby):
         rotated.append(ops.rotate(rotated[-1], lanes))
     position = np.arange(layout.positions)
+    padded = np.zeros((layout.features, size), np.complex128)
+    padded[: len(matrix)] = matrix
+    y = None
+    for step in reversed(range(0, size, baby)):
+        back = position - step  # the giant step rotates the product, so its diagonal is rotated back
+        diagonals = [padded[(back + step + r) % layout.features, back % size] for r in range(baby)]
+        y = None if y is None else ops.rotate(y, baby * lanes)
+        if any(diagonal.any() for diagonal in diagonals):
+            inner = ops.combine(rotated, diagonals)
+            y = inner if y is None else ops.add(inner, y)
+    if y is None:
+        raise CompilationError("a projection's weights are all zero")
+    fold = size
+    while fold < layout.features:
+        y = ops.add(y, ops.rotate(y, fold * lanes))
+        fold *= 2
+    return y
+
+
+def apart(ops: SlotOps[V], layout: Layout, y: V, masks: Sequence[tuple[int, Any]]) -> list[V]:
+    """From R outputs of one map in the first copy and R of another in the second, vectors of one map; one level.
+
+    Args:
+        masks: for each vector the copy it is made of, 0 or 1, and the clear vector (S,) or number it is multiplied by.
+
+    Returns:
+        vectors with the chosen outputs in both copies.
+    """
+    moved = ops.rotate(y, layout.outputs * layout.tokens)
+    _, output, _ = layout.axes
     results = []
-    for matrix, bias in parts:
-        padded = np.zeros((layout.features, size), np.complex128)
-        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        y = None
-        for step in reversed(range(0, size, baby)):
-            back = position - step  # the giant step rotates the product, so its diagonal is rotated back
-            diagonals = [padded[(back + step + r) % layout.features, back % size] for r in range(baby)]
-            y = None if y is None else ops.rotate(y, baby * lanes)
-            if any(diagonal.any() for diagonal in diagonals):
-                inner = ops.combine(rotated, diagonals)
-                y = inner if y is None else ops.add(inner, y)
-        if y is None:
-            raise CompilationError("a projection's weights are all zero")
-        fold = size
-        while fold < layout.features:
-            y = ops.add(y, ops.rotate(y, fold * lanes))
-            fold *= 2
-        constant = np.zeros(size, np.complex128)
-        constant[: len(bias)] = bias
-        results.append(ops.offset(y, np.tile(constant, layout.positions // size)))
+    for copy, mask in masks:
+        own = layout.mask(output // layout.outputs == copy)
+        results.append(ops.combine([y, moved], [mask * own, mask * (1 - own)]))
     return results
 
 

@@ -177,7 +177,7 @@ def test_numpy_equals_jax_equals_simulated_equals_decrypted(concrete, formula, s
     circuit = concrete.compile(
         {"head": fhe.Function(formula.head.run, inputset)},
         calibrated.params,
-        fhe.Settings(p_error=1e-6, rounding="none"),
+        fhe.Settings(p_error=1e-6, rounding="exact"),
     )
     keys = circuit.make_keys()
     for (x,) in inputset[:3]:

@@ -26,9 +26,8 @@ LAYOUT = Layout.fit(SLOTS, 20, 4, 8)
 
 def everything(ops, params, x, y):
     """Every operation of a machine once, on two inputs; and, to be kept, a projection of x."""
-    matrix, bias = params
     with ops.tag("projection"):
-        (z,) = project(ops, LAYOUT, x, [(matrix, bias)])
+        z = project(ops, LAYOUT, x, params)
     with ops.tag("rest"):
         product = ops.dot([z, y], [y, x])
         moved = ops.add(ops.rotate(product, -3), ops.conjugate(product))
@@ -49,7 +48,7 @@ def numbers(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, SLOTS)
 
 
-PARAMS = np.random.default_rng(0).normal(size=(20, 4)) * 0.2, np.arange(4.0)
+PARAMS = np.random.default_rng(0).normal(size=(20, 8)) * 0.2
 
 
 def functions() -> dict[str, fhe.Function]:

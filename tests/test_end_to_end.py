@@ -50,11 +50,16 @@ def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result
 
 
-@pytest.mark.parametrize(("formula", "heads"), [("lowrank", "0.1,1.2"), ("softmax", "1.0")])
-def test_encrypted_text_is_the_quantized_text(model, tmp_path, formula, heads):
+SMALL = ["--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1", "--set", "training_steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("formula", "heads", "options"), [("lowrank", "0.1,1.2", SMALL), ("softmax", "1.0", ["--bits", 2])]
+)
+def test_encrypted_text_is_the_quantized_text(model, tmp_path, formula, heads, options):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
     common = ["generate", "a", "--model", model, "--calibration", model / "calibration.txt", "--attention", formula,
-              "--head", heads, "--bits", 3, "--max-new-tokens", 2, "--p-error", 1e-7, "--rounding", "exact",
+              "--head", heads, *options, "--max-new-tokens", 2, "--p-error", 1e-6, "--rounding", "exact",
               "--cache", tmp_path, "--json"]  # fmt: skip
 
     def run(*arguments: object) -> dict:

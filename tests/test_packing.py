@@ -9,6 +9,7 @@ from fhe.errors import CompilationError
 from fhe.packing import (
     Layout,
     SlotMachine,
+    apart,
     gather,
     halves,
     power_of_two,
@@ -70,29 +71,31 @@ def test_packing_puts_every_feature_where_the_drawing_says(seed, tokens):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("parts", [1, 2])
-def test_projection_by_diagonals(shape, parts):
+def test_two_maps_side_by_side_and_then_apart(shape):
     machine, layout = machine_and_layout(*shape)
-    width, outputs = shape[1:3]
+    width, size = shape[1], layout.outputs
     x = numbers(0, layout.tokens, width)
-    matrices = [(numbers(i, width, outputs) + 1j * numbers(9 + i, width, outputs), numbers(5, outputs)) for i in (1, 2)]
-    results = project(machine, layout, machine.load(layout.pack(x)), matrices[:parts])
-    for (matrix, bias), result in zip(matrices, results, strict=False):
-        blocks = layout.unpack(result.values)
-        wanted = (x @ matrix + bias).T
-        for copy in (0, layout.outputs):
-            assert np.allclose(blocks[:, copy : copy + outputs], wanted)
+    maps = [numbers(i, width, size) + 1j * numbers(9 + i, width, size) for i in (1, 2)]
+    y = project(machine, layout, machine.load(layout.pack(x)), np.concatenate(maps, axis=1))
+    assert np.allclose(layout.unpack(y.values), np.concatenate([(x @ part).T for part in maps]))
     assert machine.tally.depth == 1
+    mask = layout.mask(layout.axes[0] == 0)
+    first, second, masked = apart(machine, layout, y, [(0, 1.0), (1, 1.0), (1, mask)])
+    for part, result in zip(maps, (first, second), strict=True):
+        assert np.allclose(layout.unpack(result.values), np.tile((x @ part).T, (2, 1)))
+    assert np.allclose(masked.values, second.values * mask)
+    assert machine.tally.depth == 2
 
 
 def test_projection_costs_what_it_says():
     machine, layout = machine_and_layout(8192, 768, 64, 8)
-    part = (numbers(1, 768, 64), numbers(2, 64))
-    project(machine, layout, machine.load(layout.pack(numbers(0, 8, 768))), [part, part])
+    y = project(machine, layout, machine.load(layout.pack(numbers(0, 8, 768))), numbers(1, 768, 128))
     baby, giant = steps_of(layout)
-    assert machine.tally.total("rotation") == baby - 1 + 2 * (giant - 1 + 4)
-    assert machine.tally.total("clear product") == 2 * 64
-    assert machine.tally.rotations == {8, 8 * baby, 512, 1024, 2048, 4096}
+    assert machine.tally.total("rotation") == baby - 1 + giant - 1 + 3
+    assert machine.tally.total("clear product") == 128
+    assert machine.tally.rotations == {8, 8 * baby, 1024, 2048, 4096}
+    apart(machine, layout, y, [(0, 1.0), (1, 1.0)])
+    assert machine.tally.total("rotation") == baby + giant + 2
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 8), st.sampled_from([1, 2, 4]))
@@ -100,17 +103,18 @@ def test_projection_costs_what_it_says():
 def test_projection_of_any_matrix(seed, width, outputs, tokens):
     machine, layout = machine_and_layout(1024, width, outputs, tokens)
     random = np.random.default_rng(seed)
-    matrix = random.normal(size=(width, outputs)) * (random.random((width, outputs)) < 0.5)
+    shape = width, 2 * layout.outputs
+    matrix = random.normal(size=shape) * (random.random(shape) < 0.5)
     matrix[0, 0] = 1.0  # at least one weight
     x = random.normal(size=(layout.tokens, width))
-    (y,) = project(machine, layout, machine.load(layout.pack(x)), [(matrix, np.zeros(outputs))])
-    assert np.allclose(layout.unpack(y.values)[:, :outputs], (x @ matrix).T)
+    y = project(machine, layout, machine.load(layout.pack(x)), matrix)
+    assert np.allclose(layout.unpack(y.values), (x @ matrix).T)
 
 
 def test_weights_that_are_all_zero_are_refused():
     machine, layout = machine_and_layout(1024, 20, 4, 4)
     with pytest.raises(CompilationError, match="all zero"):
-        project(machine, layout, machine.load(np.zeros(1024)), [(np.zeros((20, 4)), np.zeros(4))])
+        project(machine, layout, machine.load(np.zeros(1024)), np.zeros((20, 8)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

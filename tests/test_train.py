@@ -101,7 +101,8 @@ def test_export_is_a_model_that_loads(corpus, tmp_path):
     assert (tmp_path / "run" / "state.msgpack").read_bytes() == before
     # Passages of the exported tokenizer's tokens, from different documents.
     result = CliRunner().invoke(
-        cut_passages.main, ["--corpus", str(corpus), "--checkpoint", str(exported), "--count", "20"]
+        cut_passages.main,
+        ["--corpus", str(corpus), "--checkpoint", str(exported), "--evaluation", "20", "--calibration", "20"],
     )
     assert result.exit_code == 0, result.output
     passages = (exported / "eval.txt").read_text().splitlines()

@@ -37,6 +37,7 @@ from fhe.packing import (
     SlotMachine,
     SlotOps,
     V,
+    apart,
     gather,
     halves,
     power_of_two,
@@ -319,17 +320,18 @@ def _joined(layout: Layout, key: np.ndarray, value: np.ndarray) -> np.ndarray:
     return both
 
 
-def _bias(layout: Layout, params: PolynomialParams) -> np.ndarray:
-    """Of keys + i * values, (2R, 1)."""
-    return np.tile(_joined(layout, params.key_bias, params.value_bias), 2)[:, None]
+def _biases(layout: Layout, params: PolynomialParams) -> tuple[np.ndarray, np.ndarray]:
+    """Of queries, halved, and of keys + i * values, (2R, 1)."""
+    joined = _joined(layout, params.key_bias, params.value_bias)
+    return np.tile(params.query_bias / 2, 2)[:, None], np.tile(joined, 2)[:, None]
 
 
-def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
-    """Queries, halved as keys will come doubled, and keys + i * values, of a tile."""
-    both = _joined(layout, params.key, params.value), _joined(layout, params.key_bias, params.value_bias)
+def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V, *masks: Any) -> list[V]:
+    """Of a tile, without their biases: queries, halved as keys will come doubled; and for each mask keys + i * values,
+    multiplied by it."""
     with ops.tag("projection"):
-        q, z = project(ops, layout, x, [(params.query / 2, params.query_bias / 2), both])
-    return q, z
+        matrix = np.concatenate([params.query / 2, _joined(layout, params.key, params.value)], axis=1)
+        return apart(ops, layout, project(ops, layout, x, matrix), [(0, 1.0), *((1, mask) for mask in masks)])
 
 
 def _weights(ops: SlotOps[V], params: PolynomialParams, layout: Layout, q: V, k: V) -> V:
@@ -349,11 +351,14 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
     block, _, lane = layout.axes
     causal = layout.mask((block <= lane) & (block < layout.tokens))
     wrapped = layout.mask((block > lane) & (block < layout.tokens))
-    queries, projected, own, earlier = [], [], [], []
+    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
+    queries, own, earlier, caches = [], [], [], []
     for number, x in enumerate(tiles):
-        q, z = _project(ops, params, layout, x)
-        queries.append(q)
-        projected.append(z)
+        q, z, cached = _project(ops, params, layout, x, 1.0, layout.mask(block == number % layout.blocks))
+        queries.append(ops.offset(q, query_bias))
+        z = ops.offset(z, bias)
+        with ops.tag("cache"):
+            caches[-1:] = [ops.add(caches[-1], cached)] if number % layout.blocks else [*caches[-1:], cached]
         later = number < len(tiles) - 1  # some tile comes after this one, and attends to all of it
         with ops.tag("pairs"):
             below, above = spread(ops, layout, z, wrapped=later)
@@ -367,12 +372,6 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
         weights = [_weights(ops, params, layout, q, k) for k, _ in pairs]
         with ops.tag("output"):
             results.append(weigh(ops, layout, weights, [v for _, v in pairs]))
-    caches = []
-    with ops.tag("cache"):
-        for first in range(0, len(tiles), layout.blocks):
-            group = projected[first : first + layout.blocks]
-            cache = ops.combine(group, [layout.mask(block == number) for number in range(len(group))])
-            caches.append(ops.offset(cache, layout.fill((block < len(group)) * -_bias(layout, params))))
     return *results, *caches
 
 
@@ -388,19 +387,17 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
         the head's output, in the last lane: numerators + i * denominators; then the caches with the new token, one more
         if they were full.
     """
-    q, z = _project(ops, params, layout, x)
     block, _, lane = layout.axes
-    place = block * layout.tokens + lane
-    updated, bias = list(caches), _bias(layout, params)
+    place, here = block * layout.tokens + lane, count % layout.capacity
+    q, new = _project(ops, params, layout, x, layout.mask(place == here))
+    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
+    q, updated = ops.offset(q, query_bias), list(caches)
     with ops.tag("cache"):
-        here = count % layout.capacity
-        new = ops.combine([z], [layout.mask(place == here)])
-        new = ops.offset(new, layout.fill((place == here) * -bias))
         updated[-1:] = [ops.add(updated[-1], new)] if here else [*updated[-1:], new]
     weights, values = [], []
     for number, cache in enumerate(updated):
         present = layout.mask(place <= count - number * layout.capacity)
-        k, v = halves(ops, layout, ops.offset(cache, present * layout.fill(bias)), present)
+        k, v = halves(ops, layout, ops.offset(cache, present * bias), present)
         weights.append(_weights(ops, params, layout, q, k))
         values.append(v)
     with ops.tag("output"):
