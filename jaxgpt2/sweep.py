@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fhe
 from jaxgpt2 import attention
@@ -61,8 +61,11 @@ from jaxgpt2.table import Row, SweepDirectory, require_extra
 # Tokens that go through the model together; more passages go in several packs of one shape.
 PACK_TOKENS = 2048
 
-# Elements of the logits that are there at once, of all configurations of a stack together: 128 MB in float32.
+# Elements of the logits that are there at once on a device: 128 MB in float32.
 LOGITS = 2**25
+
+# Heads whose inputs are kept, pack by pack, for the next stack.
+HEADS = 16
 
 # No table of a stack is padded to fewer entries, so that few lengths are compiled.
 TABLE_ENTRIES = 1024
@@ -327,26 +330,82 @@ def _enter(
     return jax.vmap(one)(stack, heads, base, in_float)
 
 
-@functools.partial(jax.jit, static_argnames="graph", donate_argnames="h")
-def _block(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, packed: Pack) -> jax.Array:
+def _one_by_one(mesh: Mesh, function: Callable[[jax.Array], Any], h: jax.Array) -> Any:
+    """A function of (N, C) over (K, N, C). Every device takes its configurations one after the other: the activations
+    of one fill a device, and those of several a CPU's cache."""
+    split = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(lambda h: jax.lax.map(function, h), mesh=mesh, in_specs=split, out_specs=split)(h)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="h")
+def _leave(graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, h: jax.Array) -> jax.Array:
+    """The rest of a block after its attention: (K, N, C) -> (K, N, C)."""
+    return _one_by_one(mesh, lambda h: leave(graph, state, h), h)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "mesh"), donate_argnames="h")
+def _block(graph: nnx.GraphDef, state: nnx.State, mesh: Mesh, h: jax.Array, packed: Pack) -> jax.Array:
     """A block over packed tokens: (K, N, C) -> (K, N, C). Only attention sees passages, (B, T)."""
     block = nnx.merge(graph, state)
-    count, _, width = h.shape
     batch, time = packed.index.shape
-    qkv = block.attn.c_attn(block.ln_1(h))[:, packed.index]  # (K, B, T, 3C)
-    qkv = qkv.reshape(count, batch, time, 3, block.attn.n_head, -1).transpose(3, 0, 1, 4, 2, 5)  # 3 x (K, B, H, T, D)
-    q, k, v = qkv
-    heads = jax.vmap(causal_attention)(q, k, v)  # (K, B, H, T, D)
-    heads = heads.transpose(0, 1, 3, 2, 4)[:, packed.row, packed.column]  # (K, N, H, D)
-    return leave(graph, state, h + block.attn.c_proj(heads.reshape(count, -1, width)))
+
+    def one(h: jax.Array) -> jax.Array:
+        qkv = block.attn.c_attn(block.ln_1(h))[packed.index]  # (B, T, 3C)
+        qkv = qkv.reshape(batch, time, 3, block.attn.n_head, -1).transpose(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q, k, v = qkv
+        heads = causal_attention(q, k, v)  # (B, H, T, D)
+        heads = heads.transpose(0, 2, 1, 3)[packed.row, packed.column]  # (N, H, D)
+        return leave(graph, state, h + block.attn.c_proj(heads.reshape(h.shape)))
+
+    return _one_by_one(mesh, one, h)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Reference:
+    """The float model's distributions p over the vocabulary at N positions, in what a comparison needs of them.
+
+    Args:
+        final: (N, C), the final layer norm's output, of which logits are products.
+        expected: (N, C), the mean of the output embeddings under p, so that a mean of logits is a product too.
+        shift: (N,), the logarithm of the sum of exponentials; best: (N,), the likeliest token.
+    """
+
+    final: jax.Array
+    expected: jax.Array
+    shift: jax.Array
+    best: jax.Array
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """(N, ...) -> (N / chunk, chunk, ...)."""
+    return x.reshape(-1, chunk, *x.shape[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
+def _refer(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, chunk: int) -> Reference:
+    """Of the float model's residual stream after the last block, (N, C).
+
+    chunk: positions whose logits are there at once; it divides N.
+    """
+    model = nnx.merge(graph, state)
+
+    def one(h: jax.Array) -> Reference:
+        final = model.ln_f(h)  # (P, C)
+        logits = model.output_table @ final.T  # (V, P)
+        shift = jax.nn.logsumexp(logits, axis=0)
+        return Reference(final, jnp.exp(logits - shift).T @ model.output_table, shift, jnp.argmax(logits, axis=0))
+
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(one, _chunks(h, chunk)))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "mesh", "chunk"))
 def _compare(
     graph: nnx.GraphDef,
     state: nnx.State,
+    mesh: Mesh,
     h: jax.Array,
-    reference: jax.Array,
+    reference: Reference,
     mask: jax.Array,
     ks: jax.Array,
     chunk: int,
@@ -354,37 +413,30 @@ def _compare(
     """Sums over the packed tokens of KL(float || quantized), (K,), and of agreements, (K, len(ks)).
 
     Args:
-        h: (K, N, C), the residual stream after the last block; reference: (N, C), the float model's.
+        h: (K, N, C), the residual stream after the last block; mask: (N,).
         chunk: positions whose logits are there at once; it divides N.
     """
     model = nnx.merge(graph, state)
-    parts = reference.shape[0] // chunk
     # The vocabulary comes first: CPUs reduce a leading axis many elements at a time, the last one element by element.
     token = jnp.arange(model.output_table.shape[0])[:, None]
 
-    def logits(h: jax.Array) -> jax.Array:
-        return model.output_table @ model.ln_f(h).T  # (P, C) -> (V, P)
+    def one(part: tuple[Reference, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        reference, mask, h = part  # (P, ...), (P,), (P, C)
+        final = model.ln_f(h)
+        got = model.output_table @ final.T  # (V, P)
+        # sum p (log p - log q): the difference of the logits is taken before their mean.
+        mean = jnp.sum(reference.expected * (reference.final - final), axis=1)
+        kl = mean + jax.nn.logsumexp(got, axis=0) - reference.shift
+        # The rank of the float model's best token: how many are likelier, the first of equals being likelier.
+        own = jnp.take_along_axis(got, reference.best[None], axis=0)
+        rank = jnp.sum((got > own) | ((got == own) & (token < reference.best)), axis=0)  # (P,)
+        return jnp.sum(kl * mask), jnp.sum((rank[:, None] < ks) & (mask[:, None] > 0), axis=0)
 
-    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        reference, h, mask = part  # (P, C), (K, P, C), (P,)
-        wanted = logits(reference)
-        shift = jax.nn.logsumexp(wanted, axis=0)
-        p, best = jnp.exp(wanted - shift), jnp.argmax(wanted, axis=0)
+    def each(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kl, agreement = jax.lax.map(one, jax.tree.map(lambda x: _chunks(x, chunk), (reference, mask, h)))
+        return kl.sum(), agreement.sum(axis=0)
 
-        def each(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-            got = logits(h)
-            # sum p (log p - log q), with the difference of the logits taken before it is summed.
-            kl = jnp.sum(p * (wanted - got), axis=0) + jax.nn.logsumexp(got, axis=0) - shift
-            # The rank of the float model's best token: how many are likelier, the first of equals being likelier.
-            own = jnp.take_along_axis(got, best[None], axis=0)
-            rank = jnp.sum((got > own) | ((got == own) & (token < best)), axis=0)  # (P,)
-            return jnp.sum(kl * mask), jnp.sum((rank[:, None] < ks) & (mask[:, None] > 0), axis=0)
-
-        return jax.vmap(each)(h)
-
-    split = h.reshape(h.shape[0], parts, chunk, -1).transpose(1, 0, 2, 3)
-    kl, agreement = jax.lax.map(one, (reference.reshape(parts, chunk, -1), split, mask.reshape(parts, chunk)))
-    return kl.sum(axis=0), agreement.sum(axis=0)
+    return _one_by_one(mesh, each, h)
 
 
 # --- measuring ----------------------------------------------------------------------------------
@@ -427,7 +479,8 @@ class Prepared(NamedTuple):
 class Workbench:
     """A model with passages to measure configurations on.
 
-    The only state is how far the passages have been read, so that layers in rising order are each read once.
+    The only state is how far the passages have been read, so that layers in rising order are each read once, and what
+    the last heads read.
 
     Raises:
         PromptError: passages that are empty, too long, or calibration text too; InputError: a k out of range.
@@ -446,26 +499,30 @@ class Workbench:
         )
         self._reached = self._start
         self._ablated: dict[Unit, Sums] = {}
+        self._heads: dict[tuple[int, int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         lengths = self._start[0].lengths
         self._groups = group(PACK_TOKENS, lengths)
         tokens = max(sum(int(n.sum()) for n in lengths[start:stop]) for start, stop in self._groups)
         self.batch = experiment.batch or stack_size(self.gpt2.config, tokens)
         devices = len(jax.local_devices())
         self.batch = max(devices, self.batch // devices * devices)
-        self._chunk = min(tokens, max(16, LOGITS // (self.gpt2.config.vocab_size * (self.batch + 1))))
+        self._chunk = min(tokens, max(16, LOGITS // self.gpt2.config.vocab_size))
         self._chunk = -(-tokens // -(-tokens // self._chunk))
         size = -(-tokens // self._chunk) * self._chunk
         rows = max(stop - start for start, stop in self._groups)
         self._packs = [
             pack(self._padded(lengths[start:stop], rows).reshape(-1), longest, size) for start, stop in self._groups
         ]
-        mesh = jax.make_mesh((devices,), ("configurations",), devices=jax.local_devices())
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        self._split = NamedSharding(mesh, PartitionSpec("configurations"))
+        self._mesh = jax.make_mesh((devices,), ("configurations",), devices=jax.local_devices())
+        self._whole = NamedSharding(self._mesh, PartitionSpec())
+        self._split = NamedSharding(self._mesh, PartitionSpec("configurations"))
         self._state = jax.device_put(self.gpt2.state, self._whole)
         self._blocks = [nnx.split(block)[1] for block in nnx.merge(self.gpt2.graph, self._state).h]
         final = advance(self.gpt2, self._start[0], self.gpt2.config.n_layer)
-        self._reference = [self._flat(final.hidden[start:stop], i) for i, (start, stop) in enumerate(self._groups)]
+        self._reference = [
+            _refer(self.gpt2.graph, self._state, self._flat(final.hidden[start:stop], i), self._chunk)
+            for i, (start, stop) in enumerate(self._groups)
+        ]
         self.positions = sum(int(batch.sum()) for batch in lengths)
 
     # Where tokens are ----------------------------------------------------------------------------
@@ -525,22 +582,29 @@ class Workbench:
 
     # Stacks of them ------------------------------------------------------------------------------
 
-    def _inputs(self, layer: Layer, heads: Sequence[int], index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A pack's head inputs (B, T, C), and the residual stream without each head and what each adds: (K, N, C)."""
-        start, stop = self._groups[index]
-        block = self.gpt2.block_graph, self.gpt2.block_states[layer.index]
-        parts = {}
-        for head in dict.fromkeys(heads):
+    def _head(self, layer: Layer, head: int, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A pack at one head: the layer's head input (B, T, C), the residual stream without the head, what it adds."""
+        key = (layer.index, head, index)
+        if key not in self._heads:
+            while len(self._heads) >= HEADS:
+                del self._heads[next(iter(self._heads))]
+            start, stop = self._groups[index]
+            block = self.gpt2.block_graph, self.gpt2.block_states[layer.index]
             # A head at a time, as `trace` does it: the same program, so the same integers.
             each = [attend(*block, h, np.array([head])) for h in layer.stream.hidden[start:stop]]
             x, base, in_float = zip(*each, strict=True)
-            parts[head] = x, self._flat(base, index), self._flat([part[0] for part in in_float], index)
-        base, in_float = (jnp.stack([parts[head][which] for head in heads]) for which in (1, 2))
-        return (
-            self._passages(parts[heads[0]][0], index),
-            jax.device_put(base, self._split),
-            jax.device_put(in_float, self._split),
-        )
+            self._heads[key] = (
+                self._passages(x, index),
+                self._flat(base, index),
+                self._flat([part[0] for part in in_float], index),
+            )
+        return self._heads[key]
+
+    def _inputs(self, layer: Layer, heads: Sequence[int], index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A pack's head inputs (B, T, C), and the residual stream without each head and what each adds: (K, N, C)."""
+        parts = [self._head(layer, head, index) for head in heads]
+        base, in_float = (jnp.stack([part[which] for part in parts]) for which in (1, 2))
+        return parts[0][0], jax.device_put(base, self._split), jax.device_put(in_float, self._split)
 
     def _measure(
         self, layer: Layer, program: Program | None, members: Sequence[Stackable], heads: Sequence[int]
@@ -556,20 +620,28 @@ class Workbench:
             error = norm = np.zeros(len(heads))
             if program is not None:
                 h, error, norm = _enter(program, graph, state, stack, numbers, x, h, in_float, packed)
-            h = leave(graph, state, h)
+            h = _leave(graph, state, self._mesh, h)
             for later in self._blocks[layer.index + 1 :]:
-                h = _block(graph, later, h, packed)
+                h = _block(graph, later, self._mesh, h, packed)
             kl, agreement = _compare(
-                self.gpt2.graph, self._state, h, self._reference[index], packed.mask, np.asarray(self.ks), self._chunk
+                self.gpt2.graph,
+                self._state,
+                self._mesh,
+                h,
+                self._reference[index],
+                packed.mask,
+                np.asarray(self.ks),
+                self._chunk,
             )
             part = Sums(*(np.asarray(value, np.float64) for value in (kl, agreement, error, norm)))
             total = part if total is None else Sums(*(a + b for a, b in zip(total, part, strict=True)))
         assert total is not None
         return total
 
-    def forget_ablations(self) -> None:
-        """Measures the models without a head again when they are next needed: for timings."""
+    def forget(self) -> None:
+        """Measures again what configurations share, when it is next needed: for timings."""
         self._ablated.clear()
+        self._heads.clear()
 
     def _ablate(self, layer: Layer, heads: Iterable[int]) -> None:
         """Measures the model without each of these heads, once."""

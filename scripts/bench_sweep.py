@@ -112,14 +112,14 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: 
     calibrating, others, peaks = [], [], []
     for index in layers:
         layer = bench.layer(index)
-        bits = [2 + i % 8 for i in range(rows)]
+        bits = [2 + i % 10 for i in range(rows)]
         configurations = [Configuration(Unit(index, 0), Recipe.of(formula, each)) for each in bits]
         start = time.perf_counter()
         prepared = [(each, bench.calibrate(layer, each)) for each in configurations]
         calibrating.append((time.perf_counter() - start) / rows)
 
         def run(layer: Any = layer, prepared: Any = prepared) -> None:
-            bench.forget_ablations()
+            bench.forget()
             bench.rows(layer, prepared)
 
         if not compiling:
@@ -182,7 +182,7 @@ def table(report: dict[str, Any]) -> str:
 @click.command(help=__doc__)
 @click.option("--layers", default=",".join(map(str, range(12))), show_default=True)
 @click.option("--passages", default=80, show_default=True)
-@click.option("--rows", default=8, show_default=True, help="Configurations of a stack: bits 2 to 9 of one head.")
+@click.option("--rows", default=10, show_default=True, help="Configurations of a stack: bits 2 to 11 of one head.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--attention", "formula", default="softmax", show_default=True)
 @click.option("--theirs/--no-theirs", default=True, help="Time transformers too.")

@@ -137,7 +137,7 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
         wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
-        assert row["levels"] == each.recipe.settings["squarings"] + 4
+        assert row["levels"] == each.recipe.settings["squarings"] + 5
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
     frame = sweep_table.table(rows)
