@@ -41,9 +41,6 @@ from jaxgpt2.reading import STRETCH, TokenByToken
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
-# Accumulators of terms are so much finer than a step of the scores.
-TERM_STEPS = 2**6
-
 # Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
 BATCH = 40
 RATE = 0.03
@@ -55,17 +52,13 @@ class LowRankParams:
     query: Projection  # (C, R)
     key: Projection  # (C, R)
     value: Projection  # (C, S)
-    shift: Projection  # (C, 1): the predicted row maximum, in `shift_step` steps of a score
-    term_weight: np.ndarray  # (C, 1): the key's own part of its scores
-    term_bias: np.ndarray  # (1,)
-    term: Table  # that, less the key's squares -> `term_step` steps of a score
+    shift: Projection  # (C, 1): the predicted row maximum, in steps of a score
+    term: Projection  # (C, 1): the key's own part of its scores, likewise
     level_square: Table  # a level -> a quarter of its square
     sum_square: Table  # the sum of two levels -> a quarter of its square
     exponential: Table  # score - row shift -> attention weight, unnormalized
     weight_square: Table  # attention weight -> a quarter of its square
     mixed_square: Table  # attention weight + level -> a quarter of its square
-    shift_step: int
-    term_step: int
 
 
 class LowRankDecoding(NamedTuple):
@@ -80,8 +73,8 @@ def run_head(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, Any]:
     causal = np.tri(tokens, dtype=np.int64)
     first = (np.arange(tokens) == 0).astype(np.int64)[:, None]  # (T, 1)
     sums = q.reshape((tokens, 1, rank)) + k.reshape((1, tokens, rank))  # (T, T, R)
-    scores = ops.lookup(params.sum_square, sums).sum(axis=2) + term.reshape((1, tokens)) * params.term_step
-    e = ops.lookup(params.exponential, scores - shift * params.shift_step) * causal  # (T, T)
+    scores = ops.lookup(params.sum_square, sums).sum(axis=2) + term.reshape((1, tokens))
+    e = ops.lookup(params.exponential, scores - shift) * causal  # (T, T)
     mixed = ops.lookup(params.mixed_square, e.reshape((tokens, tokens, 1)) + v.reshape((1, tokens, width)))
     products = mixed - ops.lookup(params.weight_square, e).reshape((tokens, tokens, 1))
     products = products - v_squares.reshape((1, tokens, width))  # (T, T, S): e v / 2
@@ -98,8 +91,7 @@ def run_project(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
     with ops.tag("key"):
         k = project(ops, params.key, x)
         squares = ops.matmul(ops.lookup(params.level_square, k), np.ones((k.shape[1], 1), np.int64))  # (N, 1)
-        term = ops.matmul(x, params.term_weight) + params.term_bias - squares * TERM_STEPS
-        term = ops.lookup(params.term, term)
+        term = project(ops, params.term, x) - squares
     with ops.tag("value"):
         v = project(ops, params.value, x)
         v_squares = ops.lookup(params.level_square, v)
@@ -127,7 +119,7 @@ def run_attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any)
     with ops.tag("scores"):
         sums = beside([q + k for k in keys])  # (N, B R)
         scores = ops.matmul(ops.lookup(params.sum_square, sums), of_key)  # (N, B)
-        scores = scores + beside(terms) * params.term_step - shift * params.shift_step
+        scores = scores + beside(terms) - shift
     with ops.tag("softmax"):
         e = ops.lookup(params.exponential, scores)  # (N, B)
     with ops.tag("output"):
@@ -210,7 +202,7 @@ class Reals(NamedTuple):
     value: Any  # (C, S)
     value_bias: Any  # (S,)
     nats: Any  # (): of one product of levels
-    term: Any  # (C,): nats
+    term: Any  # (C,): nats, without the key's squares
     term_bias: Any  # ()
     shift: Any  # (C,): nats
     shift_bias: Any  # ()
@@ -242,7 +234,7 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
     # The row shift stands for the row maximum and for the squares that are not subtracted; the key's term, centred,
     # for the scores of the mean query.
     term = weights.key @ q_mean / np.sqrt(len(q_mean))
-    term_bias = -float((real @ term).mean()) + nats / 2 * float(((k / k_step) ** 2).sum(axis=1).mean())
+    term_bias = -float((real @ term).mean())
     q_squares = nats / 2 * ((q / q_step) ** 2).sum(axis=1)
     own = real @ term + term_bias
     scores = [np.where(np.tri(t.stop - t.start, dtype=bool), q[t] @ k[t].T + own[t], -np.inf) for t in texts]
@@ -301,7 +293,7 @@ def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
         return straight_through(clipped, jnp.rint(clipped))
 
     def term(value: jax.Array, step: Any) -> jax.Array:
-        cells = jnp.clip(value / step, -widths.terms - 1, widths.terms)
+        cells = jnp.clip(value / step, -widths.terms, widths.terms)
         return straight_through(cells, jnp.rint(cells)) * step
 
     q, k, v = (
@@ -313,10 +305,9 @@ def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
         )
     )
     unit = 2 * reals.nats  # of one step of a score: q k / 2 and quarters of squares
-    of_key = term((x @ reals.term + reals.term_bias) / unit - jnp.sum(k * k, axis=-1) / 4, widths.term_step)
-    of_row = term((x @ reals.shift + reals.shift_bias) / unit, widths.shift_step)
-    squares = jnp.sum(q * q, axis=-1)[:, :, None] + jnp.sum(k * k, axis=-1)[:, None, :]
-    scores = jnp.einsum("btr,bsr->bts", q, k) / 2 + squares / 4 + of_key[:, None, :] - of_row[:, :, None]
+    of_key = term((x @ reals.term + reals.term_bias) / unit, widths.term_step)
+    of_row = term((x @ reals.shift + reals.shift_bias) / unit, widths.shift_step) - jnp.sum(q * q, axis=-1) / 4
+    scores = jnp.einsum("btr,bsr->bts", q, k) / 2 + of_key[:, None, :] - of_row[:, :, None]
     scores = straight_through(scores, jnp.rint(scores / widths.cell) * widths.cell) * unit
     e = widths.largest_weight * jnp.exp(jnp.minimum(scores, 0.0))
     # Saturated weights still feel which way they should go.
@@ -378,13 +369,16 @@ def step_for(largest: float, bits: int) -> int:
     return 2 ** max(0, int(np.ceil(np.log2(max(largest, 1e-9) / (2 ** (bits - 1) - 1)))))
 
 
-def aligned(stage: str, weight: np.ndarray, bias: np.ndarray, bits: Bits, saturate: int, seen: int) -> Projection:
+def aligned(
+    stage: str, weight: np.ndarray, bias: np.ndarray, bits: Bits, saturate: int, seen: int, step: int = 1
+) -> Projection:
     """A projection (C, D) of input integers in integers, whose accumulator has 2^n steps a level.
 
     Args:
         weight, bias: of levels.
         saturate: largest level.
         seen: bits of the accumulator that the lookup sees: with one more than the levels have, a level is a cell.
+        step: of the results, a level's. A product with it would multiply the noise of a lookup too.
     """
     limit = 2 ** (bits.weights - 1) - 1
     exponent = int(np.floor(np.log2(limit / max(float(np.abs(weight).max()), 1e-9))))
@@ -395,7 +389,7 @@ def aligned(stage: str, weight: np.ndarray, bias: np.ndarray, bits: Bits, satura
     check_accumulator(stage, projection_bound(integers, integer_bias, largest_level(bits.inputs)))
     shift = exponent - fraction
     table = build_table(
-        lambda x: np.clip(np.rint(x / 2.0**exponent), -saturate, saturate),
+        lambda x: np.clip(np.rint(x / 2.0**exponent), -saturate, saturate) * step,
         -(2 ** (seen - 1)),
         2 ** (seen - 1) - 1,
         shift,
@@ -449,7 +443,7 @@ def calibrate(
             levels=levels,
             terms=saturated,
             largest_weight=largest_weight,
-            term_step=step_for(ranges.term * STRETCH**2, term_bits),
+            term_step=step_for(ranges.term * STRETCH, term_bits),
             shift_step=step_for(ranges.shift * STRETCH, term_bits),
             cell=step_for((ranges.high - ranges.low) / 2 * STRETCH**2, exponential_bits),
         )
@@ -468,10 +462,6 @@ def calibrate(
     scaled = input_scale[:, None]
     seen = bits.activations + 1 if bits.lookup is None else bits.lookup
     unit = 2 * float(reals.nats)
-    term_weight = np.rint(input_scale * reals.term / unit * TERM_STEPS).astype(np.int64)[:, None]
-    term_bias = np.rint([float(reals.term_bias) / unit * TERM_STEPS]).astype(np.int64)
-    squares = TERM_STEPS * rank * levels**2 // 4
-    check_accumulator("key", projection_bound(term_weight, term_bias, limit) + squares)
     exponential = build_table(
         lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
         int(np.floor(ranges.low / widths.cell)) - 1,
@@ -490,22 +480,22 @@ def calibrate(
             bits,
             saturated,
             term_bits + 1,
+            widths.shift_step,
         ),
-        term_weight=term_weight,
-        term_bias=term_bias,
-        term=build_table(
-            lambda s: np.clip(np.rint(s / TERM_STEPS / widths.term_step), -saturated - 1, saturated),
-            -(2**term_bits),
-            2**term_bits - 1,
-            int(np.log2(TERM_STEPS * widths.term_step)),
+        term=aligned(
+            "term",
+            scaled * reals.term[:, None] / unit / widths.term_step,
+            np.array([float(reals.term_bias) / unit / widths.term_step]),
+            bits,
+            saturated,
+            term_bits + 1,
+            widths.term_step,
         ),
         level_square=Table.build(quarter_square, -levels, levels),
         sum_square=Table.build(quarter_square, -2 * levels, 2 * levels),
         exponential=exponential,
         weight_square=Table.build(quarter_square, 0, largest_weight),
         mixed_square=Table.build(quarter_square, -levels, levels + largest_weight),
-        shift_step=widths.shift_step,
-        term_step=widths.term_step,
     )
     return Calibrated(params, input_scale, LowRankDecoding(reals.basis, reals.mean), bits, max_tokens)
 
@@ -529,12 +519,12 @@ def score_ranges(reals: Reals, levels: int, x: np.ndarray, texts: list[slice]) -
     q = np.rint(np.clip(x @ reals.query + reals.query_bias, -levels, levels))
     k = np.rint(np.clip(x @ reals.key + reals.key_bias, -levels, levels))
     unit = 2 * float(reals.nats)
-    q_squares, k_squares = (q**2).sum(axis=1) / 4, (k**2).sum(axis=1) / 4
-    term = (x @ reals.term + float(reals.term_bias)) / unit - k_squares
+    q_squares = (q**2).sum(axis=1) / 4
+    term = (x @ reals.term + float(reals.term_bias)) / unit
     shift = (x @ reals.shift + float(reals.shift_bias)) / unit
     low, high = 0.0, 1.0
     for t in texts:
-        scores = q[t] @ k[t].T / 2 + (term + k_squares)[t] + (q_squares - shift)[t][:, None]
+        scores = q[t] @ k[t].T / 2 + term[t] + (q_squares - shift)[t][:, None]
         causal = scores[np.tri(len(scores), dtype=bool)]
         low, high = min(low, float(causal.min())), max(high, float(causal.max()))
     return Ranges(float(np.abs(term).max()), float(np.abs(shift).max()), low, high)
