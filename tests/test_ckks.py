@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import stat
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -197,7 +198,7 @@ def test_keys_and_ciphertexts_of_another_client_or_circuit(circuit, keys):
     with pytest.raises(fhe.KeyMismatch, match="made for circuit"):
         elsewhere.encrypt(keys, "second", numbers(1))
     with pytest.raises(fhe.KeyMismatch, match="not keys of the ckks backend"):
-        circuit.encrypt(object(), "second", numbers(1))
+        circuit.encrypt(cast(Any, object()), "second", numbers(1))
 
 
 def test_inputs_that_do_not_fit(circuit, keys):
@@ -285,7 +286,7 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     circuit = ckks.CKKSBackend().compile({n: f for n, f in functions.items() if n != "prompt_2"}, found.params)
     keys = circuit.make_keys()
     x = texts[5]
-    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)  # pyright: ignore
+    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)
     levels = np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
     reader.read(levels[:tokens])
     numerators, denominators = reader.read(levels)
