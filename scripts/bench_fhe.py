@@ -5,6 +5,7 @@
     python scripts/bench_fhe.py cost --head random       # random weights, which only polynomial has recipes for
     python scripts/bench_fhe.py fidelity                 # all heads of the bundled model, quantized and decrypted
     python scripts/bench_fhe.py fidelity --backend ckks
+    python scripts/bench_fhe.py cores                    # two heads on CKKS, in one process and in two
 
 `cost` takes a trained head of the bundled model to GPT-2's shape: its inputs, of width 256, are turned into a subspace
 of 768 dimensions by an orthonormal map, and its weights with them, which changes no score and no value. Every case runs
@@ -404,6 +405,35 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
     header = ("head", "options", f"{tokens} tokens", "KL without it", "recovered, quantized",
               "these texts: quantized", "simulated", "decrypted", "head error, decrypted")  # fmt: skip
     click.echo(table(header, lines))
+
+
+@main.command()
+@click.option("--heads", default="1.2,1.3", show_default=True, help="Of one layer of the bundled model.")
+@click.option("--tokens", default=SHORT, show_default=True, help="Of the text that they read.")
+@click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
+def cores(heads: str, tokens: int, texts: int) -> None:
+    """Heads of a layer on CKKS, in one process and in several: seconds to read a text."""
+    gpt2, calibration = GPT2.from_pretrained("tiny"), calibration_passages(None)
+    hybrid = HybridGPT2.protect(gpt2, heads, Recipe.of("polynomial", 4))
+    hybrid = hybrid.calibrate(calibration, tokens).compile(calibration, tokens)
+    passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in read_passages(TINY / "eval.txt")]
+    some = [np.array([ids]) for ids in passages if len(ids) == tokens][: texts + 1]
+    keys = hybrid.make_keys()
+
+    def median(engine: Any) -> float:
+        """Of all texts but the first, which finds keys and clear vectors not loaded."""
+        took = []
+        for ids in some:
+            started = time.perf_counter()
+            hybrid.trace(ids, engine).logits.block_until_ready()
+            took.append(time.perf_counter() - started)
+        return statistics.median(took[1:])
+
+    together = median(hybrid.engine("encrypted", keys))
+    with hybrid.over_cores(keys) as engine:
+        apart = median(engine)
+    click.echo(environment(*PACKAGES))
+    click.echo(f"heads {heads} of tiny, {tokens} tokens: {together:.2f} s in one process, {apart:.2f} s in several")
 
 
 def losses(measured: Evaluation) -> dict[str, float]:

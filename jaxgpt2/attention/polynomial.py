@@ -329,10 +329,13 @@ def _biases(layout: Layout, params: PolynomialParams) -> tuple[np.ndarray, np.nd
     return np.tile(params.query_bias / 2, 2)[:, None], np.tile(joined, 2)[:, None]
 
 
-def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> list[V]:
-    """Of a tile, without their biases: queries, halved as keys will come doubled; and keys + i * values."""
+def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
+    """Of a tile: queries, halved as keys will come doubled, at the depth of `spread`; and keys + i * values, without
+    their biases."""
+    bias, _ = _biases(layout, params)
     with ops.tag("projection"):
-        return project(ops, layout, x, [params.query / 2, _joined(layout, params.key, params.value)])
+        q, z = project(ops, layout, x, [params.query / 2, _joined(layout, params.key, params.value)])
+        return ops.offset(ops.lower(q, SPREAD_DEPTH), layout.fill(bias)), z
 
 
 def _weights(ops: SlotOps[V], params: PolynomialParams, layout: Layout, q: V, k: V) -> V:
@@ -352,7 +355,7 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
     block, _, lane = layout.axes
     causal = layout.mask((block <= lane) & (block < layout.tokens))
     everything = layout.mask(block < layout.tokens)
-    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
+    bias = layout.fill(_biases(layout, params)[1])
     # The deepest that values can wait: as deep as the weights that they meet, less the level of their mask.
     deep = SPREAD_DEPTH + len(params.constants)
     queries, own, earlier, caches = [], [], [], []
@@ -363,7 +366,7 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
 
     for number, x in enumerate(tiles):
         q, z = _project(ops, params, layout, x)
-        queries.append(ops.offset(ops.lower(q, SPREAD_DEPTH), query_bias))
+        queries.append(q)
         with ops.tag("cache"):
             cached = ops.combine([z], [layout.mask(block == number % layout.blocks)])
             caches[-1:] = [ops.add(caches[-1], cached)] if number % layout.blocks else [*caches[-1:], cached]
@@ -397,8 +400,7 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     block, _, lane = layout.axes
     place, here = block * layout.tokens + lane, count % layout.capacity
     q, z = _project(ops, params, layout, x)
-    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
-    q, updated = ops.offset(ops.lower(q, SPREAD_DEPTH), query_bias), list(caches)
+    bias, updated = layout.fill(_biases(layout, params)[1]), list(caches)
     with ops.tag("cache"):
         new = ops.combine([z], [layout.mask(place == here)])
         updated[-1:] = [ops.add(updated[-1], new)] if here else [*updated[-1:], new]
