@@ -393,10 +393,10 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
                     file.write(json.dumps(row) + "\n")
             progress(1)
     click.echo(environment(*PACKAGES))
+    refused = sum(row["refused"] for row in rows)
     click.echo(
-        f"{len(rows)} heads of tiny, backend {backend}, {len(passages)} passages quantized; {inputs} texts of {tokens} "
-        f"tokens a head quantized, simulated, decrypted, of which {sum(row['refused'] for row in rows)} were refused as "
-        "out of range\n"
+        f"{len(rows)} heads of tiny, backend {backend}, {len(passages)} passages quantized; up to {inputs} texts of {tokens} "
+        f"tokens a head quantized, simulated, decrypted; {refused} refused as out of range\n"
     )
     measures = ("evaluation", *modes)
     lines: list[tuple[str, ...]] = [
