@@ -57,14 +57,23 @@ PROTOTYPE = {"keys": 226.0, "run": 1042.0, "memory": 18e9}
 # Texts of a head with random weights, beside those that are read: to calibrate it on.
 CALIBRATION_TEXTS = 30
 
-# How texts are read, each list by a reader of its own: up to so many tokens, then to so many, and so on. Where tokens
-# are read one by one, one list holds all others, and 32 tokens take minutes: the first text alone is read to its end.
-SHORT, LONG = 8, 32
-CHAINS = {
-    "softmax": {"warm": [], "first": [[6]], "others": []},
-    "lowrank": {"warm": [[1]], "first": [[6, 7, SHORT, LONG - 1, LONG]], "others": [[6, 7, SHORT]]},
-    "polynomial": {text: [[6, 7], [SHORT], [LONG - 1, LONG], [LONG]] for text in ("warm", "first", "others")},
-}
+# Tokens of short texts; the yardstick reads the fewer.
+FEW, SHORT = 6, 8
+
+
+def chains(formula: str, longest: int) -> dict[str, list[list[int]]]:
+    """How texts are read, each list by a reader of its own: up to so many tokens, then to so many, and so on.
+
+    Where tokens are read one by one, one list holds all others, and a long text takes minutes: the first alone is read
+    to its end.
+    """
+    if formula == "softmax":
+        return {"warm": [], "first": [[FEW]], "others": []}
+    if formula == "lowrank":
+        short = [FEW, FEW + 1, SHORT]
+        return {"warm": [[1]], "first": [[*short, longest - 1, longest]], "others": [short]}
+    every = [[FEW, FEW + 1], [SHORT], [longest - 1, longest], [longest]]
+    return {"warm": every, "first": every, "others": every}
 
 
 @click.group(help=__doc__)
@@ -170,7 +179,7 @@ class Counting:
 
 
 def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
-    """Makes keys and reads texts as CHAINS say, from what `make` left.
+    """Makes keys and reads texts as `chains` say, from what `make` left.
 
     "parts": for each stretch of a text that was read, from one token to another: seconds, bytes sent and received, and
     the squared error of the head's output with the squared norm of what it stands for.
@@ -184,7 +193,7 @@ def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
     key_seconds = time.perf_counter() - started
     parts: dict[tuple[int, int], list[list[float]]] = {}
     for number in range(-1, texts):
-        for chain in CHAINS[formula]["warm" if number < 0 else "first" if number == 0 else "others"]:
+        for chain in chains(formula, tokens)["warm" if number < 0 else "first" if number == 0 else "others"]:
             party = Counting(Encrypted(circuit, keys))
             reader, known = program.reading.reader(calibrated.client, party, tokens), 0
             for length in chain:
@@ -231,30 +240,30 @@ def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
 @click.option("--head", default="0.2", show_default=True, metavar="L.H|random",
               help="Of the bundled model, whose head_dim is 64.")  # fmt: skip
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
+@click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
 @click.option("--full", is_flag=True, help="Execute the yardstick too.")
-def cost(head: str, width: int, texts: int, full: bool) -> None:
+def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
     """One head at GPT-2's shape on both engines: seconds, bytes, keys, memory, error."""
-    short, strict = 6, asdict(YARDSTICK[1])
     cases: dict[str, tuple[Recipe, dict[str, Any] | None, int]] = {
-        "polynomial": (Recipe.of("polynomial", 4), None, LONG)
+        "polynomial": (Recipe.of("polynomial", 4), None, tokens)
     }
     described = "random weights"
     if head != "random":
         tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
         recipe = Recipe.from_json(tuned)
-        cases = {"softmax": (YARDSTICK[0], strict, short), "lowrank": (recipe, None, LONG)} | cases
+        cases = {"softmax": (YARDSTICK[0], asdict(YARDSTICK[1]), FEW), "lowrank": (recipe, None, tokens)} | cases
         described = (
             f"head {head} of tiny; lowrank {recipe.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
         )
     made, ran = {}, {}
-    for name, (recipe, settings, tokens) in cases.items():
+    for name, (recipe, settings, longest) in cases.items():
         with tempfile.TemporaryDirectory() as directory:
             note(f"{name}: calibrating and compiling")
-            made[name] = child("make", directory, head, recipe.to_json(), settings, width, tokens)
+            made[name] = child("make", directory, head, recipe.to_json(), settings, width, longest)
             if name != "softmax" or full:
                 note(f"{name}: making keys and reading texts")
-                ran[name] = child("execute", directory, name, tokens, 1 if name == "softmax" else texts)
+                ran[name] = child("execute", directory, name, longest, 1 if name == "softmax" else texts)
     click.echo(environment(*PACKAGES))
     click.echo(f"{described}, at width {width}, head_dim 64; medians of {texts} texts")
     if "softmax" in cases:
@@ -270,8 +279,8 @@ def cost(head: str, width: int, texts: int, full: bool) -> None:
         cells = []
         for name in cases:
             if name == "softmax":
-                found = stretch(ran[name], 0, short) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
-                cells.append(f"{found.seconds:,.0f} s" if found and length <= short + 1 else "")
+                found = stretch(ran[name], 0, FEW) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
+                cells.append(f"{found.seconds:,.0f} s" if found and length <= FEW + 1 else "")
             else:
                 found = stretch(ran[name], known, length)
                 cells.append(f"{found.seconds:.2f} s" if found else "")
@@ -288,17 +297,17 @@ def cost(head: str, width: int, texts: int, full: bool) -> None:
         return ["" if value is None else f"{value / scale:,.{digits}f} {unit}" for value in values.values()]
 
     rows = [
-        (f"{short} tokens", *seconds(0, short)),
+        (f"{FEW} tokens", *seconds(0, FEW)),
         (f"{SHORT} tokens", *seconds(0, SHORT)),
-        (f"{LONG} tokens", *seconds(0, LONG)),
-        (f"one more, {short} in the cache", *seconds(short, short + 1)),
-        (f"one more, {LONG - 1} in the cache", *seconds(LONG - 1, LONG)),
+        (f"{tokens} tokens", *seconds(0, tokens)),
+        (f"one more, {FEW} in the cache", *seconds(FEW, FEW + 1)),
+        (f"one more, {tokens - 1} in the cache", *seconds(tokens - 1, tokens)),
         *(
             (f"head error, {text}", *of(lambda found: f"{found.head_error:.3f}", known, length))
             for text, known, length in (
                 (f"{SHORT} tokens", 0, SHORT),
-                (f"{LONG} tokens", 0, LONG),
-                (f"one more, {LONG - 1} in the cache", LONG - 1, LONG),
+                (f"{tokens} tokens", 0, tokens),
+                (f"one more, {tokens - 1} in the cache", tokens - 1, tokens),
             )
         ),
         *(
@@ -308,7 +317,7 @@ def cost(head: str, width: int, texts: int, full: bool) -> None:
             )
             for text, known, length in (
                 (f"{SHORT} tokens", 0, SHORT),
-                (f"one more, {LONG - 1} in the cache", LONG - 1, LONG),
+                (f"one more, {tokens - 1} in the cache", tokens - 1, tokens),
             )
         ),
         ("making keys", *fact("keys", "s", 1)),
@@ -395,8 +404,8 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
     click.echo(environment(*PACKAGES))
     refused = sum(row["refused"] for row in rows)
     click.echo(
-        f"{len(rows)} heads of tiny, backend {backend}, {len(passages)} passages quantized; up to {inputs} texts of {tokens} "
-        f"tokens a head quantized, simulated, decrypted; {refused} refused as out of range\n"
+        f"{len(rows)} heads of tiny, backend {backend}, {len(passages)} passages quantized; up to {inputs} texts of "
+        f"{tokens} tokens a head quantized, simulated, decrypted; {refused} refused as out of range\n"
     )
     measures = ("evaluation", *modes)
     lines: list[tuple[str, ...]] = [
