@@ -231,7 +231,7 @@ def test_low_rank_reads_more_tokens_with_fewer_products():
         x = [machine.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]
         polynomial.prompt(layout, machine, found.params, *x)
         calls[layout.outputs] = layout.tokens, machine.tally.by_stage()["projection"]["clear product"]
-    assert calls == {64: (8, 12), 16: (16, 6)}
+    assert calls == {64: (8, 12 + 1), 16: (16, 6 + 1)}  # one to lower the queries
 
 
 @dataclass
