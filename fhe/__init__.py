@@ -101,8 +101,7 @@ def _ckks() -> Backend:
         raise BackendUnavailable(
             f"the backend 'ckks' needs tenseal ({error}); install it with: pip install jaxgpt2[ckks]"
         ) from error
-    # Its functions are slot functions, which Backend.compile does not describe yet.
-    return CKKSBackend()  # pyright: ignore[reportReturnType]
+    return CKKSBackend()
 
 
 register_backend("clear", _clear)

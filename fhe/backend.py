@@ -4,12 +4,12 @@ A function is written once:
 
     function(ops, params, *inputs) -> tuple of arrays
 
-`ops` (an `Ops`) holds the few operations that engines do differently, `params` are clear numbers known when the
-circuit is compiled, `inputs` are encrypted. A `Backend` turns one such function, or several that share their keys,
-into a `Circuit`; a `Circuit` makes `Keys` and takes ciphertexts from client to server and back, as bytes, one byte
-string an array. What a function returns may stay on the server and be handed to another one (`Function.sources`):
-encrypted state, such as the keys and values of the tokens read so far. A backend says in `offers` what it can do, so
-that an engine without integers or lookups fits the same interface.
+`ops` (an `Ops`, or a `fhe.packing.SlotOps`) holds the few operations that engines do differently, `params` are clear
+numbers known when the circuit is compiled, `inputs` are encrypted. A `Backend` turns one such function, or several that
+share their keys, into a `Circuit`; a `Circuit` makes `Keys` and takes ciphertexts from client to server and back, as
+bytes, one byte string an array. What a function returns may stay on the server and be handed to another one
+(`Function.sources`): encrypted state, such as the keys and values of the tokens read so far. A backend says in `offers`
+what it can do, so that an engine without integers or lookups fits the same interface.
 """
 
 import json
@@ -417,10 +417,11 @@ class Function:
 
 
 class Backend(Protocol):
-    """An engine. `offers` says what its circuits can do; an integer function needs "integers" and "lookup".
+    """An engine. `offers` says what its circuits can do.
 
-    "integers": results are integers; "lookup": any function of one integer; "exact": results equal NumPy's, up to
-    p_error; "encrypted": the server learns nothing.
+    "integers": functions take an `Ops`, and results are integers; "lookup": any function of one integer; "slots":
+    functions take a `fhe.packing.SlotOps`; "exact": results equal NumPy's, up to p_error; "encrypted": the server
+    learns nothing; "cores": one run uses all cores, where without it several circuits need a process each for that.
     """
 
     @property
@@ -436,7 +437,8 @@ class Backend(Protocol):
     def compile(self, functions: Mapping[str, Function], params: Any, settings: Settings) -> Circuit:
         """Compile functions that share keys and params, and hand each other their results.
 
-        functions: by name, a Python identifier. params: whatever the functions take, with NumPy arrays as leaves.
+        functions: by name, a Python identifier, written for the operations that the engine offers. params: whatever
+        they take, with NumPy arrays as leaves. settings: of lookups; an engine without any leaves them aside.
 
         Raises CompilationError, or ValueError for functions that do not fit together (see `check_functions`).
         """

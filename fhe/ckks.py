@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tenseal.sealapi as seal
 
 from . import wire
-from .backend import Function, Settings, check_functions
+from .backend import Function, Keys, Settings, check_functions
 from .errors import CircuitFormatError, CompilationError, InsecureParameters, KeyMismatch, NoWeights
 from .packing import SlotMachine, SlotOps, Tally
 
@@ -566,11 +566,11 @@ class CKKSCircuit:
         key = _from_bytes(seal.SecretKey(), self._engine.context, secret, "keys")
         return self._with_keys(CKKSKeys(self.id, key_id, key, evaluation))
 
-    def encrypt(self, keys: CKKSKeys, name: str, *inputs: np.ndarray) -> list[bytes]:
+    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
         """The inputs that the client encrypts, in their order, each (slots,): one blob each."""
-        keys = self._checked(keys)
+        own = self._checked(keys)
         wire.check_count(f"the client's inputs of {name}", len(inputs), len(self.ports[name].client_inputs))
-        encryptor = seal.Encryptor(self._engine.context, keys.secret)
+        encryptor = seal.Encryptor(self._engine.context, own.secret)
         parts = []
         for x in inputs:
             x = np.asarray(x, np.complex128)
@@ -579,13 +579,13 @@ class CKKSCircuit:
             # What a client encrypts is kept nowhere.
             plain = self._engine.encode_once(x, self.parameters.levels + 1, self._engine.scale)
             parts.append(_to_bytes(encryptor.encrypt_symmetric(plain)))  # half of it is a seed
-        return self.ports.pack_inputs(name, self.id, keys.id, parts)
+        return self.ports.pack_inputs(name, self.id, own.id, parts)
 
-    def decrypt(self, keys: CKKSKeys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         """What some or all results of a function hold, in the order given: complex128 (slots,) each."""
-        keys = self._checked(keys)
-        parts = self.ports.unpack_outputs(name, self.id, keys.id, arrays)
-        decryptor = seal.Decryptor(self._engine.context, keys.secret)
+        own = self._checked(keys)
+        parts = self.ports.unpack_outputs(name, self.id, own.id, arrays)
+        decryptor = seal.Decryptor(self._engine.context, own.secret)
         results = []
         for _, data in parts:
             plain = seal.Plaintext()
@@ -645,7 +645,7 @@ class CKKSCircuit:
         assert self.ports[name] is not None  # raises for a function that is not there
         return self._functions[name]
 
-    def _checked(self, keys: Any) -> CKKSKeys:
+    def _checked(self, keys: Keys) -> CKKSKeys:
         if not isinstance(keys, CKKSKeys):
             raise KeyMismatch(f"these are {type(keys).__name__}, not keys of the ckks backend")
         wire.check_circuit("keys", keys.circuit, self.id)
@@ -685,8 +685,9 @@ class CKKSBackend:
     headroom_bits: int = 14
     scale_bits: int | None = None
 
-    name: ClassVar[str] = "ckks"
-    offers: ClassVar[frozenset[str]] = frozenset({"slots", "encrypted"})
+    # No annotations, which would make them fields.
+    name = "ckks"
+    offers = frozenset({"slots", "encrypted"})
 
     def version(self) -> str:
         # A circuit depends on both numbers as it does on the library, so caches must tell them apart.

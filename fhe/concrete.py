@@ -368,7 +368,7 @@ class ConcreteBackend:
     """TFHE: small integers, exact lookups, each at a price that doubles with every bit."""
 
     name = "concrete"
-    offers = frozenset({"integers", "lookup", "exact", "encrypted"})
+    offers = frozenset({"integers", "lookup", "exact", "encrypted", "cores"})
 
     def version(self) -> str:
         return f"concrete-python {version('concrete-python')}"

@@ -8,9 +8,9 @@ there are few; a rotation costs ten times a product with a clear vector; sums ar
 `ops` (a `SlotOps`) is what the engine can do: `SlotMachine` does it in NumPy and encrypts nothing, an engine does it on
 ciphertexts. Both count rotations, products and levels in the same lines of code.
 
-This module has the operations, the layout (`Layout`) and the pieces of attention on it: `project`, `apart`, `spread`,
-`scores`, `quadratics`, `weigh`. Sources: diagonals with baby and giant steps are Halevi and Shoup's ("Algorithms in
-HElib", CRYPTO 2014; "Faster homomorphic linear transformations in HElib", CRYPTO 2018).
+This module has the operations, the layout (`Layout`) and the pieces of attention on it: `project`, `spread`, `halves`,
+`scores`, `quadratics`, `present`, `weigh`, `weigh_lanes`. Sources: diagonals with baby and giant steps are Halevi and
+Shoup's ("Algorithms in HElib", CRYPTO 2014; "Faster homomorphic linear transformations in HElib", CRYPTO 2018).
 """
 
 from abc import ABC, abstractmethod
@@ -266,9 +266,14 @@ class Layout:
     The token varies fastest, so that a rotation by r * T slots moves positions and leaves every token in its lane; as
     positions run through the whole vector, that rotation is cyclic and nothing is lost at an end.
 
-    Input: position p holds feature p mod F. Projected: position p holds output p mod 2R of two maps side by side, and
-    once they are apart output p mod R of one, so that every output stands P / R times. Read as blocks of 2R positions,
-    two copies of the R outputs each:
+    Input: F complex features, a token's first F numbers + i * the others, n = F * R / P of them in each run of R
+    positions, over and over:
+
+        position      0 .. n-1 | n .. 2n-1 | ... R-1 |  R .. R+n-1  | ...
+        feature       0 .. n-1 | 0 ..  n-1 | ... n-1 |  n ..  2n-1  | ...
+
+    so that the n positions from any position on, taken in all P / R runs, hold every feature once. Projected: position
+    p holds output p mod R, in every run. Read as blocks of two runs, two copies of the R outputs each:
 
         block         0         |         1         | ...  B-1,  B = P / 2R
         output   0 .. R-1 0 .. R-1 | 0 .. R-1 0 .. R-1 | ...
@@ -279,7 +284,7 @@ class Layout:
     Args:
         slots: S, half the ring's degree.
         tokens: T, tokens in a tile.
-        features: F, at least the width of the input, and 2R.
+        features: F, at least half the width of the input.
         outputs: R, at least the number of outputs of each projection.
     """
 
@@ -292,10 +297,10 @@ class Layout:
         numbers = self.slots, self.tokens, self.features, self.outputs
         if any(n < 1 or n & (n - 1) for n in numbers):
             raise CompilationError(f"a layout's numbers must be powers of two, got {numbers}")
-        if not 2 * self.outputs <= self.features <= self.positions or self.blocks < self.tokens:
+        if not self.runs <= self.features <= self.positions or self.blocks < self.tokens:
             raise CompilationError(
-                f"{self.slots} slots are too few for tiles of {self.tokens} tokens with {self.features} features and "
-                f"{self.outputs} outputs: use smaller tiles, a lower rank or a larger ring"
+                f"{self.slots} slots are too few for tiles of {self.tokens} tokens with {2 * self.features} features "
+                f"and {self.outputs} outputs: use smaller tiles, a lower rank or a larger ring"
             )
 
     @classmethod
@@ -304,16 +309,25 @@ class Layout:
 
         Raises CompilationError if not even a tile of one token fits.
         """
-        outputs = power_of_two(outputs)
-        features = max(power_of_two(width), 2 * outputs)
+        outputs, features = power_of_two(outputs), power_of_two(-(-width // 2))
         size = power_of_two(tokens) if tokens else slots
         while size > 1 and (features * size > slots or 2 * outputs * size * size > slots):
             size //= 2
-        return cls(slots, size, features, outputs)
+        return cls(slots, size, max(features, slots // size // outputs), outputs)
 
     @property
     def positions(self) -> int:
         return self.slots // self.tokens
+
+    @property
+    def runs(self) -> int:
+        """P / R."""
+        return self.positions // self.outputs
+
+    @property
+    def diagonals(self) -> int:
+        """n."""
+        return self.features // self.runs
 
     @property
     def blocks(self) -> int:
@@ -324,11 +338,17 @@ class Layout:
         """Tokens whose keys and values fit one cache vector: one for each block and lane."""
         return self.blocks * self.tokens
 
+    @property
+    def feature(self) -> np.ndarray:
+        """The complex feature at each position of the input, (P,)."""
+        position = np.arange(self.positions)
+        return position // self.outputs * self.diagonals + position % self.diagonals
+
     def pack(self, x: np.ndarray) -> np.ndarray:
         """Up to T tokens (n, C) -> (S,): token t in lane t, the lanes beyond n zero."""
-        lanes = np.zeros((self.features, self.tokens))
+        lanes = np.zeros((2 * self.features, self.tokens))
         lanes[: x.shape[1], : len(x)] = x.T
-        return np.tile(lanes.reshape(-1), self.positions // self.features)
+        return (lanes[: self.features] + 1j * lanes[self.features :])[self.feature].reshape(-1)
 
     def pack_one(self, x: np.ndarray) -> np.ndarray:
         """One token (C,) -> (S,): in every lane."""
@@ -354,69 +374,67 @@ class Layout:
 
 
 def steps_of(layout: Layout) -> tuple[int, int]:
-    """How 2R diagonals are cut into baby and giant steps, (baby, giant) with baby * giant = 2R."""
-    giant = 1 << ((2 * layout.outputs).bit_length() - 1) // 2
-    return 2 * layout.outputs // giant, giant
+    """How n diagonals are cut into baby and giant steps, (baby, giant) with baby * giant = n.
+
+    Baby steps are taken once, giant ones in each of the three maps that queries, keys and values need.
+    """
+    giant = 1 << max(0, (layout.diagonals.bit_length() - 2) // 2)
+    return layout.diagonals // giant, giant
 
 
-def project(ops: SlotOps[V], layout: Layout, x: V, matrix: np.ndarray) -> V:
-    """A linear map of every token of a packed input, to 2R outputs; one level.
+def project(ops: SlotOps[V], layout: Layout, x: V, matrices: Sequence[np.ndarray]) -> list[V]:
+    """Linear maps of every token of a packed input, each to R outputs; one level.
 
-    With x at position p feature p mod F, and W padded by zeros to (F, 2R), the 2R diagonals
+    A map W (C, R) of real numbers that lie in pairs in complex ones, z = u + iv, is y = Az + conj(Bz) with
+    A = (W_u - iW_v) / 2 and conj(B) = (W_u + iW_v) / 2; where W is real, B is A. With z at position p feature f(p) (see
+    `Layout`), the n diagonals
 
-        D_r[p] = W[(p + r) mod F, p mod 2R],   y[p] = sum_r D_r[p] * x[p + r]
+        D_r[p] = A[f(p + r), p mod R],   y[p] = sum_r D_r[p] * z[p + r]
 
-    reach 2R of the F features from position p; adding y's rotations by 2R, 4R ... F/2 positions reaches them all, and
-    as that sum is cyclic it leaves the outputs in all blocks. r = giant * b + baby, and the giant steps go by Horner's
-    rule, so that one rotation key does for all baby steps and another for all giant ones.
+    give position p the part of output p mod R that n features make; a sum over all runs makes it whole, and as that
+    is cyclic it leaves the outputs in all of them. r = giant * b + baby, and the giant steps go by Horner's rule, so
+    that one rotation key does for all baby steps and another for all giant ones.
 
     Args:
-        matrix: (C, 2R), real or complex: output o of token t is x_t @ matrix[:, o].
+        matrices: (C, R) each, real or complex: output o of token t is x_t @ matrix[:, o].
 
     Returns:
-        output o at position o of every block. Of two maps side by side, `apart` makes two vectors.
+        for each matrix, output o at position o of every run.
     """
-    lanes, size = layout.tokens, 2 * layout.outputs
-    baby, _ = steps_of(layout)
     rotated = [x]
-    for _ in range(1, baby):
-        rotated.append(ops.rotate(rotated[-1], lanes))
-    position = np.arange(layout.positions)
-    padded = np.zeros((layout.features, size), np.complex128)
-    padded[: len(matrix)] = matrix
-    y = None
-    for step in reversed(range(0, size, baby)):
+    for _ in range(1, steps_of(layout)[0]):
+        rotated.append(ops.rotate(rotated[-1], layout.tokens))
+    results = []
+    for matrix in matrices:
+        padded = np.zeros((2, layout.features, layout.outputs), np.complex128)
+        padded.reshape(-1, layout.outputs)[: len(matrix), : matrix.shape[1]] = matrix / 2
+        direct, mirrored = padded[0] - 1j * padded[1], (padded[0] + 1j * padded[1]).conj()
+        y = _by_diagonals(ops, layout, rotated, direct)
+        y = ops.add(y, ops.conjugate(_by_diagonals(ops, layout, rotated, mirrored) if np.iscomplexobj(matrix) else y))
+        fold = layout.outputs
+        while fold < layout.positions:
+            y = ops.add(y, ops.rotate(y, fold * layout.tokens))
+            fold *= 2
+        results.append(y)
+    return results
+
+
+def _by_diagonals(ops: SlotOps[V], layout: Layout, rotated: Sequence[V], matrix: np.ndarray) -> V:
+    """The sum over r of a complex matrix's (F, R) diagonals times the input rotated by r, of which the baby steps are
+    given."""
+    position, baby, y = np.arange(layout.positions), len(rotated), None
+    for step in reversed(range(0, layout.diagonals, baby)):
         back = position - step  # the giant step rotates the product, so its diagonal is rotated back
-        diagonals = [padded[(back + step + r) % layout.features, back % size] for r in range(baby)]
-        y = None if y is None else ops.rotate(y, baby * lanes)
+        diagonals = [
+            matrix[layout.feature[(position + r) % layout.positions], back % layout.outputs] for r in range(baby)
+        ]
+        y = None if y is None else ops.rotate(y, baby * layout.tokens)
         if any(diagonal.any() for diagonal in diagonals):
             inner = ops.combine(rotated, diagonals)
             y = inner if y is None else ops.add(inner, y)
     if y is None:
         raise CompilationError("a projection's weights are all zero")
-    fold = size
-    while fold < layout.features:
-        y = ops.add(y, ops.rotate(y, fold * lanes))
-        fold *= 2
     return y
-
-
-def apart(ops: SlotOps[V], layout: Layout, y: V, masks: Sequence[tuple[int, Any]]) -> list[V]:
-    """From R outputs of one map in the first copy and R of another in the second, vectors of one map; one level.
-
-    Args:
-        masks: for each vector the copy it is made of, 0 or 1, and the clear vector (S,) or number it is multiplied by.
-
-    Returns:
-        vectors with the chosen outputs in both copies.
-    """
-    moved = ops.rotate(y, layout.outputs * layout.tokens)
-    _, output, _ = layout.axes
-    results = []
-    for copy, mask in masks:
-        own = layout.mask(output // layout.outputs == copy)
-        results.append(ops.combine([y, moved], [mask * own, mask * (1 - own)]))
-    return results
 
 
 def spread(ops: SlotOps[V], layout: Layout, z: V, wrapped: bool = False) -> tuple[V, V | None]:
@@ -429,24 +447,31 @@ def spread(ops: SlotOps[V], layout: Layout, z: V, wrapped: bool = False) -> tupl
         block 3     .    .    .   z_0            z_1  z_2  z_3   .
                         causal                        wrapped
 
-    Block d of lane t holds token t - d of the tile, rotated there by d slots and masked; the dots are zero.
+    Block d of lane t holds token t - d of the tile, rotated there by d slots and masked; the dots are zero. d goes by
+    baby and giant steps too. A lane that wraps has come out in the position before its own.
 
     Returns:
         The causal half, which pairs a tile with itself; and, if wanted, the wrapped half: the sum of both pairs every
         lane with all tokens of this tile, for lanes of a later one.
     """
     block, _, lane = layout.axes
+    baby = 1 << layout.tokens.bit_length() // 2
     moved = [z]
-    for _ in range(1, layout.tokens):
+    for _ in range(1, min(baby, layout.tokens)):
         moved.append(ops.rotate(moved[-1], -1))
-    causal = ops.combine(moved, [layout.mask((block == d) & (lane >= d)) for d in range(layout.tokens)])
-    if not wrapped or layout.tokens == 1:
-        return causal, None
-    over = [ops.rotate(z, layout.tokens - 1)]
-    for _ in range(2, layout.tokens):
-        over.append(ops.rotate(over[-1], -1))
-    masks = [layout.mask((block == d) & (lane < d)) for d in range(1, layout.tokens)]
-    return causal, ops.combine(over, masks)
+
+    def masked(chosen: np.ndarray, back: int) -> V:
+        """The sum over d of z, rotated by -d and masked where chosen, all rotated by `back`."""
+        total = None
+        for step in reversed(range(0, layout.tokens, baby)):
+            masks = [np.roll(layout.mask((block == step + d) & chosen), back - step) for d in range(len(moved))]
+            inner = ops.combine(moved, masks)
+            total = inner if total is None else ops.add(inner, ops.rotate(total, -baby))
+        assert total is not None
+        return ops.rotate(total, back)
+
+    causal = masked(lane >= block, 0)
+    return causal, masked(lane < block, layout.tokens) if wrapped and layout.tokens > 1 else None
 
 
 def scores(ops: SlotOps[V], layout: Layout, q: V, k: V) -> V:
@@ -473,18 +498,22 @@ def quadratics(ops: SlotOps[V], x: V, start: float, constants: Sequence[float]) 
     return x
 
 
-def halves(ops: SlotOps[V], layout: Layout, z: V, present: np.ndarray) -> tuple[V, V]:
-    """Keys + i * values, apart: twice the keys (no level), and values + i * present in the first copy (one level).
+def halves(ops: SlotOps[V], z: V) -> tuple[V, V]:
+    """Keys + i * values, apart and doubled: 2 * keys and 2i * values; no level."""
+    mirrored = ops.conjugate(z)
+    return ops.add(z, mirrored), ops.subtract(z, mirrored)
 
-    `present` (S,) is one where there is a pair: multiplied by a pair's weight, the real part is its numerator and the
+
+def present(ops: SlotOps[V], layout: Layout, values: V, pairs: np.ndarray) -> V:
+    """From 2i * values, values + i * pairs in the first copy; one level.
+
+    `pairs` (S,) is one where there is a pair: multiplied by a pair's weight, the real part is its numerator and the
     imaginary part its denominator. Elsewhere the values become zero, and in the second copy too, where `scores` mean
     nothing.
     """
     _, output, _ = layout.axes
-    mirrored = ops.conjugate(z)
-    shown = present * layout.mask(output < layout.outputs)
-    values = ops.combine([ops.subtract(z, mirrored)], [-0.5j * shown])
-    return ops.add(z, mirrored), ops.offset(values, 1j * shown)
+    shown = pairs * layout.mask(output < layout.outputs)
+    return ops.offset(ops.combine([values], [-0.5j * shown]), 1j * shown)
 
 
 def weigh(ops: SlotOps[V], layout: Layout, weights: Sequence[V], values: Sequence[V]) -> V:
@@ -492,18 +521,35 @@ def weigh(ops: SlotOps[V], layout: Layout, weights: Sequence[V], values: Sequenc
 
     Blocks are the slowest axis, so that sum is cyclic: every block of the result holds it.
     """
-    total = ops.dot(weights, values)
+    return _over_blocks(ops, layout, ops.dot(weights, values))
+
+
+def weigh_lanes(ops: SlotOps[V], layout: Layout, lanes: Sequence[Sequence[tuple[V, V]]]) -> V:
+    """The sum over blocks and lanes, and over all given pairs, of weight * value; one level.
+
+    A sum over lanes is not cyclic, and partial sums must not be seen. So every lane has a product of its own.
+
+    Args:
+        lanes: for each of the T lanes weights, and values that are zero in all other lanes; the first one has some.
+
+    Returns:
+        the sum in the last lane of every block, zero in the others.
+    """
+    total = None
+    for pairs in lanes:
+        total = None if total is None else ops.rotate(total, -1)
+        if pairs:
+            weights, values = zip(*pairs, strict=True)
+            part = ops.dot(weights, values)
+            total = part if total is None else ops.add(part, total)
+    if total is None:
+        raise CompilationError("there is nothing to weigh")
+    return _over_blocks(ops, layout, total)
+
+
+def _over_blocks(ops: SlotOps[V], layout: Layout, x: V) -> V:
     step = 2 * layout.outputs * layout.tokens
     while step < layout.slots:
-        total = ops.add(total, ops.rotate(total, step))
+        x = ops.add(x, ops.rotate(x, step))
         step *= 2
-    return total
-
-
-def gather(ops: SlotOps[V], layout: Layout, x: V) -> V:
-    """The sum over all lanes, in the last lane; zero in the others, and in the second copy of outputs; one level."""
-    _, output, lane = layout.axes
-    total = x
-    for _ in range(1, layout.tokens):
-        total = ops.add(x, ops.rotate(total, -1))
-    return ops.combine([total], [layout.mask((lane == layout.tokens - 1) & (output < layout.outputs))])
+    return x

@@ -317,19 +317,20 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
         result |= heads_of(hybrid)
     steps = mode in ("simulate", "encrypted")
     waiting = (lambda n: step(f"token {n} of {max_new_tokens}")) if steps else (lambda n: contextlib.nullcontext())
-    if scheduler is None:
-        text = hybrid.generate(prompt, max_new_tokens, mode, sampling, keys)
-    else:
-        from jaxgpt2 import distribute
+    with contextlib.ExitStack() as stack:
+        if scheduler is not None:
+            from jaxgpt2 import distribute
 
-        cluster = distribute.connect(scheduler)
-        with step("sending circuits and evaluation keys"):
-            parties = {
-                unit: distribute.send(cluster, circuit, keys[unit], circuit.report.backend)
-                for unit, circuit in hybrid.circuits.items()
-            }
-        text = hybrid.continue_text(prompt, max_new_tokens, hybrid.engine_of(parties), sampling)
-    write_tokens(gpt2, result, text, as_json, waiting)
+            cluster = distribute.connect(scheduler)
+            with step("sending circuits and evaluation keys"):
+                parties = {unit: distribute.send(cluster, each, keys[unit]) for unit, each in hybrid.circuits.items()}
+            text = hybrid.continue_text(prompt, max_new_tokens, hybrid.engine_of(parties), sampling)
+        elif mode == "encrypted":
+            engine = stack.enter_context(hybrid.over_cores(keys))
+            text = hybrid.continue_text(prompt, max_new_tokens, engine, sampling)
+        else:
+            text = hybrid.generate(prompt, max_new_tokens, mode, sampling)
+        write_tokens(gpt2, result, text, as_json, waiting)
 
 
 def write_tokens(
@@ -402,10 +403,10 @@ def evaluate_command(calibration: Path | None, mode: str, backend: str | None, p
         keys = make_keys(hybrid, cache)
         announce_run(hybrid, longest)
     started = time.monotonic()
-    with step(f"evaluating {len(passages)} passages"):
-        measured = evaluation.evaluate(
-            hybrid, passages, hybrid.engine(mode, keys), [int(part) for part in ks.split(",")]
-        )
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(hybrid.over_cores(keys)) if mode == "encrypted" else hybrid.engine(mode)
+        stack.enter_context(step(f"evaluating {len(passages)} passages"))
+        measured = evaluation.evaluate(hybrid, passages, engine, [int(part) for part in ks.split(",")])
     result = {
         **dataclasses.asdict(measured),
         "recovered_kl": measured.recovered_kl,

@@ -8,14 +8,13 @@ gets the circuit and the evaluation keys, once, and no secret key. A worker that
 from __future__ import annotations
 
 import functools
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fhe import Circuit, Keys, get_backend
+from fhe import Circuit, Keys
+from jaxgpt2.elsewhere import compute, parts_of
 from jaxgpt2.errors import InputError
 from jaxgpt2.reading import Encrypted
 from jaxgpt2.sweep import Configuration, Experiment, Workbench, batches
@@ -91,15 +90,6 @@ def run(address: str, experiment: Experiment, configurations: Sequence[Configura
 # --- encrypted heads ----------------------------------------------------------------------------
 
 
-class Parts(NamedTuple):
-    """What a worker needs of a circuit: its saved files, and what the client sends a server."""
-
-    identity: str
-    backend: str
-    files: tuple[tuple[str, bytes], ...]
-    evaluation: bytes
-
-
 @dataclass(frozen=True)
 class Elsewhere(Encrypted):
     """A circuit whose functions run on the workers of a Dask cluster; the secret key stays here.
@@ -127,23 +117,6 @@ class Elsewhere(Encrypted):
             raise ClusterError(f"several workers died over {name}, see their logs: {error}") from None
 
 
-@functools.lru_cache(maxsize=8)
-def _loaded(identity: str, backend: str, files: tuple[tuple[str, bytes], ...]) -> Circuit:
-    with tempfile.TemporaryDirectory() as directory:
-        for name, content in files:
-            (Path(directory) / name).write_bytes(content)
-        return get_backend(backend).load(directory)
-
-
-def compute(parts: Parts, name: str, arrays: Sequence[bytes]) -> list[bytes]:
-    """On a worker: one call of a circuit's function."""
-    return _loaded(parts.identity, parts.backend, parts.files).run(name, arrays, parts.evaluation)
-
-
-def send(client: Any, circuit: Circuit, keys: Keys, backend: str) -> Elsewhere:
+def send(client: Any, circuit: Circuit, keys: Keys) -> Elsewhere:
     """Gives every worker of a cluster a circuit and its evaluation keys."""
-    with tempfile.TemporaryDirectory() as directory:
-        circuit.save(directory)
-        files = tuple((path.name, path.read_bytes()) for path in sorted(Path(directory).iterdir()))
-    parts = Parts(circuit.id, backend, files, keys.evaluation)
-    return Elsewhere(circuit, keys, client, client.scatter(parts, broadcast=True, hash=False))
+    return Elsewhere(circuit, keys, client, client.scatter(parts_of(circuit, keys), broadcast=True, hash=False))

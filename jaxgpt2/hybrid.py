@@ -8,11 +8,13 @@ Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ import fhe
 from jaxgpt2 import attention
 from jaxgpt2.attention.formula import Calibrated, HeadWeights, Program, Recipe
 from jaxgpt2.config import GPT2Config
+from jaxgpt2.elsewhere import over_cores
 from jaxgpt2.errors import InputError
 from jaxgpt2.generation import GREEDY, Sampling, generate_tokens
 from jaxgpt2.gpt2 import GPT2, PromptError
@@ -621,6 +624,15 @@ class HybridGPT2:
         if mode == "simulate":
             return self.engine_of({unit: Simulated(circuit) for unit, circuit in self.circuits.items()})
         return self.engine_of({unit: Encrypted(circuit, (keys or {})[unit]) for unit, circuit in self.circuits.items()})
+
+    @contextlib.contextmanager
+    def over_cores(self, keys: Mapping[Unit, fhe.Keys]) -> Iterator[Engine]:
+        """The engine of mode `encrypted`, which computes the heads of a layer at the same time, whatever computes one:
+        an engine that uses one core runs in processes (see `elsewhere.over_cores`). They end with the context."""
+        self.engine("encrypted", keys)  # raises where something is missing
+        at_once = max(Counter(unit.layer for unit in self.units).values())
+        with over_cores(self.circuits, keys, at_once) as parties:
+            yield self.engine_of(parties)
 
     def engine_of(self, parties: Mapping[Unit, Party]) -> Engine:
         """An engine whose circuits these parties call, compiled for texts of `seq_len`. It needs no `params`."""

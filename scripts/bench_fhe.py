@@ -1,17 +1,22 @@
-"""What an encrypted head costs, beside the yardstick, and what encryption does to its accuracy.
+"""What an encrypted head costs on both engines, beside the yardstick, and what encryption does to its accuracy.
 
-    python scripts/bench_fhe.py cost                  # lowrank on ciphertexts; the softmax yardstick is compiled only
-    python scripts/bench_fhe.py cost --full           # the yardstick is executed too: half an hour and 20 GB
-    python scripts/bench_fhe.py fidelity              # all heads of the bundled model, quantized and decrypted
+    python scripts/bench_fhe.py cost                     # both engines; the softmax yardstick is compiled only
+    python scripts/bench_fhe.py cost --full              # the yardstick is executed too: half an hour and 20 GB
+    python scripts/bench_fhe.py cost --head random       # random weights, which only polynomial has recipes for
+    python scripts/bench_fhe.py fidelity                 # all heads of the bundled model, quantized and decrypted
+    python scripts/bench_fhe.py fidelity --backend ckks
+    python scripts/bench_fhe.py cores                    # two heads on CKKS, in one process and in two
 
 `cost` takes a trained head of the bundled model to GPT-2's shape: its inputs, of width 256, are turned into a subspace
 of 768 dimensions by an orthonormal map, and its weights with them, which changes no score and no value. Every case runs
 in two processes: one compiles, and one makes keys and runs, with nothing but the circuit, as clients and servers do;
-its peak memory is reported. Times are medians over texts.
+its peak memory is reported. Times are medians over texts, from integers in clear to decrypted ones, after keys and
+clear vectors are loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import statistics
@@ -19,10 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import jax.numpy as jnp
@@ -42,12 +47,33 @@ from jaxgpt2.reading import Encrypted, quantize_input
 from machine import environment
 from weights.checkpoint import TINY
 
-PACKAGES = ("jax", "numpy", "concrete-python")
+PACKAGES = ("jax", "numpy", "concrete-python", "tenseal")
 
 # The post's single-head model with lookups of up to 9 bits, and what a prototype of it took on the same kind of machine
 # (2 cores of an AMD EPYC, Zen 4, concrete-python 2.11.0).
 YARDSTICK = Recipe.of("softmax", Bits.of(4, 8)), fhe.Settings(1e-5, "exact")
 PROTOTYPE = {"keys": 226.0, "run": 1042.0, "memory": 18e9}
+
+# Texts of a head with random weights, beside those that are read: to calibrate it on.
+CALIBRATION_TEXTS = 30
+
+# Tokens of short texts; the yardstick reads the fewer.
+FEW, SHORT = 6, 8
+
+
+def chains(formula: str, longest: int) -> dict[str, list[list[int]]]:
+    """How texts are read, each list by a reader of its own: up to so many tokens, then to so many, and so on.
+
+    Where tokens are read one by one, one list holds all others, and a long text takes minutes: the first alone is read
+    to its end.
+    """
+    if formula == "softmax":
+        return {"warm": [], "first": [[FEW]], "others": []}
+    if formula == "lowrank":
+        short = [FEW, FEW + 1, SHORT]
+        return {"warm": [[1]], "first": [[*short, longest - 1, longest]], "others": [short]}
+    every = [[FEW, FEW + 1], [SHORT], [longest - 1, longest], [longest]]
+    return {"warm": every, "first": every, "others": every}
 
 
 @click.group(help=__doc__)
@@ -78,120 +104,231 @@ def widened(weights: HeadWeights, inputs: list[np.ndarray], width: int) -> tuple
     return wider, [x @ columns.T for x in inputs]
 
 
-def make(
-    directory: str, head: str, recipe: Mapping[str, Any], settings: Mapping[str, Any], width: int, tokens: int
-) -> dict:
-    """Calibrates and compiles a head of the bundled model into a directory, with texts for it."""
-    path = Path(directory)
+def random_head(width: int, size: int, tokens: int) -> tuple[HeadWeights, list[np.ndarray], list[np.ndarray]]:
+    """Random weights, texts to calibrate on, and texts to read. Rows lie near a subspace, as a trained model's do."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return random.normal(size=shape) * scale
+
+    scale = 1.3 / width**0.5
+    query, key, value = (draw(width, size, scale=scale) for _ in range(3))
+    biases = [draw(size) for _ in range(3)]
+    weights = HeadWeights(
+        query, biases[0], key, biases[1], value, biases[2], output=draw(size, width), metric=np.eye(size)
+    )
+    basis = draw(max(4, width // 8), width)
+    texts = [draw(tokens, len(basis)) @ basis for _ in range(CALIBRATION_TEXTS + 8)]
+    texts = [x / np.sqrt(np.mean(x**2, axis=1, keepdims=True)) for x in texts]
+    return weights, texts[:CALIBRATION_TEXTS], texts[CALIBRATION_TEXTS:]
+
+
+def trained_head(head: str, width: int, tokens: int) -> tuple[HeadWeights, list[np.ndarray], list[np.ndarray]]:
+    """The same of a head of the bundled model, widened; the texts to read all have so many tokens."""
     gpt2 = GPT2.from_pretrained("tiny")
     (unit,) = parse_heads(head, gpt2.config)
-    chosen = Recipe.from_json(recipe)
-    program = attention.get(chosen.formula).head
-    evaluation = read_passages(TINY / "eval.txt")
-    found = [
+    calibration, evaluation = (
         sample(gpt2, advance(gpt2, read(gpt2, texts, tokens), unit.layer))
-        for texts in (calibration_passages(None), evaluation)
-    ]
-    weights = head_weights(gpt2.model, unit.layer, unit.head or 0, found[0].sensitivity)
-    wider, inputs = widened(weights, found[0].inputs, width)
-    calibrated = program.calibrate(wider, inputs, chosen.bits, tokens, **chosen.settings)
+        for texts in (calibration_passages(None), read_passages(TINY / "eval.txt"))
+    )
+    weights = head_weights(gpt2.model, unit.layer, unit.head or 0, calibration.sensitivity)
+    wider, inputs = widened(weights, calibration.inputs, width)
+    _, texts = widened(weights, [x for x in evaluation.inputs if len(x) == tokens], width)
+    return wider, inputs, texts
+
+
+def make(directory: str, head: str, recipe: Mapping[str, Any], settings: Mapping[str, Any] | None, width: int,
+         tokens: int) -> dict:  # fmt: skip
+    """Calibrates and compiles a head into a directory, with texts for it. settings: None for the formula's."""
+    path = Path(directory)
+    chosen = Recipe.from_json(recipe)
+    formula = attention.get(chosen.formula)
+    program = formula.head
+    given = random_head(width, 64, tokens) if head == "random" else trained_head(head, width, tokens)
+    weights, inputs, texts = given
+    calibrated = program.calibrate(weights, inputs, chosen.bits, tokens, **chosen.settings)
     functions = program.reading.functions(program, calibrated, inputs, tokens)
-    circuit = fhe.get_backend("concrete").compile(functions, calibrated.params, fhe.Settings(**settings))
+    stands = formula.settings if settings is None else fhe.Settings(**settings)
+    circuit = fhe.get_backend(formula.backend).compile(functions, calibrated.params, stands)
     circuit.save(path / "circuit")
-    _, texts = widened(weights, [x for x in found[1].inputs if len(x) == tokens], width)
     levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
-    (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(wider, x) for x in texts])))
-    report = circuit.report
-    return {"complexity": report.complexity, "compile": report.compile_seconds, "bits": report.pbs_by_bit_width}
+    (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(weights, x) for x in texts])))
+    cost = circuit.report.cost_of(program.reading.calls(calibrated.client, 0, min(tokens, SHORT)))
+    return {"compile": circuit.report.compile_seconds, "counts": cost.describe()}
+
+
+@dataclass
+class Counting:
+    """A party that counts the bytes of ciphertexts."""
+
+    party: Encrypted
+    sent: int = 0
+    received: int = 0
+
+    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
+        result = self.party.encrypt(name, *arrays)
+        self.sent += sum(map(len, result))
+        return result
+
+    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        return self.party.run(name, arrays)
+
+    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
+        self.received += sum(map(len, results))
+        return self.party.decrypt(name, results)
 
 
 def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
-    """Makes keys and reads texts, from what `make` left."""
+    """Makes keys and reads texts as `chains` say, from what `make` left.
+
+    "parts": for each stretch of a text that was read, from one token to another: seconds, bytes sent and received, and
+    the squared error of the head's output with the squared norm of what it stands for.
+    """
     path = Path(directory)
-    circuit = fhe.get_backend("concrete").load(path / "circuit")
+    circuit = fhe.get_backend(attention.get(formula).backend).load(path / "circuit")
     calibrated, inputs, in_float = pickle.loads((path / "case.pickle").read_bytes())
     program = attention.get(formula).head
     started = time.perf_counter()
     keys = circuit.make_keys()
     key_seconds = time.perf_counter() - started
-    reader = program.reading.reader(calibrated.client, Encrypted(circuit, keys), tokens)
-    whole = "head" in circuit.report.functions
-    took, errors = [], []
-    # Unpacking the keys is no part of a run: a text read before the first one that counts.
-    for number in range(texts + (not whole)):
-        x = inputs[number]
-        seconds = []
-        for count in (tokens,) if whole else range(1, tokens + 1):
-            started = time.perf_counter()
-            outputs = reader.read(x[:count])
-            seconds.append(time.perf_counter() - started)
-        exact = program.run(fhe.NumpyOps(), calibrated.params, x)
-        got, wanted = (np.asarray(program.decode(calibrated.decoding, tuple(o))) for o in (outputs, exact))
-        errors.append(
-            [
-                float(np.linalg.norm(part - in_float[number]) / np.linalg.norm(in_float[number]))
-                for part in (got, wanted)
-            ]
-        )
-        took.append(seconds)
-    took = took[1:] or took
+    parts: dict[tuple[int, int], list[list[float]]] = {}
+    for number in range(-1, texts):
+        for chain in chains(formula, tokens)["warm" if number < 0 else "first" if number == 0 else "others"]:
+            party = Counting(Encrypted(circuit, keys))
+            reader, known = program.reading.reader(calibrated.client, party, tokens), 0
+            for length in chain:
+                party.sent = party.received = 0
+                started = time.perf_counter()
+                outputs = reader.read(inputs[number][:length])
+                seconds = time.perf_counter() - started
+                given = np.asarray(program.decode(calibrated.decoding, tuple(map(jnp.asarray, outputs))))[known:]
+                wanted = in_float[number][known:length]
+                error = float(np.sum((given - wanted) ** 2)), float(np.sum(wanted**2))
+                if number >= 0:
+                    parts.setdefault((known, length), []).append([seconds, party.sent, party.received, *error])
+                known = length
     return {
         "keys": key_seconds,
         "key_bytes": len(keys.evaluation),
-        "seconds": [statistics.median(column) for column in zip(*took, strict=True)],
-        "errors": [statistics.mean(column) for column in zip(*errors, strict=True)],
-        "pbs": {count: circuit.report.cost_of(program.reading.calls(calibrated.client, 0, count)).pbs_count
-                for count in range(1, tokens + 1)} if not whole else {tokens: circuit.report.pbs_count},
-    }  # fmt: skip
+        "parts": [
+            [*part, *map(statistics.median, columns[:3]), *map(statistics.mean, columns[3:])]
+            for part, columns in ((part, list(zip(*found, strict=True))) for part, found in parts.items())
+        ],
+    }
+
+
+class Measured(NamedTuple):
+    seconds: float
+    sent: float
+    received: float
+    head_error: float
+
+
+def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
+    """Reading a text from one token to another, as measured, or as the sum of its parts; None if it was not read."""
+    parts = {(part[0], part[1]): np.array(part[2:]) for part in ran["parts"]}
+    total, at = np.zeros(5), known
+    while at < length:
+        stops = [stop for start, stop in parts if start == at and stop <= length]
+        if not stops:
+            return None
+        total, at = total + parts[at, max(stops)], max(stops)
+    return Measured(*total[:3], head_error=float(np.sqrt(total[3] / total[4])))
 
 
 @main.command()
-@click.option("--head", default="0.2", show_default=True, help="Of the bundled model, whose head_dim is 64.")
+@click.option("--head", default="0.2", show_default=True, metavar="L.H|random",
+              help="Of the bundled model, whose head_dim is 64.")  # fmt: skip
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
-@click.option("--tokens", default=12, show_default=True, help="Longest text.")
+@click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
 @click.option("--full", is_flag=True, help="Execute the yardstick too.")
 def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
-    """One head at GPT-2's shape: lookups, keys, seconds a token, memory."""
-    tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
-    recipe, settings = Recipe.from_json(tuned), asdict(attention.get("lowrank").settings)
-    short = 6
-    with tempfile.TemporaryDirectory() as directory:
-        note("lowrank: calibrating and compiling")
-        made = child("make", directory, head, recipe.to_json(), settings, width, tokens)
-        note("lowrank: making keys and reading texts")
-        ran = child("execute", directory, "lowrank", tokens, texts)
-    with tempfile.TemporaryDirectory() as directory:
-        note("yardstick: compiling")
-        yardstick = child("make", directory, head, YARDSTICK[0].to_json(), asdict(YARDSTICK[1]), width, short)
-        executed = child("execute", directory, "softmax", short, 1) if full else None
-    seconds, pbs = ran["seconds"], {int(count): number for count, number in ran["pbs"].items()}
-    keys, run, memory = PROTOTYPE["keys"], PROTOTYPE["run"], PROTOTYPE["memory"]
-    if executed:
-        keys, run, memory = executed["keys"], executed["seconds"][0], executed["memory"]
-    first, step = sum(seconds[:short]), seconds[short]
-    click.echo(f"{environment(*PACKAGES)}")
-    click.echo(
-        f"head {head} of tiny at width {width}, head_dim 64; lowrank {recipe.settings}, recovered KL "
-        f"{tuned['measured']['recovered_kl']:.4f}, p_error {settings['p_error']:g}; medians of {texts} texts"
-    )
-    click.echo(f"yardstick: softmax, 4 bits, {'executed' if executed else 'as its prototype was measured'}\n")
+    """One head at GPT-2's shape on both engines: seconds, bytes, keys, memory, error."""
+    cases: dict[str, tuple[Recipe, dict[str, Any] | None, int]] = {
+        "polynomial": (Recipe.of("polynomial", 4), None, tokens)
+    }
+    described = "random weights"
+    if head != "random":
+        tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
+        recipe = Recipe.from_json(tuned)
+        cases = {"softmax": (YARDSTICK[0], asdict(YARDSTICK[1]), FEW), "lowrank": (recipe, None, tokens)} | cases
+        described = (
+            f"head {head} of tiny; lowrank {recipe.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
+        )
+    made, ran = {}, {}
+    for name, (recipe, settings, longest) in cases.items():
+        with tempfile.TemporaryDirectory() as directory:
+            note(f"{name}: calibrating and compiling")
+            made[name] = child("make", directory, head, recipe.to_json(), settings, width, longest)
+            if name != "softmax" or full:
+                note(f"{name}: making keys and reading texts")
+                ran[name] = child("execute", directory, name, longest, 1 if name == "softmax" else texts)
+    click.echo(environment(*PACKAGES))
+    click.echo(f"{described}, at width {width}, head_dim 64; medians of {texts} texts")
+    if "softmax" in cases:
+        how = "executed" if full else "run, keys and memory as its prototype was measured"
+        click.echo(
+            f"yardstick: softmax, 4 bits, {how}; lowrank: p_error {attention.get('lowrank').settings.p_error:g}, "
+            f"beyond {SHORT} tokens one text"
+        )
+    click.echo("")
+
+    def seconds(known: int, length: int) -> list[str]:
+        """For each case. The yardstick has no cache, and reads all of a text again."""
+        cells = []
+        for name in cases:
+            if name == "softmax":
+                found = stretch(ran[name], 0, FEW) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
+                cells.append(f"{found.seconds:,.0f} s" if found and length <= FEW + 1 else "")
+            else:
+                found = stretch(ran[name], known, length)
+                cells.append(f"{found.seconds:.2f} s" if found else "")
+        return cells
+
+    def of(show: Callable[[Measured], str], known: int, length: int) -> list[str]:
+        found = {name: stretch(ran[name], known, length) for name in ran}
+        return [show(each) if (each := found.get(name)) else "" for name in cases]
+
+    def fact(name: str, unit: str, scale: float, digits: int = 1) -> list[str]:
+        """Of `execute`."""
+        stand = {} if full else {"softmax": PROTOTYPE}
+        values = {case: (ran | stand).get(case, {}).get(name) for case in cases}
+        return ["" if value is None else f"{value / scale:,.{digits}f} {unit}" for value in values.values()]
+
     rows = [
-        (f"lookups (PBS), {short} tokens", "", f"{pbs[short]:,}", ""),
-        (f"run, {short} tokens", f"{run:,.0f} s", f"{first:.1f} s", f"{run / first:.0f}x"),
-        (f"one more token, {short} in the cache", f"{run:,.0f} s", f"{step:.1f} s", f"{run / step:.0f}x"),
-        ("making keys", f"{keys:.0f} s", f"{ran['keys']:.1f} s", f"{keys / ran['keys']:.0f}x"),
-        ("evaluation keys, as sent", "", f"{ran['key_bytes'] / 1e6:.0f} MB", ""),
-        ("peak memory, keys and run", f"{memory / 1e9:.1f} GB", f"{ran['memory'] / 1e9:.1f} GB", ""),
-        ("peak memory, compiling", f"{yardstick['memory'] / 1e9:.1f} GB", f"{made['memory'] / 1e9:.1f} GB", ""),
-        ("compiling", f"{yardstick['compile']:.0f} s", f"{made['compile']:.0f} s", ""),
-        ("complexity, all functions once", f"{yardstick['complexity']:.2g}", f"{made['complexity']:.2g}", ""),
-    ]  # fmt: skip
-    click.echo(table(("", "yardstick", "lowrank", "ratio"), rows))
-    click.echo(f"\nseconds of each token: {', '.join(f'{t:.2f}' for t in seconds)}")
-    decrypted, exact = ran["errors"]
-    click.echo(f"error of the head's output: {exact:.3f} quantized, {decrypted:.3f} decrypted")
-    click.echo(f"lookups by bits, each function once: {made['bits']}")
+        (f"{FEW} tokens", *seconds(0, FEW)),
+        (f"{SHORT} tokens", *seconds(0, SHORT)),
+        (f"{tokens} tokens", *seconds(0, tokens)),
+        (f"one more, {FEW} in the cache", *seconds(FEW, FEW + 1)),
+        (f"one more, {tokens - 1} in the cache", *seconds(tokens - 1, tokens)),
+        *(
+            (f"head error, {text}", *of(lambda found: f"{found.head_error:.3f}", known, length))
+            for text, known, length in (
+                (f"{SHORT} tokens", 0, SHORT),
+                (f"{tokens} tokens", 0, tokens),
+                (f"one more, {tokens - 1} in the cache", tokens - 1, tokens),
+            )
+        ),
+        *(
+            (
+                f"{text} in, out",
+                *of(lambda found: f"{found.sent / 1e6:.2f}, {found.received / 1e6:.2f} MB", known, length),
+            )
+            for text, known, length in (
+                (f"{SHORT} tokens", 0, SHORT),
+                (f"one more, {tokens - 1} in the cache", tokens - 1, tokens),
+            )
+        ),
+        ("making keys", *fact("keys", "s", 1)),
+        ("evaluation keys, as sent", *fact("key_bytes", "MB", 1e6, 0)),
+        ("peak memory, keys and run", *fact("memory", "GB", 1e9)),
+        ("peak memory, compiling", *(f"{made[name]['memory'] / 1e9:.1f} GB" for name in cases)),
+        ("compiling", *(f"{made[name]['compile']:.0f} s" for name in cases)),
+        (f"operations, {SHORT} tokens", *(made[name]["counts"] for name in cases)),
+    ]
+    headings = {"softmax": "yardstick, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
+    click.echo(table(("", *(headings[name] for name in cases)), rows))
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -209,42 +346,55 @@ def short_passages(gpt2: GPT2, passages: list[str], tokens: int) -> list[str]:
 
 
 @main.command()
-@click.option("--recipes", type=click.Path(path_type=Path), default=TINY / "recipes.json", help="Of every head.")
+@click.option("--backend", type=click.Choice(["concrete", "ckks"]), default="concrete", show_default=True,
+              help="The engine, with the formula that is made for it.")  # fmt: skip
+@click.option("--recipes", type=click.Path(path_type=Path), help="Of every head.  [default: what the engine's are]")
 @click.option("--heads", help="Some of them, as 0.1,2.3.  [default: all]")
 @click.option("--inputs", default=3, show_default=True, help="Texts that every head reads encrypted.")
 @click.option("--tokens", default=6, show_default=True, help="Of each of them.")
-@click.option("--p-error", default=attention.get("lowrank").settings.p_error, show_default=True)
+@click.option("--p-error", type=float, help="Of a lookup.  [default: lowrank's]")
 @click.option("--out", type=click.Path(path_type=Path), help="A file that rows are added to as they are there.")
-def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error: float, out: Path | None) -> None:
+def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int, tokens: int, p_error: float | None,
+             out: Path | None) -> None:  # fmt: skip
     """Heads one by one: recovered KL on the evaluation text, and on some texts quantized, simulated and decrypted."""
     gpt2, passages, calibration = (
         GPT2.from_pretrained("tiny"),
         read_passages(TINY / "eval.txt"),
         calibration_passages(None),
     )
-    known = read_recipes(recipes, gpt2.config)
+    known = read_recipes(recipes or TINY / "recipes.json", gpt2.config)
+    if backend == "ckks" and recipes is None:
+        known = dict.fromkeys(known, Recipe.of("polynomial", 4))
     units = [unit for unit in known if heads is None or str(unit) in heads.split(",")]
     modes = ("quantized", "simulate", "encrypted")
     rows: list[dict[str, Any]] = []
     with counting("heads", len(units)) as progress:
         progress(0)
-        for index, unit in enumerate(units):
+        for unit in units:
+            index = list(known).index(unit)
             started = time.perf_counter()
             hybrid = HybridGPT2(gpt2, {unit: known[unit]}).calibrate(calibration, 40)
             whole = evaluate(hybrid, passages, hybrid.engine("quantized"), (1,))
             # A text cut out of a longer one may have a token more when it is read again.
-            hybrid = hybrid.compile(calibration, tokens + 2, fhe.Settings(p_error, "approximate"))
+            hybrid = hybrid.compile(calibration, tokens + 2, hybrid.settings(p_error), backend)
             keys = hybrid.make_keys()
             # Other passages for every head, so that all heads together read many.
             some = short_passages(gpt2, [passages[(index * inputs + i) % len(passages)] for i in range(inputs)], tokens)
             row: dict[str, Any] = {
                 "head": str(unit),
                 "options": known[unit].settings,
-                "pbs": hybrid.costs(tokens)[unit].counts["pbs_count"],
+                "cost": hybrid.costs(tokens)[unit].describe(),
                 "evaluation": losses(whole),
             }
+            # What the client refuses to read counts for no mode.
+            encrypted, readable = hybrid.engine("encrypted", keys), []
+            for text in some:
+                with contextlib.suppress(fhe.FHEError):
+                    evaluate(hybrid, [text], encrypted, (1,))
+                    readable.append(text)
+            row["refused"] = len(some) - len(readable)
             for mode in modes:
-                row[mode] = losses(evaluate(hybrid, some, hybrid.engine(mode, keys), (1,)))
+                row[mode] = losses(evaluate(hybrid, readable, hybrid.engine(mode, keys), (1,)))
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             if out is not None:
@@ -252,26 +402,56 @@ def fidelity(recipes: Path, heads: str | None, inputs: int, tokens: int, p_error
                     file.write(json.dumps(row) + "\n")
             progress(1)
     click.echo(environment(*PACKAGES))
+    refused = sum(row["refused"] for row in rows)
     click.echo(
-        f"{len(rows)} heads of tiny, {len(passages)} passages quantized; {inputs} texts of {tokens} tokens a head "
-        f"quantized, simulated, decrypted at p_error {p_error:g}\n"
+        f"{len(rows)} heads of tiny, backend {backend}, {len(passages)} passages quantized; up to {inputs} texts of "
+        f"{tokens} tokens a head quantized, simulated, decrypted; {refused} refused as out of range\n"
     )
+    measures = ("evaluation", *modes)
     lines: list[tuple[str, ...]] = [
         (
             row["head"],
-            str(row["options"]["score_rank"]),
-            str(row["options"]["value_rank"]),
-            f"{row['pbs']:,}",
+            ", ".join(f"{name} {value}" for name, value in row["options"].items()),
+            row["cost"],
             f"{row['evaluation']['kl_ablated']:.4f}",
-            *(recovered([row[mode]]) for mode in ("evaluation", *modes)),
+            *(recovered([row[measure]]) for measure in measures),
+            f"{row['encrypted']['head_error']:.4f}",
         )
         for row in rows
     ]
-    total = [recovered([row[mode] for row in rows]) for mode in ("evaluation", *modes)]
-    lines.append(("all", "", "", f"{statistics.mean(row['pbs'] for row in rows):,.0f}", "", *total))
-    header = ("head", "score rank", "value rank", f"PBS, {tokens} tokens", "KL without it", "recovered, quantized",
-              "these texts: quantized", "simulated", "decrypted")  # fmt: skip
+    lines.append(("all", "", "", "", *(recovered([row[measure] for row in rows]) for measure in measures), ""))
+    header = ("head", "options", f"{tokens} tokens", "KL without it", "recovered, quantized",
+              "these texts: quantized", "simulated", "decrypted", "head error, decrypted")  # fmt: skip
     click.echo(table(header, lines))
+
+
+@main.command()
+@click.option("--heads", default="1.2,1.3", show_default=True, help="Of one layer of the bundled model.")
+@click.option("--tokens", default=SHORT, show_default=True, help="Of the text that they read.")
+@click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
+def cores(heads: str, tokens: int, texts: int) -> None:
+    """Heads of a layer on CKKS, in one process and in several: seconds to read a text."""
+    gpt2, calibration = GPT2.from_pretrained("tiny"), calibration_passages(None)
+    hybrid = HybridGPT2.protect(gpt2, heads, Recipe.of("polynomial", 4))
+    hybrid = hybrid.calibrate(calibration, tokens).compile(calibration, tokens)
+    passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in read_passages(TINY / "eval.txt")]
+    some = [np.array([ids]) for ids in passages if len(ids) == tokens][: texts + 1]
+    keys = hybrid.make_keys()
+
+    def median(engine: Any) -> float:
+        """Of all texts but the first, which finds keys and clear vectors not loaded."""
+        took = []
+        for ids in some:
+            started = time.perf_counter()
+            hybrid.trace(ids, engine).logits.block_until_ready()
+            took.append(time.perf_counter() - started)
+        return statistics.median(took[1:])
+
+    together = median(hybrid.engine("encrypted", keys))
+    with hybrid.over_cores(keys) as engine:
+        apart = median(engine)
+    click.echo(environment(*PACKAGES))
+    click.echo(f"heads {heads} of tiny, {tokens} tokens: {together:.2f} s in one process, {apart:.2f} s in several")
 
 
 def losses(measured: Evaluation) -> dict[str, float]:
@@ -279,7 +459,7 @@ def losses(measured: Evaluation) -> dict[str, float]:
 
 
 def recovered(parts: list[dict[str, float]]) -> str:
-    return f"{1 - sum(part['kl'] for part in parts) / sum(part['kl_ablated'] for part in parts):.3f}"
+    return f"{1 - sum(part['kl'] for part in parts) / sum(part['kl_ablated'] for part in parts):.4f}"
 
 
 if __name__ == "__main__":

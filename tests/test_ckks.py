@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import stat
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ LAYOUT = Layout.fit(SLOTS, 20, 4, 8)
 def everything(ops, params, x, y):
     """Every operation of a machine once, on two inputs; and, to be kept, a projection of x."""
     with ops.tag("projection"):
-        z = project(ops, LAYOUT, x, params)
+        (z,) = project(ops, LAYOUT, x, [params])
     with ops.tag("rest"):
         product = ops.dot([z, y], [y, x])
         moved = ops.add(ops.rotate(product, -3), ops.conjugate(product))
@@ -41,14 +42,14 @@ def with_kept(ops, params, x, z):
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.abs(found - wanted).max() < 3e-4 * np.abs(wanted).max())
+    return bool(np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max())
 
 
 def numbers(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, SLOTS)
 
 
-PARAMS = np.random.default_rng(0).normal(size=(20, 8)) * 0.2
+PARAMS = np.random.default_rng(0).normal(size=(20, 4)) * 0.2
 
 
 def functions() -> dict[str, fhe.Function]:
@@ -193,11 +194,11 @@ def test_keys_and_ciphertexts_of_another_client_or_circuit(circuit, keys):
     other = circuit.make_keys()
     with pytest.raises(fhe.KeyMismatch, match="made with keys"):
         circuit.run("everything", blobs, other.evaluation)
-    elsewhere = ckks.CKKSBackend().compile(functions(), (PARAMS[0] * 2, PARAMS[1]))
+    elsewhere = ckks.CKKSBackend().compile(functions(), PARAMS * 2)
     with pytest.raises(fhe.KeyMismatch, match="made for circuit"):
         elsewhere.encrypt(keys, "second", numbers(1))
     with pytest.raises(fhe.KeyMismatch, match="not keys of the ckks backend"):
-        circuit.encrypt(object(), "second", numbers(1))
+        circuit.encrypt(cast(Any, object()), "second", numbers(1))
 
 
 def test_inputs_that_do_not_fit(circuit, keys):
@@ -285,7 +286,7 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     circuit = ckks.CKKSBackend().compile({n: f for n, f in functions.items() if n != "prompt_2"}, found.params)
     keys = circuit.make_keys()
     x = texts[5]
-    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)  # pyright: ignore
+    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)
     levels = np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
     reader.read(levels[:tokens])
     numerators, denominators = reader.read(levels)

@@ -26,7 +26,7 @@ def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_
     helpers.random_checkpoint(model, n_embd=24, n_head=3)
     texts = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"]
     (model / "calibration.txt").write_text("\n".join(texts) + "\n")
-    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", "0.1", "--cache", tmp_path,
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", "0.0,0.1", "--cache", tmp_path,
               "--backend", "ckks", "--json"]  # fmt: skip
 
     def run(*arguments: object) -> dict:
@@ -39,7 +39,7 @@ def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_
     assert quantized["tokens"] == encrypted["tokens"]
     assert quantized["recipes"]["0.1"]["attention"] == "polynomial"  # what fits the backend
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(list((tmp_path / "keys").glob("*.keys"))) == 1
+    assert len(list((tmp_path / "keys").glob("*.keys"))) == 2
     assert run(*continued, "encrypted")["tokens"] == encrypted["tokens"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == made
 

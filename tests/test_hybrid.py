@@ -11,14 +11,15 @@ import pytest
 
 import fhe
 import helpers
-from jaxgpt2 import attention, distribute
+from fhe.clear import ClearBackend
+from jaxgpt2 import attention, distribute, elsewhere
 from jaxgpt2.attention import Recipe
 from jaxgpt2.attention.formula import float_head
 from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import GPT2
 from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads
 from jaxgpt2.quantize import Bits
-from jaxgpt2.reading import Simulated
+from jaxgpt2.reading import Encrypted, Simulated
 
 # The tokenizer of the random models has a token a byte.
 CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 4
@@ -214,11 +215,35 @@ def test_heads_run_on_the_workers_of_a_cluster_one_of_which_dies(gpt2, monkeypat
     wanted = list(hybrid.generate("dog", 3, "encrypted", keys=keys))
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         client = distribute.connect(cluster.scheduler_address)
-        parties = {
-            unit: distribute.send(client, circuit, keys[unit], "clear") for unit, circuit in hybrid.circuits.items()
-        }
+        parties = {unit: distribute.send(client, circuit, keys[unit]) for unit, circuit in hybrid.circuits.items()}
         text = hybrid.continue_text("dog", 3, hybrid.engine_of(parties))
         first = next(text)
         os.kill(next(iter(cluster.workers.values())).process.pid, signal.SIGKILL)
         assert [first, *text] == wanted
         client.close()
+
+
+def test_heads_of_a_layer_run_in_processes_of_their_own_without_the_secret_keys(gpt2, monkeypatch):
+    monkeypatch.setattr(elsewhere, "cores", lambda: 2)
+    hybrid = hybrid_of(gpt2, "0.0,0.2,1.1", bits=4).compile(CALIBRATION, 8, backend="clear")
+    keys = hybrid.make_keys()
+    wanted = list(hybrid.generate("dog", 3, "encrypted", keys=keys))
+    with elsewhere.over_cores(hybrid.circuits, keys, 2) as parties:
+        pools = [party.pool for party in parties.values() if isinstance(party, elsewhere.InProcess)]
+        assert pools[0] is pools[2] and pools[0] is not pools[1]
+        assert list(hybrid.continue_text("dog", 3, hybrid.engine_of(parties))) == wanted
+        os.kill(pools[1].submit(os.getpid).result(), signal.SIGKILL)
+        with pytest.raises(elsewhere.ProcessDied, match="a process died"):
+            list(hybrid.continue_text("dog", 3, hybrid.engine_of(parties)))
+
+
+def test_one_head_a_layer_and_engines_of_all_cores_need_no_processes(gpt2, monkeypatch):
+    monkeypatch.setattr(elsewhere, "cores", lambda: 2)
+    hybrid = hybrid_of(gpt2, "0.0,1.1", bits=4).compile(CALIBRATION, 8, backend="clear")
+    keys = hybrid.make_keys()
+    with hybrid.over_cores(keys) as engine:
+        assert list(hybrid.continue_text("dog", 2, engine)) == list(hybrid.generate("dog", 2, "encrypted", keys=keys))
+    for at_once, offers in ((1, frozenset()), (2, frozenset({"cores"}))):
+        monkeypatch.setattr(ClearBackend, "offers", offers)
+        with elsewhere.over_cores(hybrid.circuits, keys, at_once) as parties:
+            assert {type(party) for party in parties.values()} == {Encrypted}

@@ -9,16 +9,16 @@ from fhe.errors import CompilationError
 from fhe.packing import (
     Layout,
     SlotMachine,
-    apart,
-    gather,
     halves,
     power_of_two,
+    present,
     project,
     quadratics,
     scores,
     spread,
     steps_of,
     weigh,
+    weigh_lanes,
 )
 
 SHAPES = [  # slots, width, outputs, tokens
@@ -44,7 +44,8 @@ def machine_and_layout(slots: int, width: int, outputs: int, tokens: int) -> tup
 @given(st.integers(1, 2000), st.integers(1, 128), st.integers(1, 64))
 def test_a_fitted_layout_holds_what_it_is_asked_for(width, outputs, tokens):
     layout = Layout.fit(16384, width, outputs, tokens)
-    assert layout.features >= width and layout.outputs >= outputs
+    assert 2 * layout.features >= width and layout.outputs >= outputs
+    assert layout.diagonals * layout.runs == layout.features
     assert layout.tokens <= power_of_two(tokens)
     assert layout.blocks >= layout.tokens
     assert layout.features * layout.tokens <= layout.slots
@@ -53,7 +54,7 @@ def test_a_fitted_layout_holds_what_it_is_asked_for(width, outputs, tokens):
 
 def test_a_layout_that_does_not_fit_says_so():
     with pytest.raises(CompilationError, match="too few for tiles of 1 tokens"):
-        Layout.fit(512, 768, 64)
+        Layout.fit(512, 1100, 64)
     with pytest.raises(CompilationError, match="powers of two"):
         Layout(1024, 3, 32, 8)
 
@@ -63,39 +64,46 @@ def test_packing_puts_every_feature_where_the_drawing_says(seed, tokens):
     layout = Layout.fit(1024, 20, 4, 8)
     x = numbers(seed, tokens, 20)
     packed = layout.pack(x)
-    for position in (0, 5, 19, layout.features + 3):
+    padded = np.zeros((layout.tokens, 2 * layout.features))
+    padded[:tokens, :20] = x
+    for position in (0, 5, 19, 101, layout.positions - 1):
+        run, inside = divmod(position, layout.outputs)
+        feature = run * layout.diagonals + inside % layout.diagonals
         for token in range(layout.tokens):
-            feature = position % layout.features
-            expected = x[token, feature] if token < tokens and feature < 20 else 0.0
+            expected = padded[token, feature] + 1j * padded[token, layout.features + feature]
             assert packed[position * layout.tokens + token] == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_two_maps_side_by_side_and_then_apart(shape):
+def test_diagonals_meet_every_feature_once(shape):
+    layout = Layout.fit(*shape)
+    for start in range(layout.outputs):
+        runs = np.arange(layout.runs)[:, None] * layout.outputs
+        met = layout.feature[(runs + start + np.arange(layout.diagonals)) % layout.positions]
+        assert sorted(met.reshape(-1)) == list(range(layout.features))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_maps_of_real_and_of_complex_numbers(shape):
     machine, layout = machine_and_layout(*shape)
-    width, size = shape[1], layout.outputs
+    width, size = shape[1], shape[2]
     x = numbers(0, layout.tokens, width)
-    maps = [numbers(i, width, size) + 1j * numbers(9 + i, width, size) for i in (1, 2)]
-    y = project(machine, layout, machine.load(layout.pack(x)), np.concatenate(maps, axis=1))
-    assert np.allclose(layout.unpack(y.values), np.concatenate([(x @ part).T for part in maps]))
+    maps = [numbers(1, width, size), numbers(2, width, size) + 1j * numbers(3, width, size)]
+    for part, y in zip(maps, project(machine, layout, machine.load(layout.pack(x)), maps), strict=True):
+        found = y.values.reshape(layout.runs, layout.outputs, layout.tokens)
+        assert np.allclose(found[:, :size], (x @ part).T)  # in every run
     assert machine.tally.depth == 1
-    mask = layout.mask(layout.axes[0] == 0)
-    first, second, masked = apart(machine, layout, y, [(0, 1.0), (1, 1.0), (1, mask)])
-    for part, result in zip(maps, (first, second), strict=True):
-        assert np.allclose(layout.unpack(result.values), np.tile((x @ part).T, (2, 1)))
-    assert np.allclose(masked.values, second.values * mask)
-    assert machine.tally.depth == 2
 
 
 def test_projection_costs_what_it_says():
     machine, layout = machine_and_layout(8192, 768, 64, 8)
-    y = project(machine, layout, machine.load(layout.pack(numbers(0, 8, 768))), numbers(1, 768, 128))
+    maps = [numbers(1, 768, 64), numbers(1, 768, 64) + 1j]
+    project(machine, layout, machine.load(layout.pack(numbers(0, 8, 768))), maps)
     baby, giant = steps_of(layout)
-    assert machine.tally.total("rotation") == baby - 1 + giant - 1 + 3
-    assert machine.tally.total("clear product") == 128
-    assert machine.tally.rotations == {8, 8 * baby, 1024, 2048, 4096}
-    apart(machine, layout, y, [(0, 1.0), (1, 1.0)])
-    assert machine.tally.total("rotation") == baby + giant + 2
+    assert (baby, giant) == (8, 4)
+    assert machine.tally.total("rotation") == baby - 1 + 3 * (giant - 1) + 2 * 4 + 2  # of which two conjugations
+    assert machine.tally.total("clear product") == 3 * 32
+    assert machine.tally.rotations == {8, 8 * baby, 512, 1024, 2048, 4096}
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 8), st.sampled_from([1, 2, 4]))
@@ -103,18 +111,18 @@ def test_projection_costs_what_it_says():
 def test_projection_of_any_matrix(seed, width, outputs, tokens):
     machine, layout = machine_and_layout(1024, width, outputs, tokens)
     random = np.random.default_rng(seed)
-    shape = width, 2 * layout.outputs
+    shape = width, layout.outputs
     matrix = random.normal(size=shape) * (random.random(shape) < 0.5)
     matrix[0, 0] = 1.0  # at least one weight
     x = random.normal(size=(layout.tokens, width))
-    y = project(machine, layout, machine.load(layout.pack(x)), matrix)
-    assert np.allclose(layout.unpack(y.values), (x @ matrix).T)
+    (y,) = project(machine, layout, machine.load(layout.pack(x)), [matrix])
+    assert np.allclose(layout.unpack(y.values), np.tile((x @ matrix).T, (2, 1)))
 
 
 def test_weights_that_are_all_zero_are_refused():
     machine, layout = machine_and_layout(1024, 20, 4, 4)
     with pytest.raises(CompilationError, match="all zero"):
-        project(machine, layout, machine.load(np.zeros(1024)), np.zeros((20, 8)))
+        project(machine, layout, machine.load(np.zeros(1024)), [np.zeros((20, 4))])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -160,10 +168,11 @@ def test_halves_and_weighing_give_numerators_and_denominators():
     machine, layout = machine_and_layout(1024, 20, 4, 4)
     size = layout.blocks, layout.outputs, layout.tokens
     k, v, e = numbers(1, *size), numbers(2, *size), numbers(3, layout.blocks, 1, layout.tokens)
-    present = layout.mask(layout.axes[0] < 3)
-    both = np.concatenate([k + 1j * v] * 2, axis=1).reshape(-1) * present
-    keys, values = halves(machine, layout, machine.load(both), present)
+    pairs = layout.mask(layout.axes[0] < 3)
+    both = np.concatenate([k + 1j * v] * 2, axis=1).reshape(-1) * pairs
+    keys, rest = halves(machine, machine.load(both))
     assert np.allclose(keys.values, 2 * both.real)
+    values = present(machine, layout, rest, pairs)
     junk = np.concatenate(
         [np.tile(e, (1, layout.outputs, 1)), 1e3 * numbers(4, *size)], axis=1
     )  # as `scores` leaves it
@@ -173,12 +182,23 @@ def test_halves_and_weighing_give_numerators_and_denominators():
     assert not result[:, layout.outputs :].any()
 
 
-def test_gathering_leaves_one_lane():
+def test_weighing_lanes_leaves_one_and_no_partial_sum():
     machine, layout = machine_and_layout(1024, 20, 4, 8)
-    x = numbers(1, layout.blocks, 2 * layout.outputs, layout.tokens)
-    found = layout.unpack(gather(machine, layout, machine.load(x.reshape(-1))).values)
-    assert np.allclose(found[:, : layout.outputs, -1], x.sum(axis=2)[:, : layout.outputs])
+    size = layout.blocks, 1, layout.tokens
+    e, v = numbers(1, *size), numbers(2, *size)
+    _, output, lane = layout.axes
+    weights = machine.load(layout.fill(e))
+
+    def pairs(at: int) -> list:
+        return [(weights, machine.load(layout.fill(v * (lane == at) * (output < layout.outputs))))]
+
+    lanes = [pairs(at) if at < 5 else [] for at in range(layout.tokens)]  # three lanes where no token is
+    found = layout.unpack(weigh_lanes(machine, layout, lanes).values)
+    assert np.allclose(found[:, : layout.outputs, -1], (e * v)[:, :, :5].sum())
     assert not found[:, :, :-1].any() and not found[:, layout.outputs :].any()
+    assert machine.tally.depth == 1
+    with pytest.raises(CompilationError, match="nothing to weigh"):
+        weigh_lanes(machine, layout, [[]])
 
 
 def test_the_machine_counts_by_stage_and_depth():

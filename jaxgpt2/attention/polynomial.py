@@ -37,15 +37,15 @@ from fhe.packing import (
     SlotMachine,
     SlotOps,
     V,
-    apart,
-    gather,
     halves,
     power_of_two,
+    present,
     project,
     quadratics,
     scores,
     spread,
     weigh,
+    weigh_lanes,
 )
 from jaxgpt2.attention.formula import Calibrated, Formula, HeadWeights, Program
 from jaxgpt2.attention.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
@@ -64,12 +64,15 @@ BITS = Bits.of(INPUT_BITS)
 RESULT_BITS = 18
 
 # Calibration scales the polynomial so that the largest denominator is this. SLACK times as much must fit what the
-# engine can hold (`fhe.ckks.CKKSSettings.headroom_bits`), and 2**(31 - RESULT_BITS).
+# engine can hold (`fhe.ckks.CKKSBackend.headroom_bits`), and 2**(31 - RESULT_BITS).
 LARGEST_DENOMINATOR = 128.0
 
 # Texts that tell how large the numbers in the functions become, for which there is room to spare (SLACK): functions of
 # whole texts, and those of one more token, of which there are many.
 PROMPT_TEXTS, STEP_TEXTS = 8, 1
+
+# Levels used up when keys and values stand beside queries, and when they are cached: the projection's, and a mask's.
+SPREAD_DEPTH = 2
 
 # A decrypted denominator outside the range of calibration by more than this factor is refused.
 SLACK = 32.0
@@ -326,12 +329,13 @@ def _biases(layout: Layout, params: PolynomialParams) -> tuple[np.ndarray, np.nd
     return np.tile(params.query_bias / 2, 2)[:, None], np.tile(joined, 2)[:, None]
 
 
-def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V, *masks: Any) -> list[V]:
-    """Of a tile, without their biases: queries, halved as keys will come doubled; and for each mask keys + i * values,
-    multiplied by it."""
+def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
+    """Of a tile: queries, halved as keys will come doubled, at the depth of `spread`; and keys + i * values, without
+    their biases."""
+    bias, _ = _biases(layout, params)
     with ops.tag("projection"):
-        matrix = np.concatenate([params.query / 2, _joined(layout, params.key, params.value)], axis=1)
-        return apart(ops, layout, project(ops, layout, x, matrix), [(0, 1.0), *((1, mask) for mask in masks)])
+        q, z = project(ops, layout, x, [params.query / 2, _joined(layout, params.key, params.value)])
+        return ops.offset(ops.lower(q, SPREAD_DEPTH), layout.fill(bias)), z
 
 
 def _weights(ops: SlotOps[V], params: PolynomialParams, layout: Layout, q: V, k: V) -> V:
@@ -350,28 +354,34 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
     """
     block, _, lane = layout.axes
     causal = layout.mask((block <= lane) & (block < layout.tokens))
-    wrapped = layout.mask((block > lane) & (block < layout.tokens))
-    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
+    everything = layout.mask(block < layout.tokens)
+    bias = layout.fill(_biases(layout, params)[1])
+    # The deepest that values can wait: as deep as the weights that they meet, less the level of their mask.
+    deep = SPREAD_DEPTH + len(params.constants)
     queries, own, earlier, caches = [], [], [], []
+
+    def pairs(z: V, chosen: np.ndarray) -> tuple[V, V]:
+        k, v = halves(ops, z)
+        return k, present(ops, layout, ops.lower(v, deep), chosen)
+
     for number, x in enumerate(tiles):
-        q, z, cached = _project(ops, params, layout, x, 1.0, layout.mask(block == number % layout.blocks))
-        queries.append(ops.offset(q, query_bias))
-        z = ops.offset(z, bias)
+        q, z = _project(ops, params, layout, x)
+        queries.append(q)
         with ops.tag("cache"):
+            cached = ops.combine([z], [layout.mask(block == number % layout.blocks)])
             caches[-1:] = [ops.add(caches[-1], cached)] if number % layout.blocks else [*caches[-1:], cached]
         later = number < len(tiles) - 1  # some tile comes after this one, and attends to all of it
         with ops.tag("pairs"):
-            below, above = spread(ops, layout, z, wrapped=later)
-            own.append(halves(ops, layout, below, causal))
+            below, above = spread(ops, layout, ops.offset(z, bias), wrapped=later)
+            own.append(pairs(below, causal))
             if later:
-                whole = below if above is None else ops.add(below, above)
-                earlier.append(halves(ops, layout, whole, causal + wrapped))
+                earlier.append(pairs(below if above is None else ops.add(below, above), everything))
     results = []
     for number, q in enumerate(queries):
-        pairs = [*earlier[:number], own[number]]
-        weights = [_weights(ops, params, layout, q, k) for k, _ in pairs]
+        seen = [*earlier[:number], own[number]]
+        weights = [_weights(ops, params, layout, q, k) for k, _ in seen]
         with ops.tag("output"):
-            results.append(weigh(ops, layout, weights, [v for _, v in pairs]))
+            results.append(weigh(ops, layout, weights, [v for _, v in seen]))
     return *results, *caches
 
 
@@ -389,20 +399,24 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
     """
     block, _, lane = layout.axes
     place, here = block * layout.tokens + lane, count % layout.capacity
-    q, new = _project(ops, params, layout, x, layout.mask(place == here))
-    query_bias, bias = (layout.fill(part) for part in _biases(layout, params))
-    q, updated = ops.offset(q, query_bias), list(caches)
+    q, z = _project(ops, params, layout, x)
+    bias, updated = layout.fill(_biases(layout, params)[1]), list(caches)
     with ops.tag("cache"):
+        new = ops.combine([z], [layout.mask(place == here)])
         updated[-1:] = [ops.add(updated[-1], new)] if here else [*updated[-1:], new]
-    weights, values = [], []
+    lanes: list[list[tuple[V, V]]] = [[] for _ in range(layout.tokens)]
     for number, cache in enumerate(updated):
-        present = layout.mask(place <= count - number * layout.capacity)
-        k, v = halves(ops, layout, ops.offset(cache, present * bias), present)
-        weights.append(_weights(ops, params, layout, q, k))
-        values.append(v)
+        there = place <= count - number * layout.capacity
+        with ops.tag("pairs"):
+            k, v = halves(ops, ops.offset(cache, layout.mask(there) * bias))
+        weights = _weights(ops, params, layout, q, k)
+        with ops.tag("output"):
+            v = ops.lower(v, ops.depth(weights) - 1)
+            for at, pairs in enumerate(lanes):
+                if (chosen := there & (lane == at)).any():
+                    pairs.append((weights, present(ops, layout, v, layout.mask(chosen))))
     with ops.tag("output"):
-        total = weigh(ops, layout, weights, values)
-        return gather(ops, layout, total), *updated
+        return weigh_lanes(ops, layout, lanes), *updated
 
 
 # --- a text through the functions ---------------------------------------------------------------
