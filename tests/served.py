@@ -69,6 +69,7 @@ class Running:
     """A server that runs. log: where its standard error goes."""
 
     process: subprocess.Popen[bytes]
+    bundle: Path
     log: Path
     url: str
 
@@ -106,7 +107,7 @@ def running(bundle: Path, state: Path, *arguments: object, port: int = 0) -> Ite
                 break
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
-        yield Running(process, log, json.loads(lines[0])["url"])
+        yield Running(process, bundle, log, json.loads(lines[0])["url"])
     finally:
         if process.poll() is None:
             process.terminate()

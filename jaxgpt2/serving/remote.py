@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import secrets
 import ssl
+import threading
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,10 @@ PIECE = 1 << 20
 
 # A batch whose worker died is sent again so many times: whatever killed it may have been somebody else's.
 DEATHS = 3
+
+# A server that never answered and has hung up so many times, will go on so. With Python's TLS, that is how a server
+# refuses a client for its certificate.
+HANG_UPS = 3
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -124,6 +129,8 @@ class Connection:
             headers["Authorization"] = f"Bearer {token}"
         timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
         self.url, self.patience, self.traffic = url, patience, Traffic()
+        self._hung_up = 0
+        self._counting = threading.Lock()  # heads of a layer send at the same time
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, verify=context, trust_env=False)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
@@ -153,9 +160,16 @@ class Connection:
         try:
             response = self._http.request(method, path, **options)
         except httpx2.TransportError as error:
+            reason = _of_tls(error)
+            if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError) and not self.traffic.requests:
+                self._hung_up += 1
+                if self._hung_up == HANG_UPS:
+                    secure = self.url.startswith("https")
+                    reason = _NOT_THIS_CERTIFICATE if secure else "it takes connections and ends them: is it https://?"
+            if reason is not None:  # no patience mends it
+                raise ServerError(f"{self.url} refuses: {reason}") from None
             raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
-        self.traffic.requests += 1
-        self.traffic.received += len(response.content)
+        self.count(requests=1, received=len(response.content))
         if response.is_success:
             return response
         try:
@@ -168,6 +182,12 @@ class Connection:
         if after.isdigit() or response.status_code in (408, 502, 503, 504):
             raise _Again(reason, float(after) if after.isdigit() else None)
         raise reason
+
+    def count(self, **more: int) -> None:
+        """Adds to fields of `traffic`."""
+        with self._counting:
+            for name, number in more.items():
+                setattr(self.traffic, name, getattr(self.traffic, name) + number)
 
     def check(self, bundle: str, circuits: Sequence[str]) -> None:
         """Asks what the server serves.
@@ -224,7 +244,7 @@ class Connection:
             for at in range(start, len(keys), PIECE):
                 piece = keys[at : at + PIECE]
                 yield piece
-                self.traffic.keys += len(piece)
+                self.count(keys=len(piece))
                 progress(max(0, at + len(piece) - sent))
                 sent = max(sent, at + len(piece))
 
@@ -238,6 +258,24 @@ class Connection:
 
     def close(self) -> None:
         self._http.close()
+
+
+_NOT_THIS_CERTIFICATE = "it wants a certificate of the client, or not this client's: see --tls-cert and --tls-key"
+
+
+def _of_tls(error: BaseException | None) -> str | None:
+    """What one side's TLS has against the other, if that is why a request failed."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({error.verify_message}); trust its authority's with --tls-ca"
+        if isinstance(error, ssl.SSLError):
+            reason = error.reason or ""
+            if "CERTIFICATE" in reason:
+                return _NOT_THIS_CERTIFICATE
+            if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                return "it does not speak TLS: is it http://?"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _asked_pause(state: tenacity.RetryCallState) -> float:
@@ -347,7 +385,7 @@ class Remote:
                 with contextlib.suppress(_Unknown):
                     return self.connection.once("GET", f"{path}/{batch.request}")
             sent = True
-            self.connection.traffic.sent += len(content)
+            self.connection.count(sent=len(content))
             return self.connection.once("POST", path, content=content, headers={"Content-Type": MSGPACK})
 
         while True:
