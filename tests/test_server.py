@@ -40,7 +40,7 @@ from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, Server
 from jaxgpt2.serving.server import Server, ServerSettings, make_app
 from jaxgpt2.serving.work import Done, Job, perform
 from jaxgpt2.serving.workers import Scheduler, WorkerDied
-from served import FATAL, PARAMS, Running, running, small_circuit
+from served import FATAL, PARAMS, Running, certificates, running, small_circuit
 
 IDENTITY = "b" * 64
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob", "metrics": "token-of-metrics"}
@@ -658,23 +658,7 @@ def test_sessions_of_another_bundle_are_gone(bundle, tmp_path):
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory) -> Path:
-    """Certificates of an authority made here, for a server and for a client."""
-    directory = tmp_path_factory.mktemp("tls")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-
-    def certificate(name: str, *more: object) -> None:
-        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                   "-subj", f"/CN={name}", "-keyout", directory / f"{name}.key", "-out", directory / f"{name}.pem",
-                   *more]  # fmt: skip
-        subprocess.run([str(part) for part in command], check=True, capture_output=True)
-
-    certificate("authority")
-    signed = ["-CA", directory / "authority.pem", "-CAkey", directory / "authority.key"]
-    certificate("server", "-addext", "subjectAltName=IP:127.0.0.1", *signed)
-    certificate("client", *signed)
-    certificate("stranger")
-    return directory
+    return certificates(tmp_path_factory.mktemp("tls"))
 
 
 def pair(authority: Path, name: str) -> tuple[Path, Path]:
