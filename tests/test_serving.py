@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import os
@@ -424,9 +423,8 @@ def test_ckks_through_the_server(model, tmp_path):
         result = run("generate", PROMPT, "--server", server.url, "--client", client, "--keys", tmp_path / "keys",
                      "--max-new-tokens", 2, "--tls-ca", trusted, "--tls-cert", own[0], "--tls-key", own[1])  # fmt: skip
         assert result["tokens"] == quantized["tokens"]
-        with RemoteGPT2.connect(
-            server.url, client, tmp_path / "keys", authority=trusted, certificate=own
-        ) as remote, contextlib.closing(remote.generate(PROMPT, 2)) as text:  # fmt: skip
+        with RemoteGPT2.connect(server.url, client, tmp_path / "keys", authority=trusted, certificate=own) as remote:
+            text = remote.generate(PROMPT, 2)
             got = [next(text)]
             context = ssl.create_default_context(cafile=trusted)
             context.load_cert_chain(*own)

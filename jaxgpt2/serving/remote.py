@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import secrets
 import ssl
 import threading
@@ -41,6 +42,14 @@ from jaxgpt2.serving.protocol import (
     pack,
     unpack,
 )
+
+log = logging.getLogger(__name__)
+
+# A server that never answered is given up after so many seconds: most likely it is not there.
+FIRST_PATIENCE = 10.0
+
+# Who waits for longer than this, in seconds, is told why.
+SILENCE = 5.0
 
 # Bytes of an upload that are handed to the socket at a time.
 PIECE = 1 << 20
@@ -101,7 +110,7 @@ class Connection:
         token: sent as a bearer token.
         authority: a file with the certificate of whom the server has its own from, if the system does not know it.
         certificate: files of the client's own certificate and its key, if the server wants one.
-        patience: seconds after which a server that does not answer is given up.
+        patience: seconds after which a server that does not answer any more is given up.
     """
 
     def __init__(
@@ -143,11 +152,22 @@ class Connection:
 
     def persist(self, attempt: Callable[[], Any]) -> Any:
         """`attempt`, again and again while it raises `_Again`, with growing pauses, until patience ends."""
+        patience = self.patience if self.traffic.requests else min(self.patience, FIRST_PATIENCE)
         backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=10)
+        told = False
+
+        def tell(state: tenacity.RetryCallState) -> None:
+            nonlocal told
+            if not told and (state.seconds_since_start or 0) > SILENCE:
+                told = True
+                error = state.outcome.exception() if state.outcome else None
+                log.warning("%s; asking again for up to %d s", error, patience)
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             wait=lambda state: max(backoff(state), _asked_pause(state)),
-            stop=tenacity.stop_after_delay(self.patience),
+            stop=tenacity.stop_after_delay(patience),
+            before_sleep=tell,
             reraise=True,
         )
         try:
