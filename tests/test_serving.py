@@ -40,8 +40,8 @@ TOKENS = {name: f"token-of-{name}" for name in ("alice", "bob", "carol", "dave")
 PROMPT, NEW = "tq", 3
 LENGTH = 9
 HEADS = "1.2"
-LOWRANK = ["--attention", "lowrank", "--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1",
-           "--set", "training_steps=2", "--rounding", "exact", "--p-error", 1e-6]  # fmt: skip
+LOWRANK = ["--attention", "lowrank", "--bits", 2, "--input-bits", 2, "--weight-bits", 2, "--set", "score_rank=1",
+           "--set", "value_rank=1", "--set", "training_steps=2", "--rounding", "exact", "--p-error", 1e-6]  # fmt: skip
 
 
 def run(*arguments: object) -> dict[str, Any]:
@@ -231,6 +231,7 @@ def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, mo
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         texts = dict(zip(prompts, pool.map(generate, prompts), strict=True))
+    assert len(set(map(tuple, texts.values()))) > 2
     assert texts == {name: list(hybrid.generate(prompt, 1, "simulate")) for name, prompt in prompts.items()}
 
 

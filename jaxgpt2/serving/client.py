@@ -3,8 +3,8 @@
 from jaxgpt2.serving import RemoteGPT2
 
 with RemoteGPT2.connect("https://heads.example.org:8343", "client/", token=token) as model:
-    for token in model.generate("Privacy is", 8):
-        print(model.text([token]), end="")
+    for new in model.generate("Privacy is", 8):
+        print(model.text([new]), end="", flush=True)
 """
 
 from __future__ import annotations
