@@ -227,12 +227,12 @@ def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, mo
 
     def generate(name: str) -> list[int]:
         with RemoteGPT2.connect(server.url, compiled / "client", keys / name, token=TOKENS[name]) as remote:
-            return list(remote.generate(prompts[name], 1))
+            return list(remote.generate(prompts[name], 2))
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         texts = dict(zip(prompts, pool.map(generate, prompts), strict=True))
-    assert len(set(map(tuple, texts.values()))) > 2
-    assert texts == {name: list(hybrid.generate(prompt, 1, "simulate")) for name, prompt in prompts.items()}
+    assert len(set(map(tuple, texts.values()))) > 1
+    assert texts == {name: list(hybrid.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
 
 
 def test_a_session_that_expires_does_not_end_the_text(server, compiled, keys, wanted):
