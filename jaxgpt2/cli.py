@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from jaxgpt2.errors import InputError
-from jaxgpt2.progress import note, seconds, step
+from jaxgpt2.progress import console, note, seconds, step
 
 # What computes a head if the backend is named and no formula.
 DEFAULT_FORMULAS = {"ckks": "polynomial"}
@@ -315,8 +315,7 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
             keys = make_keys(hybrid, cache)
             announce_run(hybrid, length, length - max_new_tokens + 1)
         result |= heads_of(hybrid)
-    steps = mode in ("simulate", "encrypted")
-    waiting = (lambda n: step(f"token {n} of {max_new_tokens}")) if steps else (lambda n: contextlib.nullcontext())
+    waiting = (lambda n: f"token {n} of {max_new_tokens}") if mode in ("simulate", "encrypted") else None
     with contextlib.ExitStack() as stack:
         if scheduler is not None:
             from jaxgpt2 import distribute
@@ -335,28 +334,40 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
 
 def write_tokens(
     gpt2: Any, result: dict[str, Any], iterator: Iterator[int], as_json: bool,
-    waiting: Callable[[int], contextlib.AbstractContextManager[None]],
-    facts: Callable[[], dict[str, Any]] = dict,
+    waiting: Callable[[int], str] | None = None, facts: Callable[[], dict[str, Any]] = dict,
 ) -> None:  # fmt: skip
     """Writes tokens as they come, then the result with what became of its prompt.
 
-    waiting: what to show while the token of this number is made. facts: what the result says beside that.
+    waiting: what to say while the token of this number is made, if that takes a while. facts: what the result says
+    beside that.
     """
     tokens: list[int] = []
     stream = gpt2.stream()
-    if not as_json:
-        click.echo(result["prompt"], nl=False)
+    # On a terminal, what is said while waiting takes the line of the text: so it says the text too.
+    alive = waiting is not None and not as_json and console.is_terminal and sys.stdout.isatty()
+    shown = result["prompt"]
+    if not as_json and not alive:
+        click.echo(shown, nl=False)
     started = time.monotonic()
-    while True:
-        with waiting(len(tokens) + 1):
-            token = next(iterator, None)
-        if token is None:
-            break
-        tokens.append(token)
-        piece = stream(token)
-        if not as_json:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
+    try:
+        while True:
+            saying = contextlib.nullcontext()
+            if waiting is not None:
+                label = waiting(len(tokens) + 1)
+                saying = step(f"{shown}  [{label}]", lasting=False) if alive else step(label)
+            with saying:
+                token = next(iterator, None)
+            if token is None:
+                break
+            tokens.append(token)
+            piece = stream(token)
+            shown += piece
+            if not as_json and not alive:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+    finally:
+        if alive:
+            click.echo(shown, nl=False)
     took = time.monotonic() - started
     result |= {
         "text": gpt2.text(tokens),

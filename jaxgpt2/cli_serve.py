@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,9 +141,9 @@ def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None,
             model.upload_keys(progress)
         result: dict[str, Any] = {"prompt": prompt, "mode": "server", "head": ",".join(map(str, model.hybrid.units))}
 
-        def waiting(number: int) -> AbstractContextManager[None]:
+        def waiting(number: int) -> str:
             crossed = f", {megabytes(traffic.sent)} sent, {megabytes(traffic.received)} received" if number > 1 else ""
-            return step(f"token {number} of {max_new_tokens}{crossed}")
+            return f"token {number} of {max_new_tokens}{crossed}"
 
         tokens = model.generate(prompt, max_new_tokens, sampling)
         write_tokens(model.hybrid.gpt2, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))

@@ -35,12 +35,13 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def step(text: str, expected: float | None = None) -> Iterator[None]:
+def step(text: str, expected: float | None = None, lasting: bool = True) -> Iterator[None]:
     """Shows that something is under way and for how long; on a file or pipe, one line when it is done.
 
     Args:
         text: what is done.
         expected: about how many seconds it will take, where that is known.
+        lasting: whether a line stays that says how long it took.
     """
     label = text if expected is None else f"{text} (about {seconds(expected)})"
     started = time.monotonic()
@@ -54,7 +55,7 @@ def step(text: str, expected: float | None = None) -> Iterator[None]:
             note(f"{label} ...")
         yield
     took = time.monotonic() - started
-    if took > 2:
+    if took > 2 and lasting:
         note(f"{text}: {seconds(took)}")
 
 

@@ -1,10 +1,11 @@
-"""Servers as processes, and a circuit whose functions can be told to sleep and to die."""
+"""Servers as processes, their certificates, and a circuit whose functions can be told to sleep and to die."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import fhe
 
@@ -64,11 +66,32 @@ def small_circuit() -> Any:
     return fhe.get_backend("clear").compile(functions, PARAMS, fhe.Settings())
 
 
+def certificates(directory: Path) -> Path:
+    """A directory, now with NAME.pem and NAME.key: of an authority, a server and a client that it vouches for, and a
+    stranger."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+
+    def certificate(name: str, *more: object) -> None:
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                   "-subj", f"/CN={name}", "-keyout", directory / f"{name}.key", "-out", directory / f"{name}.pem",
+                   *more]  # fmt: skip
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+
+    certificate("authority")
+    signed = ["-CA", directory / "authority.pem", "-CAkey", directory / "authority.key"]
+    certificate("server", "-addext", "subjectAltName=IP:127.0.0.1", *signed)
+    certificate("client", *signed)
+    certificate("stranger")
+    return directory
+
+
 @dataclass
 class Running:
     """A server that runs. log: where its standard error goes."""
 
     process: subprocess.Popen[bytes]
+    bundle: Path
     log: Path
     url: str
 
@@ -106,7 +129,7 @@ def running(bundle: Path, state: Path, *arguments: object, port: int = 0) -> Ite
                 break
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
-        yield Running(process, log, json.loads(lines[0])["url"])
+        yield Running(process, bundle, log, json.loads(lines[0])["url"])
     finally:
         if process.poll() is None:
             process.terminate()

@@ -1,8 +1,11 @@
 """The command line as its users meet it: one JSON object, one clear line, exit status 2."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,27 @@ def test_importing_the_package_is_light():
 def test_running_in_jax_does_not_import_concrete():
     code = "import sys, jaxgpt2.hybrid; print('concrete' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False False"
+
+
+def test_on_a_terminal_waiting_leaves_the_text_there():
+    """What is said while a token is made takes the line of the text, and must give it back."""
+    script = textwrap.dedent(
+        """
+        import types
+        from jaxgpt2.cli import write_tokens
+
+        gpt2 = types.SimpleNamespace(stream=lambda: lambda token: f" {token}", text=lambda tokens: "")
+        write_tokens(gpt2, {"prompt": "counting"}, iter([1, 2]), False, lambda number: f"token {number}")
+        """
+    )
+    near, far = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    subprocess.run([sys.executable, "-c", script], stdin=far, stdout=far, stderr=far, env=environment, check=True)
+    os.close(far)
+    shown = b""
+    with contextlib.suppress(OSError):  # that all has been read
+        while True:
+            shown += os.read(near, 1 << 16)
+    os.close(near)
+    assert b"counting  [token 1]" in shown and b"counting 1 2  [token 3]" in shown
+    assert shown.rsplit(b"\x1b[2K")[-1] == b"counting 1 2\r\n"  # after the line was last erased

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,12 +35,12 @@ from jaxgpt2.cli import main
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving import remote as remote_module
 from jaxgpt2.serving.files import KeyStore, Refusal, SessionStore
-from jaxgpt2.serving.protocol import Batch
+from jaxgpt2.serving.protocol import Batch, unpack
 from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, ServerError
 from jaxgpt2.serving.server import Server, ServerSettings, make_app
-from jaxgpt2.serving.work import Done, Job
+from jaxgpt2.serving.work import Done, Job, perform
 from jaxgpt2.serving.workers import Scheduler, WorkerDied
-from served import FATAL, PARAMS, Running, running, small_circuit
+from served import FATAL, PARAMS, Running, certificates, running, small_circuit
 
 IDENTITY = "b" * 64
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob", "metrics": "token-of-metrics"}
@@ -168,6 +171,16 @@ def test_metrics_are_for_their_own_token(server):
     assert raw(server, "alice").get("/metrics").status_code == 403
     assert raw(server, None).get("/metrics").status_code == 401
     assert raw(server, "metrics").get("/specification").status_code == 403
+
+
+def test_without_tokens_metrics_are_for_all_and_with_them_for_no_other_name(bundle, tmp_path):
+    from starlette.testclient import TestClient
+
+    own = bundles.Bundle.read(bundle, "server")
+    for tokens, status in [(None, 200), ({hashlib.sha256(b"token").hexdigest(): "anybody"}, 403)]:
+        app = make_app(Server(own, ServerSettings(tmp_path, tokens=tokens), []))
+        with TestClient(app, headers={"Authorization": "Bearer token"}) as client:
+            assert client.get("/metrics").status_code == status
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic YTpi", "Bearer", "Bearer token-of-alice extra"])
@@ -311,7 +324,8 @@ def test_keys_are_what_their_name_says(server):
     assert put(b"123456", "bytes 0-4/5") == (413, "too_large")
     assert put(b"1", "bytes 0-99999999999999/100000000000000") == (413, "too_large")
     assert put(b"1", "bytes 7-9/10")[1] == "offset"
-    for span in ("", "bytes", "bytes 0-4/*", "bytes 5-4/5", "bytes 0-3/5", "bytes -1-4/5", "words 0-4/5"):
+    assert put(b"", "bytes 5-4/5") == (409, "offset")
+    for span in ("", "bytes", "bytes 0-4/*", "bytes 6-4/5", "bytes 0-3/5", "bytes -1-4/5", "words 0-4/5"):
         assert put(b"12345", span) == (400, "range")
 
 
@@ -339,6 +353,46 @@ def test_the_keys_used_longest_ago_go_first(tmp_path):
     assert store.size <= store.capacity
 
 
+def test_what_arrives_counts_like_what_is_there(tmp_path):
+    store = KeyStore(tmp_path, capacity=1000, per_client=2)
+
+    def begin(client: str, digest: str, size: int) -> Any:
+        return store.receive(client, digest, 0, size)
+
+    for digest in ("1", "2", "3"):  # begun, and left
+        with begin("a", digest, 300) as file:
+            file.write(b"x")
+        os.utime(tmp_path / "a" / f"{digest}.partial", (int(digest), int(digest)))
+    assert [store.status("a", digest)[0] for digest in ("1", "2", "3")] == [0, 1, 1]
+    with begin("a", "4", 300) as four, begin("a", "5", 300) as five:
+        four.write(b"x")
+        five.write(b"x")
+        assert sorted(path.name for path in tmp_path.glob("a/*")) == ["4.partial", "5.partial"]
+        with pytest.raises(Refusal, match="2 sets of keys") as refused, begin("a", "6", 300):
+            pass
+        assert (refused.value.status, refused.value.retry_after) == (429, 5)
+        with pytest.raises(Refusal, match="no room") as refused, begin("b", "7", 500):
+            pass
+        assert refused.value.status == 503
+        with begin("b", "7", 400):
+            pass
+    with begin("b", "7", 1000):
+        assert [path.name for path in tmp_path.glob("*/*")] == ["7.partial"]
+
+
+def test_an_upload_of_which_only_the_check_is_missing_goes_on(bundle, circuit, tmp_path):
+    """The server was killed between the last byte and its answer."""
+    with running(bundle, tmp_path / "state") as server:
+        party = remote(server, circuit, None)
+        keys = party.keys.evaluation
+        path = tmp_path / "state" / "keys" / "anybody" / hashlib.sha256(keys).hexdigest()
+        path.parent.mkdir()
+        path.with_name(f"{path.name}.partial").write_bytes(keys)
+        assert np.array_equal(run(party, "nap", np.ones((1, 1), int)), [[1]])
+        assert path.read_bytes() == keys
+        assert party.connection.traffic.keys == 0
+
+
 def test_keys_that_were_evicted_are_sent_again(bundle, circuit, tmp_path):
     with running(bundle, tmp_path / "state") as server:
         party = remote(server, circuit, None)
@@ -352,7 +406,8 @@ def test_keys_that_were_evicted_are_sent_again(bundle, circuit, tmp_path):
 
 
 def test_limits(bundle, circuit, tmp_path):
-    limits = ["--sessions-per-client", 1, "--calls-per-minute", 6, "--idle", 2, "--body", 1, "--session-size", 1]
+    limits = ["--sessions-per-client", 1, "--calls-per-minute", 6, "--idle", 2, "--body", 1,
+              "--requests-per-client", 1]  # fmt: skip
     with running(bundle, tmp_path / "state", *limits) as server:
         party, client = remote(server, circuit, None), raw(server, None)
         session = session_of(server, party, client)
@@ -369,17 +424,53 @@ def test_limits(bundle, circuit, tmp_path):
         assert client.post(path, content=batch_of(party, "nap", zero, **wide)).status_code == 200
 
         calls = [{"id": n, "function": "nap", "inputs": [0]} for n in range(5)]
-        assert client.post(path, content=batch_of(party, "nap", zero, calls=calls)).status_code == 200
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            sleeping = batch_of(party, "nap", zero + 2, calls=calls)
+            asleep = pool.submit(client.post, path, content=sleeping)
+            time.sleep(0.5)
+            response = client.post(path, content=sleeping)
+            assert (response.status_code, response.json()["code"]) == (429, "in_flight")
+            assert asleep.result().status_code == 200
         response = client.post(path, content=batch_of(party, "nap", zero, calls=calls))
         assert (response.status_code, response.json()["code"]) == (429, "rate")
         assert 1 <= int(response.headers["Retry-After"]) <= 60
         response = client.post(path, content=batch_of(party, "nap", zero, calls=calls + calls))
         assert (response.status_code, response.json()["code"]) == (422, "rate")
 
-        time.sleep(2.5)
+        deadline = time.monotonic() + 10
+        while list((tmp_path / "state" / "sessions").iterdir()):  # expired, and gone before anyone asks
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         response = client.post(path, content=batch_of(party, "nap", zero))
         assert (response.status_code, response.json()["code"]) == (404, "no_session")
-        assert not list((tmp_path / "state" / "sessions").iterdir())
+
+
+def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
+    party = remote(server, circuit)
+    job = Job(
+        "clear", server.bundle / "circuits" / "0.1", tmp_path / "keys", tmp_path / "session",
+        unpack(Batch, batch_of(party, "project", ROW, results=[])), 1, 10**6,
+    )  # fmt: skip
+    job.session.mkdir()
+    job.keys.write_bytes(party.keys.evaluation)
+
+    def kept() -> int:
+        return sum(path.stat().st_size for path in job.session.glob("[0-9]*"))
+
+    full = (413, "session_full", "the session would hold more bytes than this server allows")
+    assert perform(job).refusal is None
+    size = kept()
+    shutil.rmtree(job.session)
+    job.session.mkdir()
+    assert perform(dataclasses.replace(job, room=size - 1)).refusal == full
+    assert not list(job.session.iterdir())  # nothing of a batch that does not fit
+    assert perform(dataclasses.replace(job, room=size)).refusal is None
+    # What the client wants back has its place there too, as often as it is named.
+    calls = [{"id": 0, "function": "nap", "inputs": [0]}]
+    nap = {"calls": calls, "results": [{"call": 0, "output": 0}] * 1000}
+    job = dataclasses.replace(job, batch=unpack(Batch, batch_of(party, "nap", np.zeros((1, 1), int), **nap)))
+    assert perform(dataclasses.replace(job, room=50_000)).refusal == full
+    assert perform(job).refusal is None
 
 
 def test_a_full_queue_says_when_to_come_back(bundle, circuit, tmp_path):
@@ -410,7 +501,7 @@ class Fake:
 
 
 def job_of(name: str, keys: str = "k", error: Any = None) -> Job:
-    return Job(name, Path(), Path(keys), Path(), error, 1)
+    return Job(name, Path(), Path(keys), Path(), error, 1, 0)
 
 
 def test_clients_take_turns():
@@ -553,6 +644,63 @@ def test_sessions_half_begun_are_swept(tmp_path):
     assert new.get("a", session.id).circuit == "c"
     os.utime(session.path / "session.json", (1, 1))
     assert not SessionStore(tmp_path, idle=60, per_client=5, total=5, capacity=1).sessions
+
+
+def test_sessions_of_another_bundle_are_gone(bundle, tmp_path):
+    own = bundles.Bundle.read(bundle, "server")
+    store = SessionStore(tmp_path / "sessions", idle=60, per_client=5, total=5, capacity=1)
+    kept, _ = store.open("a", own.circuits[0].id, "k"), store.open("a", "c" * 64, "k")
+    assert list(Server(own, ServerSettings(tmp_path), []).sessions.sessions) == [kept.id]
+
+
+# --- TLS ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory) -> Path:
+    return certificates(tmp_path_factory.mktemp("tls"))
+
+
+def pair(authority: Path, name: str) -> tuple[Path, Path]:
+    return authority / f"{name}.pem", authority / f"{name}.key"
+
+
+def problem_of(url: str, **options: Any) -> str:
+    """What a client says that asks a server of which it gets nothing."""
+    with contextlib.closing(Connection(url, **options)) as line, pytest.raises(ServerError) as refused:
+        line.check(IDENTITY, [])
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_tls(bundle, circuit, authority, tmp_path):
+    certificate, key = pair(authority, "server")
+    with running(bundle, tmp_path / "state", "--tls-cert", certificate, "--tls-key", key) as server:
+        assert server.url.startswith("https://")
+        with contextlib.closing(Connection(server.url, authority=authority / "authority.pem")) as line:
+            party = Remote(line, circuit, circuit.make_keys())
+            assert np.array_equal(run(party, "nap", np.ones((1, 1), int)), [[1]])
+        for trusted in (None, authority / "stranger.pem"):
+            assert "its certificate is not trusted" in problem_of(server.url, authority=trusted)
+        assert "is it https://?" in problem_of(server.url.replace("https", "http"))
+
+
+def test_clients_need_a_certificate_where_the_server_says_so(bundle, circuit, authority, tmp_path):
+    certificate, key = pair(authority, "server")
+    trusted = authority / "authority.pem"
+    options = ["--tls-cert", certificate, "--tls-key", key, "--tls-client-ca", trusted]
+    with running(bundle, tmp_path / "state", *options) as server:
+        own = Connection(server.url, authority=trusted, certificate=pair(authority, "client"))
+        with contextlib.closing(own):
+            own.check(IDENTITY, [circuit.id])
+        for other in (None, pair(authority, "stranger")):
+            problem = problem_of(server.url, authority=trusted, certificate=other)
+            assert "it wants a certificate of the client, or not this client's" in problem
+        assert {event["event"] for event in server.events()} == {"listening", "request"}
+
+
+def test_a_server_without_tls_says_so(server):
+    assert "it does not speak TLS" in problem_of(server.url.replace("http", "https"))
 
 
 # --- hostile bytes ------------------------------------------------------------------------------

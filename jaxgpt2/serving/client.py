@@ -3,24 +3,26 @@
 from jaxgpt2.serving import RemoteGPT2
 
 with RemoteGPT2.connect("https://heads.example.org:8343", "client/", token=token) as model:
-    for token in model.generate("Privacy is", 8):
-        print(model.text([token]), end="")
+    for new in model.generate("Privacy is", 8):
+        print(model.text([new]), end="", flush=True)
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+import numpy as np
+
 import fhe
 from jaxgpt2.generation import GREEDY, Sampling
-from jaxgpt2.hybrid import HybridGPT2, Unit
+from jaxgpt2.hybrid import Engine, HybridGPT2, Unit
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.models import read_client
-from jaxgpt2.serving.remote import Connection, Remote
+from jaxgpt2.serving.remote import Connection, Refused, Remote
 
 
 class RemoteGPT2:
@@ -85,16 +87,33 @@ class RemoteGPT2:
             NotReady: the text would be longer than the circuits; ServerError: the server refuses, or is gone;
             fhe.FHEError: decrypted numbers that cannot be right.
         """
-        parties = {
-            unit: Remote(self.connection, circuit, self.keys[unit]) for unit, circuit in self.hybrid.circuits.items()
-        }
-        tokens = self.hybrid.continue_text(prompt, max_new_tokens, self.hybrid.engine_of(parties), sampling)
+        parties: dict[Unit, Remote] = {}
+        engines: dict[Unit, Engine] = {}
+
+        def begin(unit: Unit) -> None:
+            """The text is read from its beginning."""
+            parties[unit] = Remote(self.connection, self.hybrid.circuits[unit], self.keys[unit])
+            engines[unit] = self.hybrid.engine_of({unit: parties[unit]})
+
+        def engine(unit: Unit, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+            try:
+                return engines[unit](unit, x, lengths)
+            except Refused as error:
+                if error.code != "no_session":
+                    raise
+            begin(unit)  # the session has expired: what it held is computed again in another
+            return engines[unit](unit, x, lengths)
+
+        for unit in self.hybrid.circuits:
+            begin(unit)
+        tokens = self.hybrid.continue_text(prompt, max_new_tokens, engine, sampling)
 
         def until_closed() -> Iterator[int]:
-            with contextlib.ExitStack() as stack:
-                for party in parties.values():
-                    stack.callback(party.close)
+            try:
                 yield from tokens
+            finally:
+                for party in parties.values():
+                    party.close()
 
         return until_closed()
 

@@ -53,14 +53,14 @@ def write_whole(path: Path, data: bytes) -> None:
 class KeyStore:
     """Evaluation keys, every client's in a directory of its own.
 
-    capacity: bytes of all keys together, those arriving included; the least recently used ones go first.
-    per_client: sets of keys that one client may have here.
+    capacity: bytes of all keys together, those arriving counted whole; the least recently used ones go first.
+    per_client: sets of keys that one client may have here, complete or not.
     """
 
     def __init__(self, directory: Path, capacity: int, per_client: int):
         self.directory, self.capacity, self.per_client = directory, capacity, per_client
         directory.mkdir(parents=True, exist_ok=True)
-        self._arriving: set[Path] = set()
+        self._arriving: dict[Path, int] = {}  # and how many bytes they will have
 
     def path(self, client: str, digest: str) -> Path:
         return self.directory / client / digest
@@ -92,24 +92,25 @@ class KeyStore:
         see `finish`.
 
         Raises:
-            Refusal: too large, out of step with what has arrived, or arriving already on another connection.
+            Refusal: too large, out of step with what has arrived, arriving already on another connection, or too much
+            arrives at once.
         """
         if total > self.capacity:
             raise Refusal(413, "too_large", f"keys of {total} bytes, and this server keeps {self.capacity} in all")
         partial = self.path(client, digest).with_name(digest + PARTIAL)
-        partial.parent.mkdir(exist_ok=True)
         if partial in self._arriving:
             raise Refusal(409, "arriving", "these keys arrive on another connection already", retry_after=1)
         received, complete = self.status(client, digest)
         if complete or start != received:
             raise Refusal(409, "offset", f"{received} bytes are here, the upload begins at {start}")
-        self._make_room(total - received, partial)
-        self._arriving.add(partial)
+        self._make_room(partial, total)
+        partial.parent.mkdir(exist_ok=True)
+        self._arriving[partial] = total
         try:
             with partial.open("ab") as file:
                 yield file
         finally:
-            self._arriving.discard(partial)
+            del self._arriving[partial]
 
     def finish(self, client: str, digest: str) -> None:
         """Checks what has arrived, and takes it for the client's keys.
@@ -120,35 +121,48 @@ class KeyStore:
         path = self.path(client, digest)
         partial = path.with_name(digest + PARTIAL)
         with partial.open("rb") as file:
+            os.fsync(file.fileno())  # what has a name is on disk, even if the power fails
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             partial.unlink()
             raise Refusal(422, "digest", "the bytes received are not those of this SHA-256: upload them again")
         os.replace(partial, path)
         os.utime(path)
-        own = sorted(self._complete(path.parent), key=lambda key: key.stat().st_mtime)
-        for key in own[: -self.per_client]:
-            key.unlink(missing_ok=True)
 
     @property
     def size(self) -> int:
         """Bytes of all keys."""
-        return sum(path.stat().st_size for path in self.directory.glob("*/*"))
+        total = 0
+        for path in self.directory.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # complete since, under another name
+                total += path.stat().st_size
+        return total
 
-    @staticmethod
-    def _complete(directory: Path, pattern: str = "*") -> list[Path]:
-        return [path for path in directory.glob(pattern) if path.suffix != PARTIAL]
+    def _make_room(self, partial: Path, total: int) -> None:
+        """Removes the keys used longest ago, and uploads begun and left, until keys of so many bytes may arrive.
 
-    def _make_room(self, size: int, arriving: Path) -> None:
-        """Removes the keys used longest ago, and uploads begun and left, until there is room for so many bytes."""
-        files = [path for path in self.directory.glob("*/*") if path != arriving and path not in self._arriving]
-        sizes = {path: path.stat() for path in files}
-        excess = self.size + size - self.capacity
-        for path in sorted(files, key=lambda path: sizes[path].st_mtime):
-            if excess <= 0:
-                return
+        Raises:
+            Refusal: what arrives already leaves no room, and will be the next to go once it is here.
+        """
+        arriving = {path: size for path, size in self._arriving.items() if path != partial}
+        left = [path for path in self.directory.glob("*/*") if path != partial and path not in arriving]
+        facts = {path: path.stat() for path in left}
+        left.sort(key=lambda path: facts[path].st_mtime)
+        room = self.capacity - total - sum(arriving.values())
+        if room < 0:
+            raise Refusal(503, "busy", "the keys that others send leave no room for these", retry_after=5)
+        sets = self.per_client - 1 - sum(path.parent == partial.parent for path in arriving)
+        if sets < 0:
+            raise Refusal(429, "keys", f"a client may have {self.per_client} sets of keys, so many arrive", 5)
+        own = [path for path in left if path.parent == partial.parent]
+        doomed = own[: max(0, len(own) - sets)]
+        excess = sum(facts[path].st_size for path in left if path not in doomed) - room
+        for path in left:
+            if path not in doomed and excess > 0:
+                doomed.append(path)
+                excess -= facts[path].st_size
+        for path in doomed:
             path.unlink(missing_ok=True)
-            excess -= sizes[path].st_size
 
 
 @dataclass(eq=False)

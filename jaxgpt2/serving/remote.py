@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import secrets
 import ssl
+import threading
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -41,11 +43,23 @@ from jaxgpt2.serving.protocol import (
     unpack,
 )
 
+log = logging.getLogger(__name__)
+
+# A server that never answered is given up after so many seconds: most likely it is not there.
+FIRST_PATIENCE = 10.0
+
+# Who waits for longer than this, in seconds, is told why.
+SILENCE = 5.0
+
 # Bytes of an upload that are handed to the socket at a time.
 PIECE = 1 << 20
 
 # A batch whose worker died is sent again so many times: whatever killed it may have been somebody else's.
 DEATHS = 3
+
+# A server that never answered and has hung up so many times, will go on so. With Python's TLS, that is how a server
+# refuses a client for its certificate.
+HANG_UPS = 3
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -96,7 +110,7 @@ class Connection:
         token: sent as a bearer token.
         authority: a file with the certificate of whom the server has its own from, if the system does not know it.
         certificate: files of the client's own certificate and its key, if the server wants one.
-        patience: seconds after which a server that does not answer is given up.
+        patience: seconds after which a server that does not answer any more is given up.
     """
 
     def __init__(
@@ -124,6 +138,8 @@ class Connection:
             headers["Authorization"] = f"Bearer {token}"
         timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
         self.url, self.patience, self.traffic = url, patience, Traffic()
+        self._hung_up = 0
+        self._counting = threading.Lock()  # heads of a layer send at the same time
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, verify=context, trust_env=False)
 
     def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
@@ -136,11 +152,22 @@ class Connection:
 
     def persist(self, attempt: Callable[[], Any]) -> Any:
         """`attempt`, again and again while it raises `_Again`, with growing pauses, until patience ends."""
+        patience = self.patience if self.traffic.requests else min(self.patience, FIRST_PATIENCE)
         backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=10)
+        told = False
+
+        def tell(state: tenacity.RetryCallState) -> None:
+            nonlocal told
+            if not told and (state.seconds_since_start or 0) > SILENCE:
+                told = True
+                error = state.outcome.exception() if state.outcome else None
+                log.warning("%s; asking again for up to %d s", error, patience)
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             wait=lambda state: max(backoff(state), _asked_pause(state)),
-            stop=tenacity.stop_after_delay(self.patience),
+            stop=tenacity.stop_after_delay(patience),
+            before_sleep=tell,
             reraise=True,
         )
         try:
@@ -153,9 +180,16 @@ class Connection:
         try:
             response = self._http.request(method, path, **options)
         except httpx2.TransportError as error:
+            reason = _of_tls(error)
+            if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError) and not self.traffic.requests:
+                self._hung_up += 1
+                if self._hung_up == HANG_UPS:
+                    secure = self.url.startswith("https")
+                    reason = _NOT_THIS_CERTIFICATE if secure else "it takes connections and ends them: is it https://?"
+            if reason is not None:  # no patience mends it
+                raise ServerError(f"{self.url} refuses: {reason}") from None
             raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
-        self.traffic.requests += 1
-        self.traffic.received += len(response.content)
+        self.count(requests=1, received=len(response.content))
         if response.is_success:
             return response
         try:
@@ -168,6 +202,12 @@ class Connection:
         if after.isdigit() or response.status_code in (408, 502, 503, 504):
             raise _Again(reason, float(after) if after.isdigit() else None)
         raise reason
+
+    def count(self, **more: int) -> None:
+        """Adds to fields of `traffic`."""
+        with self._counting:
+            for name, number in more.items():
+                setattr(self.traffic, name, getattr(self.traffic, name) + number)
 
     def check(self, bundle: str, circuits: Sequence[str]) -> None:
         """Asks what the server serves.
@@ -224,7 +264,7 @@ class Connection:
             for at in range(start, len(keys), PIECE):
                 piece = keys[at : at + PIECE]
                 yield piece
-                self.traffic.keys += len(piece)
+                self.count(keys=len(piece))
                 progress(max(0, at + len(piece) - sent))
                 sent = max(sent, at + len(piece))
 
@@ -238,6 +278,24 @@ class Connection:
 
     def close(self) -> None:
         self._http.close()
+
+
+_NOT_THIS_CERTIFICATE = "it wants a certificate of the client, or not this client's: see --tls-cert and --tls-key"
+
+
+def _of_tls(error: BaseException | None) -> str | None:
+    """What one side's TLS has against the other, if that is why a request failed."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({error.verify_message}); trust its authority's with --tls-ca"
+        if isinstance(error, ssl.SSLError):
+            reason = error.reason or ""
+            if "CERTIFICATE" in reason:
+                return _NOT_THIS_CERTIFICATE
+            if reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                return "it does not speak TLS: is it http://?"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _asked_pause(state: tenacity.RetryCallState) -> float:
@@ -347,7 +405,7 @@ class Remote:
                 with contextlib.suppress(_Unknown):
                     return self.connection.once("GET", f"{path}/{batch.request}")
             sent = True
-            self.connection.traffic.sent += len(content)
+            self.connection.count(sent=len(content))
             return self.connection.once("POST", path, content=content, headers={"Content-Type": MSGPACK})
 
         while True:

@@ -71,6 +71,9 @@ POLL = 20.0
 # A request whose next bytes take longer than this is given up.
 PATIENCE = 60.0
 
+# Expired sessions are looked for so often, in seconds.
+SWEEP = 60.0
+
 
 class TokenError(InputError):
     """A file of tokens that cannot be read."""
@@ -164,6 +167,9 @@ class Server:
         self.sessions = SessionStore(
             settings.state / "sessions", own.idle, own.sessions_per_client, own.sessions, own.session_size
         )
+        for session in list(self.sessions.sessions.values()):
+            if session.circuit not in self.circuits:  # of another bundle that was served from here
+                self.sessions.close(session)
         self.in_flight: Counter[str] = Counter()
         self.rates = MovingWindowRateLimiter(MemoryStorage())
         self.metrics = Metrics(self)
@@ -233,8 +239,6 @@ class Server:
             # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
             if result.call not in functions or fhe.Output(functions[result.call], result.output) in ports.kept:
                 raise Refusal(403, "kept", f"result {result.output} of call {result.call} stays on the server")
-        if session.size + sum(map(len, batch.uploads)) > self.sessions.capacity:
-            raise Refusal(413, "session_full", f"a session may hold {self.sessions.capacity} bytes")
 
     def begin(self, session: Session, batch: Batch) -> None:
         """Puts a batch in the queue, if it is not computed already or being computed.
@@ -270,6 +274,12 @@ class Server:
             raise Refusal(404, "no_batch", "there is no such batch, or its answer has been dropped: send it again")
         return path
 
+    async def sweep(self) -> None:
+        """Closes expired sessions, as long as the server runs: whoever sends nothing more gives room too."""
+        while True:
+            await asyncio.sleep(min(self.limits.idle, SWEEP))
+            self.sessions.sweep()
+
     async def _compute(self, session: Session, batch: Batch) -> None:
         entry = self.circuits[session.circuit]
         job = Job(
@@ -279,9 +289,18 @@ class Server:
             session.path.absolute(),
             batch,
             self.limits.keys_in_memory,
+            self.limits.session_size - session.size,
         )
+        try:
+            await self._finish(session, batch, job)
+        finally:
+            session.running = None
+            session.used = time.time()
+
+    async def _finish(self, session: Session, batch: Batch, job: Job) -> None:
         started = time.monotonic()
-        facts = {"client": session.client, "circuit": entry.unit, "calls": len(batch.calls)}
+        unit = self.circuits[session.circuit].unit
+        facts = {"client": session.client, "circuit": unit, "calls": len(batch.calls)}
         try:
             done = await self.scheduler.run(session.client, job)
         except WorkerDied as error:
@@ -291,9 +310,6 @@ class Server:
         except TookTooLong:
             log.warning("batch stopped", **facts)
             raise Refusal(500, "too_long", f"this took longer than {self.limits.job:g} s, and was stopped") from None
-        finally:
-            session.running = None
-            session.used = time.time()
         if done.refusal is not None:
             status, code, detail = done.refusal
             log.warning("batch refused", code=code, **facts)
@@ -345,10 +361,13 @@ async def body_of(request: Request, limit: int) -> bytes:
 
 
 def content_range(request: Request) -> tuple[int, int]:
-    """First byte and number of all bytes, from `Content-Range: bytes FIRST-LAST/ALL`. Raises Refusal."""
+    """First byte and number of all bytes, from `Content-Range: bytes FIRST-LAST/ALL`. Raises Refusal.
+
+    FIRST may be ALL: then no byte is missing, and what is here is to be checked.
+    """
     value = request.headers.get("content-range", "")
     match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", value)
-    if match is None or not int(match[1]) <= int(match[2]) == int(match[3]) - 1:
+    if match is None or not int(match[1]) <= int(match[2]) + 1 == int(match[3]):
         raise Refusal(400, "range", "wanted Content-Range: bytes FIRST-LAST/ALL, to the last byte of all")
     return int(match[1]), int(match[3])
 
@@ -391,12 +410,12 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 bearer = HTTPBearer(auto_error=False)
 
 
-def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
+async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
     """Whose token a request has."""
     return request.app.state.server.client(credentials.credentials if credentials else None)
 
 
-def client_of(name: Annotated[str, Depends(caller)]) -> str:
+async def client_of(name: Annotated[str, Depends(caller)]) -> str:
     if name == METRICS:
         raise Refusal(403, "metrics_only", "this token reads /metrics, and no more")
     return name
@@ -410,7 +429,9 @@ def make_app(server: Server) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(server.sweep())
         yield
+        sweeping.cancel()
         await server.scheduler.finish()
 
     app = FastAPI(
@@ -469,7 +490,7 @@ def make_app(server: Server) -> FastAPI:
     @app.get("/metrics")
     async def metrics(name: Annotated[str, Depends(caller)]) -> Response:
         """For Prometheus; with the token of the client named `metrics`, where the server asks for tokens."""
-        if name not in (METRICS, ANYBODY):
+        if server.settings.tokens is not None and name != METRICS:
             raise Refusal(403, "metrics_only", f"/metrics is for the client named {METRICS}")
         text = prometheus_client.generate_latest(server.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)

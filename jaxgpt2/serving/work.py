@@ -11,7 +11,7 @@ import functools
 import os
 import signal
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Job:
     """A batch, and where to find what it needs.
 
     circuit: directory of the compiled circuit; keys: file of the evaluation keys; session: directory of results.
-    in_memory: sets of keys that a worker holds ready at once.
+    in_memory: sets of keys that a worker holds ready at once. room: bytes by which the session may grow.
     """
 
     backend: str
@@ -34,6 +34,7 @@ class Job:
     session: Path
     batch: Batch
     in_memory: int
+    room: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
 
 
 def perform(job: Job) -> Done:
-    """Runs the calls of a batch, stores what later calls may take, then the answer."""
+    """Runs the calls of a batch, then stores what later calls may take, then the answer."""
     try:
         return Done(seconds=tuple(_perform(job)))
     except Refusal as error:
@@ -91,6 +92,8 @@ def _perform(job: Job) -> list[tuple[str, float]]:
     circuit, keys = _circuit(job)
     kept, forgotten = circuit.ports.kept, set(job.batch.forget)
     fresh: dict[Result, bytes] = {}
+    stored: dict[Result, bytes] = {}
+    wanted, size = Counter(job.batch.results), 0
     seconds = []
 
     def take(source: int | Result) -> bytes:
@@ -107,8 +110,14 @@ def _perform(job: Job) -> list[tuple[str, float]]:
         for output, data in enumerate(results):
             result = Result(call=call.id, output=output)
             fresh[result] = data
+            size += wanted[result] * len(data)
             if fhe.Output(call.function, output) in kept and result not in forgotten:
-                write_whole(job.session / f"{call.id}.{output}", data)
+                stored[result] = data
+                size += len(data)
+        if size > job.room:
+            raise Refusal(413, "session_full", "the session would hold more bytes than this server allows")
+    for result, data in stored.items():
+        write_whole(job.session / f"{result.call}.{result.output}", data)
     answer = Answer(results=[take(result) for result in job.batch.results])
     write_whole(job.session / f"answer.{job.batch.request}", pack(answer))
     return seconds

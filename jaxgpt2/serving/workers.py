@@ -12,7 +12,7 @@ import functools
 import multiprocessing
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,18 +78,19 @@ class DaskWorker:
 
     def __init__(self, client: Any, address: str, timeout: float):
         self._client, self._address, self._timeout = client, address, timeout
+        self._thread = ThreadPoolExecutor(1)  # waits for the cluster, as long as a job takes
 
     async def run(self, job: Job) -> Done:
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
 
         # Keys stay loaded where they were used, so jobs return to their worker while it is there.
         task = self._client.submit(
             perform, job, pure=False, retries=0, workers=[self._address], allow_other_workers=True
         )
         try:
-            return await asyncio.to_thread(task.result, self._timeout)
-        except KilledWorker as error:
-            raise WorkerDied(str(error)) from None
+            return await asyncio.get_running_loop().run_in_executor(self._thread, task.result, self._timeout)
+        except (KilledWorker, CancelledError) as error:  # the latter: the scheduler is gone
+            raise WorkerDied(type(error).__name__) from None
         except TimeoutError:
             raise TookTooLong from None
         finally:
@@ -98,6 +99,7 @@ class DaskWorker:
 
     def close(self) -> None:
         self._client.close()
+        self._thread.shutdown()
 
 
 def dask_workers(address: str, timeout: float) -> list[Worker]:
