@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fhe import Circuit, Keys
-from jaxgpt2.elsewhere import compute, parts_of
+from jaxgpt2.elsewhere import Parts, compute, parts_of
 from jaxgpt2.errors import InputError
 from jaxgpt2.reading import Encrypted
 from jaxgpt2.sweep import Configuration, Experiment, Workbench, batches
@@ -89,6 +89,9 @@ def run(address: str, experiment: Experiment, configurations: Sequence[Configura
 
 # --- encrypted heads ----------------------------------------------------------------------------
 
+# How often what a call needs may be lost with a worker before the call is given up.
+LOSSES = 3
+
 
 @dataclass(frozen=True)
 class Elsewhere(Encrypted):
@@ -98,25 +101,39 @@ class Elsewhere(Encrypted):
     """
 
     client: Any
-    parts: Any  # of the circuit and its evaluation keys: a future
+    parts: Parts
+    sent: list[Any]  # the future of parts on the workers; another one when its workers have died
 
     def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
+        from concurrent.futures import CancelledError
+
         from distributed import KilledWorker
 
-        # Always the same worker while it lives: it has the keys loaded. Those of other heads are likely elsewhere.
-        workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
-        if not workers:
-            raise ClusterError("the Dask cluster has no workers: start some with `dask worker ADDRESS`")
-        at = workers[int(self.circuit.id[:8], 16) % len(workers)]
-        task = self.client.submit(
-            compute, self.parts, name, arrays, pure=False, workers=[at], allow_other_workers=True, retries=2
-        )
-        try:
-            return task.result()
-        except KilledWorker as error:
-            raise ClusterError(f"several workers died over {name}, see their logs: {error}") from None
+        for _ in range(LOSSES):
+            # Always the same worker while it lives: it has the keys loaded. Those of other heads are likely elsewhere.
+            workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
+            if not workers:
+                raise ClusterError("the Dask cluster has no workers: start some with `dask worker ADDRESS`")
+            at = workers[int(self.circuit.id[:8], 16) % len(workers)]
+            task = self.client.submit(
+                compute, self.sent[0], name, arrays, pure=False, workers=[at], allow_other_workers=True, retries=2
+            )
+            try:
+                return task.result()
+            except KilledWorker as error:
+                raise ClusterError(f"several workers died over {name}, see their logs: {error}") from None
+            except CancelledError:  # no other worker had the parts yet
+                self.sent[0] = scatter(self.client, self.parts)
+        raise ClusterError(f"workers died {LOSSES} times over {name}, see their logs")
+
+
+def scatter(client: Any, parts: Parts) -> Any:
+    """A future of parts, for all workers of a cluster."""
+    # In a list: a tuple would be taken apart, into futures that can be lost one by one.
+    return client.scatter([parts], broadcast=True, hash=False)[0]
 
 
 def send(client: Any, circuit: Circuit, keys: Keys) -> Elsewhere:
     """Gives every worker of a cluster a circuit and its evaluation keys."""
-    return Elsewhere(circuit, keys, client, client.scatter(parts_of(circuit, keys), broadcast=True, hash=False))
+    parts = parts_of(circuit, keys)
+    return Elsewhere(circuit, keys, client, parts, [scatter(client, parts)])

@@ -153,7 +153,7 @@ def make(directory: str, head: str, recipe: Mapping[str, Any], settings: Mapping
     circuit.save(path / "circuit")
     levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
     (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(weights, x) for x in texts])))
-    cost = circuit.report.cost_of(program.reading.calls(calibrated.client, 0, min(tokens, SHORT)))
+    cost = circuit.report.cost_of(program.reading.calls(calibrated.client, 0, FEW))
     return {"compile": circuit.report.compile_seconds, "counts": cost.describe()}
 
 
@@ -275,15 +275,19 @@ def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
     click.echo("")
 
     def seconds(known: int, length: int) -> list[str]:
-        """For each case. The yardstick has no cache, and reads all of a text again."""
+        """For each case, and how many times faster than the yardstick, which has no cache and reads all of a text
+        again."""
+        whole = stretch(ran["softmax"], 0, FEW) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
+        compared = whole if "softmax" in cases and length <= FEW + 1 else None
         cells = []
         for name in cases:
             if name == "softmax":
-                found = stretch(ran[name], 0, FEW) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
-                cells.append(f"{found.seconds:,.0f} s" if found and length <= FEW + 1 else "")
+                cells.append(f"{compared.seconds:,.0f} s" if compared else "")
+            elif found := stretch(ran[name], known, length):
+                times = f", {compared.seconds / found.seconds:,.0f}x" if compared else ""
+                cells.append(f"{found.seconds:.2f} s{times}")
             else:
-                found = stretch(ran[name], known, length)
-                cells.append(f"{found.seconds:.2f} s" if found else "")
+                cells.append("")
         return cells
 
     def of(show: Callable[[Measured], str], known: int, length: int) -> list[str]:
@@ -291,10 +295,14 @@ def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
         return [show(each) if (each := found.get(name)) else "" for name in cases]
 
     def fact(name: str, unit: str, scale: float, digits: int = 1) -> list[str]:
-        """Of `execute`."""
+        """Of `execute`, and how many times less than the yardstick's."""
         stand = {} if full else {"softmax": PROTOTYPE}
         values = {case: (ran | stand).get(case, {}).get(name) for case in cases}
-        return ["" if value is None else f"{value / scale:,.{digits}f} {unit}" for value in values.values()]
+        yardstick = values.pop("softmax", None)
+        cells = [] if "softmax" not in cases else [f"{yardstick / scale:,.{digits}f} {unit}" if yardstick else ""]
+        for value in values.values():
+            cells.append(f"{value / scale:,.{digits}f} {unit}" + (f", {yardstick / value:,.0f}x" if yardstick else ""))
+        return cells
 
     rows = [
         (f"{FEW} tokens", *seconds(0, FEW)),
@@ -325,7 +333,7 @@ def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
         ("peak memory, keys and run", *fact("memory", "GB", 1e9)),
         ("peak memory, compiling", *(f"{made[name]['memory'] / 1e9:.1f} GB" for name in cases)),
         ("compiling", *(f"{made[name]['compile']:.0f} s" for name in cases)),
-        (f"operations, {SHORT} tokens", *(made[name]["counts"] for name in cases)),
+        (f"operations, {FEW} tokens", *(made[name]["counts"] for name in cases)),
     ]
     headings = {"softmax": "yardstick, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
     click.echo(table(("", *(headings[name] for name in cases)), rows))

@@ -42,7 +42,8 @@ def with_kept(ops, params, x, z):
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return bool(np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max())
+    """In slot 0 too, where noise is up to a hundred times as large as elsewhere."""
+    return bool(np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max())
 
 
 def numbers(seed: int) -> np.ndarray:
