@@ -20,6 +20,7 @@ Beyond the ranges of the input set an encrypted result is undefined: integers wr
 import hashlib
 import inspect
 import json
+import os
 import re
 import secrets
 import shutil
@@ -34,6 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# HPX, within Concrete, would end the process at the first write to a connection that is gone: Python ignores SIGPIPE.
+os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
+
 from concrete import fhe
 from concrete.compiler import ClientProgram
 from concrete.fhe.compilation.composition import CompositionClause, CompositionRule

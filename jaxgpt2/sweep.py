@@ -513,7 +513,7 @@ class Workbench:
         self._packs = [
             pack(self._padded(lengths[start:stop], rows).reshape(-1), longest, size) for start, stop in self._groups
         ]
-        self._mesh = jax.make_mesh((devices,), ("configurations",), devices=jax.local_devices())
+        self._mesh = Mesh(np.array(jax.local_devices()), ("configurations",))
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._split = NamedSharding(self._mesh, PartitionSpec("configurations"))
         self._state = jax.device_put(self.gpt2.state, self._whole)

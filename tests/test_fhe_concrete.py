@@ -1,6 +1,7 @@
 """The Concrete backend: real keys and real ciphertexts, on functions as small as they come."""
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -92,6 +93,15 @@ def test_head_is_numpys(head):
         expected = tiny_head(fhe.NumpyOps(), PARAMS, *sample)
         assert_same(circuit.simulate("head", *sample), expected)
         assert_same(encrypted(circuit, keys, *sample), expected)
+
+
+def test_a_broken_connection_is_an_error_and_not_the_end_of_the_process(head):
+    encrypted(*head, INPUTSET[0][0])  # with the first run, the runtime beneath takes signals
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        os.write(writer, b"to nobody")
+    os.close(writer)
 
 
 def test_report(head):
