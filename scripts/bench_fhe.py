@@ -154,7 +154,8 @@ def make(directory: str, head: str, recipe: Mapping[str, Any], settings: Mapping
     levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
     (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(weights, x) for x in texts])))
     cost = circuit.report.cost_of(program.reading.calls(calibrated.client, 0, FEW))
-    return {"compile": circuit.report.compile_seconds, "counts": cost.describe()}
+    complexity = circuit.report.complexity if isinstance(circuit.report, fhe.Report) else None
+    return {"compile": circuit.report.compile_seconds, "counts": cost.describe(), "complexity": complexity}
 
 
 @dataclass
@@ -296,12 +297,14 @@ def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
 
     def fact(name: str, unit: str, scale: float, digits: int = 1) -> list[str]:
         """Of `execute`, and how many times less than the yardstick's."""
-        stand = {} if full else {"softmax": PROTOTYPE}
-        values = {case: (ran | stand).get(case, {}).get(name) for case in cases}
-        yardstick = values.pop("softmax", None)
-        cells = [] if "softmax" not in cases else [f"{yardstick / scale:,.{digits}f} {unit}" if yardstick else ""]
-        for value in values.values():
-            cells.append(f"{value / scale:,.{digits}f} {unit}" + (f", {yardstick / value:,.0f}x" if yardstick else ""))
+        values: dict[str, float] = {case: ran[case][name] for case in ran}
+        if "softmax" in cases and not full and name in PROTOTYPE:
+            values["softmax"] = PROTOTYPE[name]
+        yardstick = values.get("softmax")
+        cells = []
+        for case in cases:
+            times = f", {yardstick / values[case]:,.0f}x" if yardstick and case != "softmax" else ""
+            cells.append(f"{values[case] / scale:,.{digits}f} {unit}{times}" if case in values else "")
         return cells
 
     rows = [
@@ -334,6 +337,10 @@ def cost(head: str, width: int, tokens: int, texts: int, full: bool) -> None:
         ("peak memory, compiling", *(f"{made[name]['memory'] / 1e9:.1f} GB" for name in cases)),
         ("compiling", *(f"{made[name]['compile']:.0f} s" for name in cases)),
         (f"operations, {FEW} tokens", *(made[name]["counts"] for name in cases)),
+        (
+            "complexity by Concrete, every function once",
+            *(f"{each:.2g}" if (each := made[name]["complexity"]) else "" for name in cases),
+        ),
     ]
     headings = {"softmax": "yardstick, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
     click.echo(table(("", *(headings[name] for name in cases)), rows))

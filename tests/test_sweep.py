@@ -137,7 +137,7 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
         wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
-        assert row["levels"] == each.recipe.settings["squarings"] + 5
+        assert row["levels"] == each.recipe.settings["squarings"] + 4
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
     frame = sweep_table.table(rows)
@@ -160,7 +160,8 @@ def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
 
 def test_layers_may_come_in_any_order(bench, mixed):
     again = rows_of(bench, [MIXED[0]])  # layer 0, after layer 1
-    assert again[0]["kl"] == pytest.approx(mixed[0]["kl"], rel=1e-5)
+    assert again[0]["kl"] == pytest.approx(mixed[0]["kl"], rel=1e-3, abs=1e-6)  # float32: another stack, another order
+    assert again[0]["head_error"] == pytest.approx(mixed[0]["head_error"], rel=1e-6)
 
 
 def test_what_cannot_be_calibrated_gets_a_row_that_says_why(bench, monkeypatch):
