@@ -105,9 +105,7 @@ class Elsewhere(Encrypted):
     sent: list[Any]  # the future of parts on the workers; another one when its workers have died
 
     def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        from concurrent.futures import CancelledError
-
-        from distributed import KilledWorker
+        from distributed import CancelledError, KilledWorker
 
         for _ in range(LOSSES):
             # Always the same worker while it lives: it has the keys loaded. Those of other heads are likely elsewhere.

@@ -462,6 +462,12 @@ def calibrate(
     scaled = input_scale[:, None]
     seen = bits.activations + 1 if bits.lookup is None else bits.lookup
     unit = 2 * float(reals.nats)
+
+    def added(stage: str, weight: np.ndarray, bias: np.ndarray, step: int) -> Projection:
+        """What is added to scores, of nats."""
+        weight, bias = scaled * weight[:, None] / unit / step, np.array([float(bias) / unit / step])
+        return aligned(stage, weight, bias, bits, saturated, term_bits + 1, step)
+
     exponential = build_table(
         lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
         int(np.floor(ranges.low / widths.cell)) - 1,
@@ -473,24 +479,8 @@ def calibrate(
         query=aligned("query", scaled * reals.query, reals.query_bias, bits, levels, seen),
         key=aligned("key", scaled * reals.key, reals.key_bias, bits, levels, seen),
         value=aligned("value", scaled * reals.value, reals.value_bias, bits, levels, seen),
-        shift=aligned(
-            "shift",
-            scaled * reals.shift[:, None] / unit / widths.shift_step,
-            np.array([float(reals.shift_bias) / unit / widths.shift_step]),
-            bits,
-            saturated,
-            term_bits + 1,
-            widths.shift_step,
-        ),
-        term=aligned(
-            "term",
-            scaled * reals.term[:, None] / unit / widths.term_step,
-            np.array([float(reals.term_bias) / unit / widths.term_step]),
-            bits,
-            saturated,
-            term_bits + 1,
-            widths.term_step,
-        ),
+        shift=added("shift", reals.shift, reals.shift_bias, widths.shift_step),
+        term=added("term", reals.term, reals.term_bias, widths.term_step),
         level_square=Table.build(quarter_square, -levels, levels),
         sum_square=Table.build(quarter_square, -2 * levels, 2 * levels),
         exponential=exponential,
