@@ -160,7 +160,7 @@ def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
 
 def test_layers_may_come_in_any_order(bench, mixed):
     again = rows_of(bench, [MIXED[0]])  # layer 0, after layer 1
-    assert again[0]["kl"] == pytest.approx(mixed[0]["kl"], rel=1e-3, abs=1e-6)  # float32: another stack, another order
+    assert again[0]["kl"] == pytest.approx(mixed[0]["kl"], rel=1e-5, abs=5e-7)  # a sum in float32, in another order
     assert again[0]["head_error"] == pytest.approx(mixed[0]["head_error"], rel=1e-6)
 
 
