@@ -94,9 +94,10 @@ head_options = options(
 )  # fmt: skip
 compile_options = options(
     click.option("--backend", help="FHE backend; see info.  [default: the one that the formula is made for]"),
-    click.option("--p-error", type=float, help="Probability that one lookup is wrong.  [default: the formula's]"),
+    click.option("--p-error", type=float,
+                 help="Probability that one lookup is wrong.  [default: the recipe's, else the formula's]"),
     click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]),
-                 help="How low bits are rounded away before a lookup.  [default: the formula's]"),
+                 help="How low bits are rounded away before a lookup.  [default: the recipe's, else the formula's]"),
     click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
 )  # fmt: skip
@@ -234,11 +235,13 @@ def describe(hybrid: Any) -> str:
 
 
 def describe_recipe(recipe: Any) -> str:
-    """`lowrank, score_rank 16, bits 4/4/4, lookups 6`."""
+    """`lowrank, score_rank 16, bits 4/4/4, lookups 6`, and `, p_error 0.01, approximate` where the recipe says so."""
     options = "".join(f", {name} {value}" for name, value in recipe.settings.items())
     bits = recipe.bits
     lookups = "" if bits.lookup is None else f", lookups {bits.lookup}"
-    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}"
+    encryption = recipe.encryption
+    noise = "" if encryption is None else f", p_error {encryption.p_error:g}, {encryption.rounding}"
+    return f"{recipe.formula}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}{noise}"
 
 
 def refuse_given(context: click.Context, why: str, head: Iterable[str], *names: str) -> None:

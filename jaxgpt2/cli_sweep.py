@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+import fhe
 from jaxgpt2.cli import calibration_passages, describe_recipe, emit, json_option, model_options, options
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
 
 if TYPE_CHECKING:
     from jaxgpt2.sweep import Experiment
+    from jaxgpt2.tuning import Encryption
 
 # Widths that `tune` tries: every one more is a training for each head and choice of ranks.
 TUNED_BITS = "3-5"
@@ -41,8 +44,6 @@ width_options = options(
 )  # fmt: skip
 cost_options = options(
     click.option("--seq-len", default=6, show_default=True, help="Tokens of the text whose encrypted cost is counted."),
-    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
-                 show_default=True, help="How low bits are rounded away before an encrypted lookup."),
     click.option("--batch", type=click.IntRange(0), default=0, metavar="N",
                  help="Configurations measured together.  [default: as many as memory lets]"),
     click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers measure."),
@@ -134,13 +135,15 @@ def read_config(model: str) -> Any:
               help="Bits of activations, and of all else what the formula has with them.")  # fmt: skip
 @options(width_options, text_options)
 @click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
+@click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
+              show_default=True, help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
 @options(cost_options)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here.")
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
 @json_option
 def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_bits: str | None,
           weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
-          text: Path | None, limit: int | None, calibration: Path | None, ks: str, seq_len: int, rounding: str,
+          text: Path | None, limit: int | None, calibration: Path | None, ks: str, rounding: str, seq_len: int,
           batch: int, scheduler: str | None, out: Path, resume: bool, as_json: bool) -> None:  # fmt: skip
     """Measure a grid of heads, bit widths and formulas, and what each would cost encrypted."""
     from jaxgpt2 import sweep as sweeping
@@ -194,15 +197,25 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
 @click.option("--bits", default=TUNED_BITS, show_default=True, metavar="N[,N-N...]", help="Widths to try.")
 @options(width_options, text_options, cost_options)
 @click.option("--sweep", "sweeps", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
-              help="Measure nothing, choose among the rows of this sweep; may be repeated.")  # fmt: skip
+              help="Choose among the rows of this sweep instead of measuring a grid; may be repeated.")  # fmt: skip
+@click.option("--p-error", "p_errors", default="1e-5,1e-3,1e-2,3e-2,1e-1", show_default=True, metavar="P[,P...]",
+              help="Probabilities of a wrong encrypted lookup to try.")  # fmt: skip
+@click.option("--rounding", "roundings", default="approximate,exact", show_default=True, metavar="NAME[,NAME...]",
+              help="Ways to round low bits away before a lookup to try: exact, approximate, none.")  # fmt: skip
+@click.option("--noise", default=0.01, show_default=True,
+              help="Recovered KL that these two may cost, all heads together.")  # fmt: skip
+@click.option("--simulated", default=16, show_default=True, type=click.IntRange(0), metavar="N",
+              help="Passages that the chosen heads read in simulation for that, cut to --seq-len tokens; 0 leaves "
+                   "error probability and rounding to the formula.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the recipes here, for --recipes.")
 @json_option
 def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_bits: str | None,
          weight_bits: str | None, activation_bits: str | None, lookup_bits: str | None, settings: tuple[str, ...],
-         text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, rounding: str, batch: int,
-         scheduler: str | None, sweeps: tuple[Path, ...], out: Path | None, as_json: bool) -> None:  # fmt: skip
-    """Find the cheapest recipes of heads that keep most of what the heads do."""
-    from jaxgpt2 import attention
+         text: Path | None, limit: int | None, calibration: Path | None, seq_len: int, batch: int,
+         scheduler: str | None, sweeps: tuple[Path, ...], p_errors: str, roundings: str, noise: float, simulated: int,
+         out: Path | None, as_json: bool) -> None:  # fmt: skip
+    """Find the cheapest recipes of heads that keep most of what the heads do, and how to encrypt their lookups."""
+    from jaxgpt2 import attention, tuning
     from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.hybrid import HeadError, Unit, parse_heads
     from jaxgpt2.sweep import check, grid, measured
@@ -212,6 +225,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
+    candidates = parse_encryptions(p_errors, roundings) if simulated else []
     config = read_config(model)
     if heads == "all":
         heads = ",".join(
@@ -220,15 +234,18 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     units = parse_heads(heads, config)
     if any(unit.head is None for unit in units):
         raise HeadError("tune finds recipes for single heads: name them, as 0.3")
+    names = [name.strip() for name in formulas.split(",")]
+    experiment = make_experiment(model, text, limit, calibration, "1", seq_len, "approximate", batch)
+    gpt2 = GPT2.from_pretrained(model)
+    check(experiment, gpt2)
     rows: list[dict[str, Any]] = []
     if sweeps:
         rows = [row for row in rows_of_sweeps(sweeps) if Unit(row["layer"], row["head"]) in units]
-    else:
+        names = sorted({row["attention"] for row in rows})
+    for backend in {attention.get(name).backend for name in names} if candidates else ():
+        fhe.get_backend(backend)  # what is not installed is said now, and not after all heads were measured
+    if not sweeps:
         widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
-        experiment = make_experiment(model, text, limit, calibration, "1", seq_len, rounding, batch)
-        gpt2 = GPT2.from_pretrained(model)
-        check(experiment, gpt2)
-        names = [name.strip() for name in formulas.split(",")]
         searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
         configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
         try:
@@ -240,11 +257,24 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         except KeyboardInterrupt:
             note("stopped")
             sys.exit(130)
-    found = cheapest(
+    found = tuning.cheapest(
         {str(unit): [row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)] for unit in units},
         wanted,
     )
-    recipes = {row["key"]: attention.Recipe.from_json(json.loads(row["key"].partition(" ")[2])) for row in rows}
+    recipes = {
+        unit: attention.Recipe.from_json(json.loads(found[str(unit)]["key"].partition(" ")[2])) for unit in units
+    }
+    encryptions: dict[str, list[tuning.Encryption]] = {}
+    for name in sorted({recipe.formula for recipe in recipes.values()}):
+        if candidates and "lookup" in attention.get(name).needs:
+            own = {unit: recipe for unit, recipe in recipes.items() if recipe.formula == name}
+            with counting("circuits", len(own) * len(candidates)) as progress:
+                progress(0)
+                encryptions[name] = tuning.measure_encryption(
+                    gpt2, own, candidates, experiment.passages[:simulated], experiment.calibration, seq_len, progress
+                )
+            chosen = tuning.cheapest_encryption(encryptions[name], noise).settings
+            recipes |= {unit: dataclasses.replace(recipe, encryption=chosen) for unit, recipe in own.items()}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
                "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
                "seq_len", "rounding")  # fmt: skip
@@ -252,10 +282,11 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         "model": model,
         "wanted_recovered_kl": wanted,
         "heads": {
-            name: recipes[row["key"]].to_json()
-            | {"measured": {column: row[column] for column in columns if row.get(column) is not None}}
-            for name, row in found.items()
+            str(unit): recipe.to_json()
+            | {"measured": {name: row[name] for name in columns if (row := found[str(unit)]).get(name) is not None}}
+            for unit, recipe in recipes.items()
         },
+        "encryptions": {name: [each.to_json() for each in tried] for name, tried in encryptions.items()},
     }
     kept = 1 - sum(row["kl"] for row in found.values()) / sum(row["kl_ablated"] for row in found.values())
     result["recovered_kl"] = kept
@@ -264,14 +295,54 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         write_atomically(out, lambda name: Path(name).write_text(text_of))
         note(f"wrote {out}: for --recipes of generate, compile and eval")
     lines = [
-        f"head {name}: {describe_recipe(recipes[row['key']])}: recovers {row['recovered_kl']:.4f}, "
+        f"head {unit}: {describe_recipe(recipe)}: recovers {row['recovered_kl']:.4f}, "
         f"about {seconds(row['estimated_seconds'])} for {row['seq_len']} tokens, "
         f"{seconds(row['estimated_seconds_per_token'])} for one more ({row['machine']})"
-        for name, row in found.items()
+        for unit, recipe in recipes.items()
+        for row in (found[str(unit)],)
     ]
     if len(found) > 1:
         lines.append(f"together they recover {kept:.4f}")
+    for name, tried in encryptions.items():
+        lines += encryption_lines(name, tried, simulated, seq_len)
     emit(as_json, result, lines)
+
+
+def encryption_lines(formula: str, tried: Sequence[Encryption], passages: int, tokens: int) -> list[str]:
+    """A table of what was tried, dearest first."""
+    working = sorted((each for each in tried if each.error is None), key=lambda each: -each.complexity)
+    return [
+        "",
+        f"{formula} on encrypted lookups, simulated on {passages} passages of {tokens} tokens:",
+        f"{'error per lookup':18}{'rounding':14}{'complexity':>12}{'KL lost':>10}",
+        *(
+            f"{each.settings.p_error:<18g}{each.settings.rounding:14}{each.complexity:>12.2e}{each.lost:>10.4f}"
+            for each in working
+        ),
+        *(
+            f"{each.settings.p_error:<18g}{each.settings.rounding:14}{each.error}"
+            for each in tried
+            if each.error is not None
+        ),
+    ]
+
+
+def parse_encryptions(p_errors: str, roundings: str) -> list[fhe.Settings]:
+    """All pairs of a probability and a rounding.
+
+    Raises:
+        InputError: something that is neither, or out of range.
+    """
+    try:
+        numbers = [float(part) for part in p_errors.split(",")]
+    except ValueError:
+        raise InputError(f"--p-error {p_errors!r} cannot be read: wanted probabilities, as 1e-3,1e-2") from None
+    names: list[Any] = [name.strip() for name in roundings.split(",")]
+    try:
+        found = [fhe.Settings(number, name) for name in names for number in numbers]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return list(dict.fromkeys(found))
 
 
 def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -291,43 +362,3 @@ def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
             raise InputError(f"{path} and {paths[0]} are sweeps of other {differing}: their rows cannot be compared")
         rows |= read_rows(path)
     return list(rows.values())
-
-
-def cheapest(rows: Mapping[str, Sequence[dict[str, Any]]], wanted: float) -> dict[str, dict[str, Any]]:
-    """For every head the row to take, so that all of them together keep enough at the least estimated time.
-
-    What a set of rows keeps is 1 - sum of kl / sum of kl_ablated. For a price of KL in seconds every head takes its
-    best row; the least price that keeps enough is found by bisection, and what is left over is then spent head by head.
-
-    Raises:
-        InputError: no choice keeps enough; the message says what the best one keeps.
-    """
-    known = {head: [row for row in some if row.get("recovered_kl") is not None] for head, some in rows.items()}
-    for head, some in known.items():
-        if not some:
-            raise InputError(f"head {head}: nothing could be measured in any of {len(rows[head])} configurations")
-    ablated = sum(some[0]["kl_ablated"] for some in known.values())
-
-    def kept(choice: Mapping[str, dict[str, Any]]) -> float:
-        return 1 - sum(row["kl"] for row in choice.values()) / ablated
-
-    def at(price: float) -> dict[str, dict[str, Any]]:
-        return {head: min(some, key=lambda r: r["estimated_seconds"] + price * r["kl"]) for head, some in known.items()}
-
-    low, high = -12.0, 18.0  # exponents of ten
-    choice = at(10**high)
-    if kept(choice) < wanted:
-        count, took = sum(map(len, rows.values())), sum(row["estimated_seconds"] for row in choice.values())
-        raise InputError(
-            f"head {', '.join(rows)}: none of {count} configurations recovers {wanted:g} of the KL, the best recovers "
-            f"{kept(choice):.4f} (in about {seconds(took)}): allow more --bits, other --set or --attention, or ask for "
-            "less"
-        )
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if kept(at(10**middle)) >= wanted else (middle, high)
-    choice = at(10**high)
-    for head, some in sorted(known.items(), key=lambda item: -choice[item[0]]["estimated_seconds"]):
-        enough = [row for row in some if kept({**choice, head: row}) >= wanted]
-        choice[head] = min(enough, key=lambda row: (row["estimated_seconds"], row["kl"]))
-    return choice

@@ -105,7 +105,11 @@ def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
 
 
 def evaluate(
-    hybrid: HybridGPT2, passages: Sequence[str], engine: Engine | Baseline, ks: Sequence[int] = (1, 5, 10)
+    hybrid: HybridGPT2,
+    passages: Sequence[str],
+    engine: Engine | Baseline,
+    ks: Sequence[int] = (1, 5, 10),
+    max_tokens: int | None = None,
 ) -> Evaluation:
     """Compares a hybrid model with its float model on every token of every passage, in one pass.
 
@@ -114,6 +118,7 @@ def evaluate(
         passages: each at most as long as the heads were made for.
         engine: computes the protected heads; from `hybrid.engine(mode)`.
         ks: 1 or more each.
+        max_tokens: longer passages are cut to so many; None refuses those that are too long.
 
     Raises:
         PromptError: a passage that is empty or too long; InputError: a k below 1.
@@ -121,12 +126,14 @@ def evaluate(
     ks = check_ks(ks, hybrid.gpt2.config.vocab_size)
     limit = min(calibrated.max_tokens for calibrated in hybrid.calibrated.values())
     longest = longest_passage(hybrid.gpt2, passages)
+    if max_tokens is not None:
+        longest = min(longest, max_tokens)
     if longest > limit:
         raise PromptError(f"the longest passage has {longest} tokens, the heads are made for {limit}: shorten it")
     kl = kl_ablated = error = norm = 0.0
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0
-    for tokens, lengths in token_batches(hybrid.gpt2, passages, limit):
+    for tokens, lengths in token_batches(hybrid.gpt2, passages, longest):
         if hybrid.seq_len is not None:  # texts take their time one by one, rows of filling too
             count = np.count_nonzero(lengths)
             tokens, lengths = tokens[:count], lengths[:count]

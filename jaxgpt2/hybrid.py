@@ -88,7 +88,9 @@ def parse_heads(text: str, config: GPT2Config) -> tuple[Unit, ...]:
 
 
 def read_recipes(path: str | os.PathLike[str], config: GPT2Config) -> dict[Unit, Recipe]:
-    """The recipes of a JSON file `{"heads": {"L.H": {"attention": ..., "bits": ..., "options": ...}, ...}}`.
+    """The recipes of a JSON file `{"heads": {"L.H": {"attention": ..., "bits": ...}, ...}}`.
+
+    A recipe may also have "options" and "encryption".
 
     Raises:
         HeadError: not such a file, or a head that the model does not have; FormulaError: a recipe that cannot be read.
@@ -476,17 +478,14 @@ class HybridGPT2:
     # Compilation ---------------------------------------------------------------------------------
 
     def settings(self, p_error: float | None = None, rounding: fhe.Rounding | None = None) -> dict[Unit, fhe.Settings]:
-        """What every unit's formula stands, with what is given instead.
+        """What every unit's recipe says, with what is given instead.
 
         Raises:
             ValueError: a probability or a rounding that there is not.
         """
         given = {"p_error": p_error, "rounding": rounding}
         given = {name: value for name, value in given.items() if value is not None}
-        return {
-            unit: dataclasses.replace(attention.get(recipe.formula).settings, **given)
-            for unit, recipe in self.recipes.items()
-        }
+        return {unit: dataclasses.replace(recipe.stands, **given) for unit, recipe in self.recipes.items()}
 
     def compile(
         self,
@@ -501,7 +500,7 @@ class HybridGPT2:
         Args:
             passages: calibration text; what it makes of the circuit's values decides their bit widths.
             seq_len: tokens; a formula without steps pads shorter texts, at the same cost.
-            settings: error probability and rounding, for all units or each; None for what their formulas stand.
+            settings: error probability and rounding, for all units or each; None for what their recipes say.
             backend: name of an FHE backend; None for the one that the formulas are made for.
             cache: directory in which compiled circuits are kept; None compiles anew.
         """

@@ -72,6 +72,14 @@ def test_circuits_give_the_same_evaluation(hybrid):
     assert simulated.head_error == pytest.approx(in_jax.head_error, rel=1e-4)
 
 
+def test_long_passages_are_cut_where_a_length_is_given(hybrid):
+    engine = hybrid.engine("quantized")
+    cut = evaluate(hybrid, ["one cat sat", "a"], engine, max_tokens=5)
+    short = evaluate(hybrid, ["one c", "a"], engine)  # a token a byte
+    assert cut.positions == 6
+    assert cut.kl == pytest.approx(short.kl, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("passages", "ks", "message"),
     [

@@ -17,7 +17,7 @@ from jaxgpt2.attention import Recipe
 from jaxgpt2.attention.formula import float_head
 from jaxgpt2.errors import InputError
 from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads
+from jaxgpt2.hybrid import HeadError, HybridGPT2, NotReady, Unit, head_weights, parse_heads, read_recipes
 from jaxgpt2.quantize import Bits
 from jaxgpt2.reading import Encrypted, Simulated
 
@@ -136,6 +136,34 @@ def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
     message = "'lowrank' needs integers, lookup, which backend 'approximate-only' lacks; formulas that fit it: none"
     with pytest.raises(attention.FormulaError, match=message):
         hybrid_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")
+
+
+def test_a_recipe_may_say_how_it_is_encrypted(gpt2, tmp_path):
+    path, own = tmp_path / "recipes.json", fhe.Settings(0.05, "exact")
+    recipes = {Unit(0, 0): Recipe("lowrank", Bits.of(4), encryption=own), Unit(0, 1): Recipe.of("lowrank", 4)}
+    path.write_text(json.dumps({"heads": {str(unit): recipe.to_json() for unit, recipe in recipes.items()}}))
+    read = read_recipes(path, gpt2.config)
+    assert read[Unit(0, 0)].stands == own
+    assert read[Unit(0, 1)].stands == attention.get("lowrank").settings
+    hybrid = HybridGPT2(gpt2, read)
+    assert hybrid.settings()[Unit(0, 0)] == own
+    assert hybrid.settings(p_error=0.5)[Unit(0, 0)] == fhe.Settings(0.5, "exact")
+    assert hybrid.settings(rounding="none")[Unit(0, 1)].rounding == "none"
+
+
+@pytest.mark.parametrize(
+    ("encryption", "message"),
+    [
+        ({"p_error": 3}, "a recipe's encryption cannot be: p_error must lie between 0 and 1, not 3"),
+        ({"rounding": "up"}, "a recipe's encryption cannot be: rounding must be one of exact"),
+        ({"error": 1}, "wanted a recipe with attention, bits and options, got"),
+    ],
+)
+def test_recipes_that_cannot_be_encrypted_are_refused(gpt2, tmp_path, encryption, message):
+    recipe = Recipe.of("lowrank", 4).to_json() | {"encryption": encryption}
+    (tmp_path / "recipes.json").write_text(json.dumps({"heads": {"0.0": recipe}}))
+    with pytest.raises(attention.FormulaError, match=message):
+        read_recipes(tmp_path / "recipes.json", gpt2.config)
 
 
 def test_lookups_and_slots_do_not_run_on_each_other(gpt2):

@@ -18,7 +18,6 @@ from jaxgpt2 import figures, sweep
 from jaxgpt2 import table as sweep_table
 from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import main
-from jaxgpt2.cli_sweep import cheapest
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import evaluate
 from jaxgpt2.figures import pareto
@@ -27,6 +26,7 @@ from jaxgpt2.hybrid import HybridGPT2, Unit
 from jaxgpt2.quantize import Bits, CalibrationError
 from jaxgpt2.sweep import Configuration, Experiment, Workbench
 from jaxgpt2.table import DirectoryError, SweepDirectory, read_rows
+from jaxgpt2.tuning import Encryption, cheapest, cheapest_encryption
 
 pd = pytest.importorskip("pandas", reason="the sweep extra is not installed")
 pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
@@ -317,7 +317,7 @@ def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
 def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
     out = tmp_path / "recipes.json"
     tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
-              "--set", "value_rank=4,8", "--seq-len", 3]  # fmt: skip
+              "--set", "value_rank=4,8", "--seq-len", 3, "--simulated", 0]  # fmt: skip
     result = run(*tuning, "--recovered-kl", 0.5, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -349,13 +349,74 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         ]
         swept = run("sweep", *common(model), *grid, "--top-k", 1, "--seq-len", 3, "--out", directories[-1])
         assert swept.exit_code == 0, swept.output
-    chosen = run("tune", "--model", model, "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--json")
+    chosen = run("tune", *common(model), "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
+                 "--json")  # fmt: skip
     assert {name: recipe["options"] for name, recipe in json.loads(chosen.stdout)["heads"].items()} == {
         name: recipe["options"] for name, recipe in found["heads"].items()
     }
     unreachable = run(*tuning, "--recovered-kl", 0.9999999)
     assert unreachable.exit_code == 2
     assert "none of 8 configurations recovers 1 of the KL, the best recovers" in unreachable.stderr.replace("\n", " ")
+
+
+def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_path):
+    out = tmp_path / "recipes.json"
+    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
+              "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 3, "--p-error",
+              "1e-5,0.2"]  # fmt: skip
+    result = run(*tuning, "--noise", 0.3, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    tried = {tuple(each["settings"].values()): each for each in found["encryptions"]["lowrank"]}
+    assert set(tried) == {(p_error, rounding) for p_error in (1e-5, 0.2) for rounding in ("approximate", "exact")}
+    assert tried[1e-5, "exact"]["lost"] == pytest.approx(0, abs=1e-6)  # the integers of the quantized heads
+    assert tried[0.2, "approximate"]["lost"] != 0
+    assert tried[0.2, "approximate"]["complexity"] < tried[1e-5, "approximate"]["complexity"]
+    assert tried[1e-5, "approximate"]["complexity"] < tried[1e-5, "exact"]["complexity"]
+    enough = [each for each in tried.values() if each["lost"] <= 0.3]
+    chosen = min(enough, key=lambda each: each["complexity"])["settings"]
+    assert [recipe["encryption"] for recipe in found["heads"].values()] == [chosen] * 2
+
+    compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--recipes", out,
+                 "--seq-len", 3, "--head", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
+    report = json.loads(run(*compiling).stdout)
+    assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
+    other = json.loads(run(*compiling, "--p-error", 1e-3).stdout)
+    assert (other["p_error"], other["rounding"]) == (1e-3, chosen["rounding"])
+
+    hopeless = run(*tuning, "--head", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
+    assert hopeless.exit_code == 2
+    assert "costs more than -9 of the KL, the best" in hopeless.stderr.replace("\n", " ")
+
+
+def test_the_cheapest_encryption_loses_no_more_than_allowed():
+    def tried(p_error: float, complexity: float, kl: float) -> Encryption:
+        return Encryption(fhe.Settings(p_error), complexity, kl, quantized_kl=0.1, kl_ablated=2.0)
+
+    dear, middle, cheap = tried(1e-5, 9.0, 0.1), tried(1e-2, 6.0, 0.14), tried(0.1, 5.0, 0.5)
+    failed = Encryption(fhe.Settings(0.2), 1.0, error="head 0.0: no secure parameters exist")
+    assert middle.lost == pytest.approx(0.02)
+    assert cheapest_encryption([failed, dear, middle, cheap], 0.03) is middle
+    assert cheapest_encryption([failed, dear, middle, cheap], 0.01) is dear
+    with pytest.raises(InputError, match=r"costs more than -1 of the KL, the best \(1e-05, exact\) 0.0000"):
+        cheapest_encryption([failed, dear, middle, cheap], -1)
+    with pytest.raises(InputError, match=r"can be compiled: head 0\.0: no secure parameters"):
+        cheapest_encryption([failed], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--p-error", "1e-3,low"], "--p-error '1e-3,low' cannot be read: wanted probabilities"),
+        (["--p-error", "2"], "p_error must lie between 0 and 1"),
+        (["--rounding", "exact,half"], "rounding must be one of exact, approximate, none, not 'half'"),
+    ],
+)
+def test_what_cannot_be_tried_is_said_before_anything_is_measured(model, arguments, message):
+    result = run("tune", *common(model), "--head", "0.1", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+    assert "configurations" not in result.stderr
 
 
 def test_tuned_heads_share_what_may_be_lost():

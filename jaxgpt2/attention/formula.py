@@ -120,6 +120,7 @@ class Recipe:
         formula: name of the attention formula.
         bits: widths of its integers.
         options: the formula's options that differ from its defaults, in order of their names.
+        encryption: error probability and rounding of encrypted lookups; None for what the formula stands.
 
     Raises:
         FormulaError: no such formula, or an option that it does not have.
@@ -128,6 +129,7 @@ class Recipe:
     formula: str
     bits: Bits
     options: tuple[tuple[str, int], ...] = ()
+    encryption: Settings | None = None
 
     def __post_init__(self) -> None:
         known = get(self.formula).options
@@ -147,9 +149,15 @@ class Recipe:
         """All options of the formula, defaults included."""
         return {**get(self.formula).options, **dict(self.options)}
 
+    @property
+    def stands(self) -> Settings:
+        """Error probability and rounding, the formula's where the recipe says nothing."""
+        return self.encryption or get(self.formula).settings
+
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes and `from_json` reads."""
-        return {"attention": self.formula, "bits": asdict(self.bits), "options": self.settings}
+        encryption = {} if self.encryption is None else {"encryption": asdict(self.encryption)}
+        return {"attention": self.formula, "bits": asdict(self.bits), "options": self.settings} | encryption
 
     @classmethod
     def from_json(cls, data: Any) -> Recipe:
@@ -159,9 +167,15 @@ class Recipe:
             FormulaError: it is not of that form; InputError: a formula, an option or a width that does not exist.
         """
         try:
-            return cls.of(data["attention"], Bits(**data["bits"]), data.get("options", {}))
+            encryption = Settings(**data["encryption"]) if "encryption" in data else None
+            recipe = cls.of(data["attention"], Bits(**data["bits"]), data.get("options", {}))
+            return replace(recipe, encryption=encryption)
+        except InputError:
+            raise
         except (TypeError, KeyError, AttributeError) as error:
             raise FormulaError(f"wanted a recipe with attention, bits and options, got {data!r:.80}") from error
+        except ValueError as error:
+            raise FormulaError(f"a recipe's encryption cannot be: {error}") from error
 
 
 _FORMULAS: dict[str, Formula] = {}
