@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py "$(PROMPT)"
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
