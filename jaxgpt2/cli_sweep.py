@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,16 @@ def make_experiment(model: str, text: Path | None, limit: int | None, calibratio
     return Experiment(model, passages, tuple(calibration_passages(calibration)), numbers, seq_len, rounding, batch)
 
 
+@contextlib.contextmanager
+def stoppable(said: str) -> Iterator[None]:
+    """Ctrl-C ends the program with a line that says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(said)
+        sys.exit(130)
+
+
 def read_config(model: str) -> Any:
     """A model's sizes, without its weights."""
     import weights
@@ -163,12 +174,9 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
         apart,
     )
     started = time.monotonic()
-    try:
-        with counting("configurations", len(configurations)) as progress:
-            frame = sweeping.sweep(experiment, configurations, out, resume, scheduler, progress)
-    except KeyboardInterrupt:
-        note(f"stopped; the rows so far are in {out}: the same command with --resume goes on")
-        sys.exit(130)
+    stopped = f"stopped; the rows so far are in {out}: the same command with --resume goes on"
+    with stoppable(stopped), counting("configurations", len(configurations)) as progress:
+        frame = sweeping.sweep(experiment, configurations, out, resume, scheduler, progress)
     took = time.monotonic() - started
     failed = int(frame["error"].notna().sum())
     drawn = sorted(str(path) for path in out.glob("*.png"))
@@ -248,15 +256,11 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
         searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
         configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
-        try:
-            with counting("configurations", len(configurations)) as progress:
-                progress(0)
-                for some in measured(experiment, configurations, gpt2, scheduler):
-                    rows += some
-                    progress(len(some))
-        except KeyboardInterrupt:
-            note("stopped")
-            sys.exit(130)
+        with stoppable("stopped"), counting("configurations", len(configurations)) as progress:
+            progress(0)
+            for some in measured(experiment, configurations, gpt2, scheduler):
+                rows += some
+                progress(len(some))
     found = tuning.cheapest(
         {str(unit): [row for row in rows if (row["layer"], row["head"]) == (unit.layer, unit.head)] for unit in units},
         wanted,
@@ -265,13 +269,14 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         unit: attention.Recipe.from_json(json.loads(found[str(unit)]["key"].partition(" ")[2])) for unit in units
     }
     encryptions: dict[str, list[tuning.Encryption]] = {}
+    read = experiment.passages[:simulated]
     for name in sorted({recipe.formula for recipe in recipes.values()}):
         if candidates and "lookup" in attention.get(name).needs:
             own = {unit: recipe for unit, recipe in recipes.items() if recipe.formula == name}
-            with counting("circuits", len(own) * len(candidates)) as progress:
+            with stoppable("stopped"), counting("circuits", len(own) * len(candidates)) as progress:
                 progress(0)
                 encryptions[name] = tuning.measure_encryption(
-                    gpt2, own, candidates, experiment.passages[:simulated], experiment.calibration, seq_len, progress
+                    gpt2, own, candidates, read, experiment.calibration, seq_len, progress
                 )
             chosen = tuning.cheapest_encryption(encryptions[name], noise).settings
             recipes |= {unit: dataclasses.replace(recipe, encryption=chosen) for unit, recipe in own.items()}
@@ -304,7 +309,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     if len(found) > 1:
         lines.append(f"together they recover {kept:.4f}")
     for name, tried in encryptions.items():
-        lines += encryption_lines(name, tried, simulated, seq_len)
+        lines += encryption_lines(name, tried, len(read), seq_len)
     emit(as_json, result, lines)
 
 
