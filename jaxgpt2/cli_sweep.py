@@ -250,8 +250,11 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     if sweeps:
         rows = [row for row in rows_of_sweeps(sweeps) if Unit(row["layer"], row["head"]) in units]
         names = sorted({row["attention"] for row in rows})
-    for backend in {attention.get(name).backend for name in names} if candidates else ():
-        fhe.get_backend(backend)  # what is not installed is said now, and not after all heads were measured
+    try:  # what is not installed is said now, and not after all heads were measured
+        for backend in {attention.get(name).backend for name in names} if candidates else ():
+            fhe.get_backend(backend)
+    except fhe.BackendUnavailable as error:
+        raise InputError(f"{error}, or leave error probability and rounding to the formula: --simulated 0") from None
     if not sweeps:
         widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
         searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}

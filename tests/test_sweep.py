@@ -389,6 +389,21 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_pa
     assert "costs more than -9 of the KL, the best" in hopeless.stderr.replace("\n", " ")
 
 
+def test_tune_without_the_engine_says_so_first(model, monkeypatch):
+    def missing() -> fhe.Backend:
+        raise fhe.BackendUnavailable("concrete is not installed: install it")
+
+    monkeypatch.setitem(fhe.backend._registry.factories, "concrete", missing)
+    refused = run("tune", *common(model), "--head", "0.1")
+    assert refused.exit_code == 2
+    assert "install it, or leave error probability and rounding to the formula: --simulated 0" in refused.stderr
+    assert "configurations" not in refused.stderr
+    tuned = run("tune", *common(model), "--head", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
+                "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
+    assert tuned.exit_code == 0, tuned.output
+    assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
+
+
 def test_the_cheapest_encryption_loses_no_more_than_allowed():
     def tried(p_error: float, complexity: float, kl: float) -> Encryption:
         return Encryption(fhe.Settings(p_error), complexity, kl, quantized_kl=0.1, kl_ablated=2.0)
