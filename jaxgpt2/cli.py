@@ -24,6 +24,7 @@ from jaxgpt2.progress import console, note, seconds, step
 DEFAULT_FORMULAS = {"ckks": "polynomial"}
 
 MODES = ("float", "quantized", "simulate", "encrypted")
+ROUNDING = click.Choice(["exact", "approximate", "none"])
 
 
 @contextlib.contextmanager
@@ -96,7 +97,7 @@ compile_options = options(
     click.option("--backend", help="FHE backend; see info.  [default: the one that the formula is made for]"),
     click.option("--p-error", type=float,
                  help="Probability that one lookup is wrong.  [default: the recipe's, else the formula's]"),
-    click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]),
+    click.option("--rounding", type=ROUNDING,
                  help="How low bits are rounded away before a lookup.  [default: the recipe's, else the formula's]"),
     click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -15,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import fhe
-from jaxgpt2.cli import calibration_passages, describe_recipe, emit, json_option, model_options, options
+from jaxgpt2.cli import ROUNDING, calibration_passages, describe_recipe, emit, json_option, model_options, options
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
 
 if TYPE_CHECKING:
+    import fhe
+    from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.sweep import Experiment
     from jaxgpt2.tuning import Encryption
 
@@ -146,8 +148,8 @@ def read_config(model: str) -> Any:
               help="Bits of activations, and of all else what the formula has with them.")  # fmt: skip
 @options(width_options, text_options)
 @click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
-@click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), default="approximate",
-              show_default=True, help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
+@click.option("--rounding", type=ROUNDING, default="approximate", show_default=True,
+              help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
 @options(cost_options)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here.")
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
@@ -209,7 +211,8 @@ def sweep(model: str, layers: str, heads: str, formulas: str, bits: str, input_b
 @click.option("--p-error", "p_errors", default="1e-5,1e-3,1e-2,3e-2,1e-1", show_default=True, metavar="P[,P...]",
               help="Probabilities of a wrong encrypted lookup to try.")  # fmt: skip
 @click.option("--rounding", "roundings", default="approximate,exact", show_default=True, metavar="NAME[,NAME...]",
-              help="Ways to round low bits away before a lookup to try: exact, approximate, none.")  # fmt: skip
+              help="Ways to round low bits away before a lookup to try: exact, approximate, none. Costs in the grid "
+                   "are counted with the first.")  # fmt: skip
 @click.option("--noise", default=0.01, show_default=True,
               help="Recovered KL that these two may cost, all heads together.")  # fmt: skip
 @click.option("--simulated", default=16, show_default=True, type=click.IntRange(0), metavar="N",
@@ -223,6 +226,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
          scheduler: str | None, sweeps: tuple[Path, ...], p_errors: str, roundings: str, noise: float, simulated: int,
          out: Path | None, as_json: bool) -> None:  # fmt: skip
     """Find the cheapest recipes of heads that keep most of what the heads do, and how to encrypt their lookups."""
+    import fhe
     from jaxgpt2 import attention, tuning
     from jaxgpt2.gpt2 import GPT2
     from jaxgpt2.hybrid import HeadError, Unit, parse_heads
@@ -233,7 +237,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
-    candidates = parse_encryptions(p_errors, roundings) if simulated else []
+    candidates = parse_encryptions(p_errors, roundings)
     config = read_config(model)
     if heads == "all":
         heads = ",".join(
@@ -242,23 +246,31 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     units = parse_heads(heads, config)
     if any(unit.head is None for unit in units):
         raise HeadError("tune finds recipes for single heads: name them, as 0.3")
-    names = [name.strip() for name in formulas.split(",")]
-    experiment = make_experiment(model, text, limit, calibration, "1", seq_len, "approximate", batch)
-    gpt2 = GPT2.from_pretrained(model)
-    check(experiment, gpt2)
+
+    @functools.cache
+    def loaded() -> tuple[Experiment, GPT2]:
+        """Texts and model, where something is measured."""
+        experiment = make_experiment(model, text, limit, calibration, "1", seq_len, candidates[0].rounding, batch)
+        gpt2 = GPT2.from_pretrained(model)
+        check(experiment, gpt2)
+        return experiment, gpt2
+
     rows: list[dict[str, Any]] = []
+    names = [name.strip() for name in formulas.split(",")]
     if sweeps:
         rows = [row for row in rows_of_sweeps(sweeps) if Unit(row["layer"], row["head"]) in units]
         names = sorted({row["attention"] for row in rows})
+    simulable = [name for name in dict.fromkeys(names) if simulated and attention.get(name).by_lookups]
     try:  # what is not installed is said now, and not after all heads were measured
-        for backend in {attention.get(name).backend for name in names} if candidates else ():
-            fhe.get_backend(backend)
+        for name in simulable:
+            fhe.get_backend(attention.get(name).backend)
     except fhe.BackendUnavailable as error:
         raise InputError(f"{error}, or leave error probability and rounding to the formula: --simulated 0") from None
     if not sweeps:
         widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, lookup_bits)
         searched = {name: values for formula in names for name, values in attention.get(formula).search.items()}
         configurations = grid(units, names, widths, searched | parse_grid_settings(settings), apart)
+        experiment, gpt2 = loaded()
         with stoppable("stopped"), counting("configurations", len(configurations)) as progress:
             progress(0)
             for some in measured(experiment, configurations, gpt2, scheduler):
@@ -272,17 +284,18 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
         unit: attention.Recipe.from_json(json.loads(found[str(unit)]["key"].partition(" ")[2])) for unit in units
     }
     encryptions: dict[str, list[tuning.Encryption]] = {}
-    read = experiment.passages[:simulated]
-    for name in sorted({recipe.formula for recipe in recipes.values()}):
-        if candidates and "lookup" in attention.get(name).needs:
-            own = {unit: recipe for unit, recipe in recipes.items() if recipe.formula == name}
-            with stoppable("stopped"), counting("circuits", len(own) * len(candidates)) as progress:
-                progress(0)
-                encryptions[name] = tuning.measure_encryption(
-                    gpt2, own, candidates, read, experiment.calibration, seq_len, progress
-                )
-            chosen = tuning.cheapest_encryption(encryptions[name], noise).settings
-            recipes |= {unit: dataclasses.replace(recipe, encryption=chosen) for unit, recipe in own.items()}
+    for name in simulable:
+        own = {unit: recipe for unit, recipe in recipes.items() if recipe.formula == name}
+        if not own:
+            continue
+        experiment, gpt2 = loaded()
+        with stoppable("stopped"), counting("circuits", len(own) * len(candidates)) as progress:
+            progress(0)
+            encryptions[name] = tuning.measure_encryption(
+                gpt2, own, candidates, experiment.passages[:simulated], experiment.calibration, seq_len, progress
+            )
+        chosen = tuning.cheapest_encryption(encryptions[name], noise).settings
+        recipes |= {unit: dataclasses.replace(recipe, encryption=chosen) for unit, recipe in own.items()}
     columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
                "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
                "seq_len", "rounding")  # fmt: skip
@@ -312,7 +325,7 @@ def tune(model: str, heads: str, wanted: float, formulas: str, bits: str, input_
     if len(found) > 1:
         lines.append(f"together they recover {kept:.4f}")
     for name, tried in encryptions.items():
-        lines += encryption_lines(name, tried, len(read), seq_len)
+        lines += encryption_lines(name, tried, min(simulated, len(loaded()[0].passages)), seq_len)
     emit(as_json, result, lines)
 
 
@@ -341,6 +354,8 @@ def parse_encryptions(p_errors: str, roundings: str) -> list[fhe.Settings]:
     Raises:
         InputError: something that is neither, or out of range.
     """
+    import fhe
+
     try:
         numbers = [float(part) for part in p_errors.split(",")]
     except ValueError:

@@ -565,14 +565,13 @@ class Workbench:
         settings = fhe.Settings(rounding=self.experiment.rounding)
         formula = attention.get(configuration.recipe.formula)
         # Lookups are counted on plain integers; another engine says what it would do when it compiles.
-        by_lookups = formula.needs <= fhe.get_backend("clear").offers
-        length, backend = self.experiment.seq_len, "clear" if by_lookups else formula.backend
+        length, backend = self.experiment.seq_len, "clear" if formula.by_lookups else formula.backend
         compiled = hybrid.compile_on({layer.index: layer.cost_inputs}, length, settings, backend)
         whole = compiled.costs(length)[unit]
         last = compiled.costs(length, length - 1)[unit]
         spent: Row = {
             "seq_len": length,
-            "rounding": self.experiment.rounding if by_lookups else None,
+            "rounding": self.experiment.rounding if formula.by_lookups else None,
             "machine": whole.machine,
             "estimated_seconds": whole.estimated_run_seconds,
             "estimated_seconds_per_token": last.estimated_run_seconds,

@@ -79,6 +79,17 @@ class Encryption:
     kl_ablated: float = 0.0
     error: str | None = None
 
+    def __add__(self, other: Encryption) -> Encryption:
+        """Of both one's heads; with errors, the first."""
+        return Encryption(
+            self.settings,
+            self.complexity + other.complexity,
+            self.kl + other.kl,
+            self.quantized_kl + other.quantized_kl,
+            self.kl_ablated + other.kl_ablated,
+            self.error or other.error,
+        )
+
     @property
     def lost(self) -> float:
         """The recovered KL that encryption costs."""
@@ -106,27 +117,25 @@ def measure_encryption(
     """
     hybrid = HybridGPT2(gpt2, recipes).calibrate(calibration, seq_len)
     inputs = hybrid.head_inputs(calibration, seq_len)
+
+    def simulated(alone: HybridGPT2, settings: fhe.Settings, quantized_kl: float) -> Encryption:
+        (unit,) = alone.units
+        try:
+            compiled = alone.compile_on(inputs, seq_len, settings)
+        except fhe.CompilationError as error:
+            return Encryption(settings, error=f"head {unit}: {error}")
+        report = compiled.circuits[unit].report
+        share = compiled.costs(seq_len)[unit].counts["pbs_count"] / report.pbs_count
+        measured = evaluate(compiled, passages, compiled.engine("simulate"), (1,), seq_len)
+        return Encryption(settings, report.complexity * share, measured.kl, quantized_kl, measured.kl_ablated)
+
     found = {settings: Encryption(settings) for settings in candidates}
     for unit, recipe in recipes.items():
         alone = HybridGPT2(gpt2, {unit: recipe}, {unit: hybrid.calibrated[unit]})
         quantized = evaluate(alone, passages, alone.engine("quantized"), (1,), seq_len)
         for settings, sums in found.items():
             if sums.error is None:
-                try:
-                    compiled = alone.compile_on(inputs, seq_len, settings)
-                except fhe.CompilationError as error:
-                    found[settings] = dataclasses.replace(sums, error=f"head {unit}: {error}")
-                else:
-                    report = compiled.circuits[unit].report
-                    share = compiled.costs(seq_len)[unit].counts["pbs_count"] / report.pbs_count
-                    measured = evaluate(compiled, passages, compiled.engine("simulate"), (1,), seq_len)
-                    found[settings] = dataclasses.replace(
-                        sums,
-                        complexity=sums.complexity + report.complexity * share,
-                        kl=sums.kl + measured.kl,
-                        quantized_kl=sums.quantized_kl + quantized.kl,
-                        kl_ablated=sums.kl_ablated + measured.kl_ablated,
-                    )
+                found[settings] = sums + simulated(alone, settings, quantized.kl)
             progress(1)
     return list(found.values())
 

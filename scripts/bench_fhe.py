@@ -253,7 +253,7 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
     if head != "random":
         tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
         recipe = Recipe.from_json(tuned)
-        yardstick = Recipe("softmax", Bits.of(4, lookup_bits), encryption=fhe.Settings(p_error, "exact"))
+        yardstick = Recipe.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.Settings(p_error, "exact"))
         cases = {"softmax": (yardstick, FEW), "lowrank": (recipe, tokens)} | cases
         described = (
             f"head {head} of tiny; lowrank {recipe.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
@@ -366,10 +366,9 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 @click.option("--inputs", default=3, show_default=True, help="Texts that every head reads encrypted.")
 @click.option("--tokens", default=6, show_default=True, help="Of each of them.")
 @click.option("--p-error", type=float, help="Of a lookup.  [default: the recipes']")
-@click.option("--rounding", type=click.Choice(["exact", "approximate", "none"]), help="[default: the recipes']")
 @click.option("--out", type=click.Path(path_type=Path), help="A file that rows are added to as they are there.")
 def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int, tokens: int, p_error: float | None,
-             rounding: Any, out: Path | None) -> None:  # fmt: skip
+             out: Path | None) -> None:  # fmt: skip
     """Heads one by one: recovered KL on the evaluation text, and on some texts quantized, simulated and decrypted."""
     gpt2, passages, calibration = (
         GPT2.from_pretrained("tiny"),
@@ -389,7 +388,7 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
             started = time.perf_counter()
             hybrid = HybridGPT2(gpt2, {unit: known[unit]}).calibrate(calibration, 40)
             whole = evaluate(hybrid, passages, hybrid.engine("quantized"), (1,))
-            hybrid = hybrid.compile(calibration, tokens, hybrid.settings(p_error, rounding), backend)
+            hybrid = hybrid.compile(calibration, tokens, hybrid.settings(p_error), backend)
             keys = hybrid.make_keys()
             # Other passages for every head, so that all heads together read many.
             some = [passages[(index * inputs + i) % len(passages)] for i in range(inputs)]

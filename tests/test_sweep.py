@@ -349,7 +349,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         ]
         swept = run("sweep", *common(model), *grid, "--top-k", 1, "--seq-len", 3, "--out", directories[-1])
         assert swept.exit_code == 0, swept.output
-    chosen = run("tune", *common(model), "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
+    chosen = run("tune", "--model", model, "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
                  "--json")  # fmt: skip
     assert {name: recipe["options"] for name, recipe in json.loads(chosen.stdout)["heads"].items()} == {
         name: recipe["options"] for name, recipe in found["heads"].items()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fhe import Ops, Settings
+from fhe import Ops, Settings, get_backend
 from jaxgpt2.errors import InputError
 from jaxgpt2.quantize import Bits
 from jaxgpt2.reading import Reading, Whole
@@ -111,6 +111,12 @@ class Formula:
     search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     settings: Settings = Settings(rounding="approximate")
 
+    @property
+    def by_lookups(self) -> bool:
+        """Whether plain integers and lookups are all that it needs: then its lookups can be counted without an engine,
+        and have an error probability and a rounding."""
+        return self.needs <= get_backend("clear").offers
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -139,10 +145,11 @@ class Recipe:
                 raise FormulaError(f"formula {self.formula!r} has no option {name!r}; {there}")
 
     @classmethod
-    def of(cls, formula: str, bits: Bits | int, options: Mapping[str, int] | None = None) -> Recipe:
+    def of(cls, formula: str, bits: Bits | int, options: Mapping[str, int] | None = None,
+           encryption: Settings | None = None) -> Recipe:  # fmt: skip
         """`bits` as a number: of activations, the other widths as the formula has them with it."""
         widths = bits if isinstance(bits, Bits) else get(formula).bits(bits)
-        return cls(formula, widths, tuple(sorted((options or {}).items())))
+        return cls(formula, widths, tuple(sorted((options or {}).items())), encryption)
 
     @property
     def settings(self) -> dict[str, int]:
@@ -168,8 +175,7 @@ class Recipe:
         """
         try:
             encryption = Settings(**data["encryption"]) if "encryption" in data else None
-            recipe = cls.of(data["attention"], Bits(**data["bits"]), data.get("options", {}))
-            return replace(recipe, encryption=encryption)
+            return cls.of(data["attention"], Bits(**data["bits"]), data.get("options", {}), encryption)
         except InputError:
             raise
         except (TypeError, KeyError, AttributeError) as error:
