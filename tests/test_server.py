@@ -35,7 +35,7 @@ from jaxgpt2.cli import main
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving import remote as remote_module
 from jaxgpt2.serving.files import KeyStore, Refusal, SessionStore
-from jaxgpt2.serving.protocol import Batch, unpack
+from jaxgpt2.serving.protocol import Answer, Batch, unpack
 from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, ServerError
 from jaxgpt2.serving.server import Server, ServerSettings, make_app
 from jaxgpt2.serving.work import Done, Job, perform
@@ -86,13 +86,13 @@ def raw(server: Running, name: str | None = "alice") -> httpx2.Client:
     return httpx2.Client(base_url=server.url, headers=headers, timeout=60)
 
 
-def batch_of(party: Any, name: str, x: np.ndarray, **changes: Any) -> bytes:
-    """A batch with one call, as it goes over the wire."""
+def batch_of(party: Any, name: str, x: np.ndarray, call: int = 0, **changes: Any) -> bytes:
+    """A batch with one call, of this number, as it goes over the wire."""
     content = {
         "request": secrets.token_hex(16),
-        "calls": [{"id": 0, "function": name, "inputs": [0]}],
+        "calls": [{"id": call, "function": name, "inputs": [0]}],
         "uploads": list(party.encrypt(name, x)),
-        "results": [{"call": 0, "output": 0}],
+        "results": [{"call": call, "output": 0}],
     }
     return packed(content | changes)
 
@@ -149,6 +149,43 @@ def test_results_stay_on_the_server_and_calls_travel_together(server, circuit):
     assert len(kept()) == 1  # what the client dropped, the server drops
     party.close()
     assert not kept()
+
+
+def test_a_call_number_used_twice_opens_nothing(server, circuit):
+    """Else what the first call left on the server would be handed out under the second one's name."""
+    party = remote(server, circuit)
+    row, still = party.encrypt("project", ROW), party.encrypt("nap", np.zeros((1, 1), int))
+    project = {"id": 0, "function": "project", "inputs": [0]}
+    nap = {"id": 0, "function": "nap", "inputs": [1]}
+    both = {"calls": [project, nap], "uploads": [*row, *still]}
+    with raw(server) as client:
+        path = f"/sessions/{session_of(server, party, client)}/batches"
+        for output in (0, 1):
+            answer = client.post(path, content=batch_of(party, "nap", np.zeros((1, 1), int), **both,
+                                                        results=[{"call": 0, "output": output}]))  # fmt: skip
+            assert (answer.status_code, answer.json()["code"]) == (422, "call_twice")
+        assert client.post(path, content=batch_of(party, "project", ROW, results=[])).is_success
+        answer = client.post(path, content=batch_of(party, "nap", np.zeros((1, 1), int)))
+        assert (answer.status_code, answer.json()["code"]) == (422, "call_twice")
+
+
+def test_a_worker_puts_nothing_into_an_answer_that_stays_on_the_server(circuit, tmp_path):
+    """Whatever the checks before it let through."""
+    circuit.save(tmp_path / "circuit")
+    keys = circuit.make_keys()
+    (tmp_path / "keys").write_bytes(keys.evaluation)
+    uploads = [*circuit.encrypt(keys, "project", ROW), *circuit.encrypt(keys, "nap", np.zeros((1, 1), int))]
+    calls = [{"id": 0, "function": "project", "inputs": [0]}, {"id": 0, "function": "nap", "inputs": [1]}]
+    for output in (0, 1):
+        content = {"request": "0" * 32, "calls": calls, "uploads": uploads, "results": [{"call": 0, "output": output}]}
+        job = Job("clear", tmp_path / "circuit", tmp_path / "keys", tmp_path, unpack(Batch, packed(content)), 1, 10**6)
+        done = perform(job)
+        if output == 0:  # the second call's own, for the client
+            answer = unpack(Answer, (tmp_path / f"answer.{'0' * 32}").read_bytes())
+            (found,) = circuit.decrypt(keys, "nap", answer.results)
+            assert done.refusal is None and not found.any()
+        else:
+            assert done.refusal is not None and done.refusal[1] == "kept"
 
 
 def test_the_api_describes_itself(server):
@@ -249,7 +286,8 @@ def test_long_work_is_waited_for_in_short_requests(server, circuit, monkeypatch)
     party, client = remote(server, circuit), raw(server)
     run(party, "nap", np.zeros((1, 1), int))
     request = secrets.token_hex(16)
-    content = batch_of(party, "nap", np.full((1, 1), 8), request=request)
+    content = batch_of(party, "nap", np.full((1, 1), 8), call=party._count, request=request)
+    party._count += 1
     path = f"/sessions/{party._session}/batches"
     assert client.get(f"{path}/{request}").json()["code"] == "no_batch"
     with pytest.raises(httpx2.ReadTimeout):  # the line is lost
@@ -423,18 +461,21 @@ def test_limits(bundle, circuit, tmp_path):
         wide = {"uploads": [bytes(900_000)] * 1, "calls": [], "results": []}
         assert client.post(path, content=batch_of(party, "nap", zero, **wide)).status_code == 200
 
-        calls = [{"id": n, "function": "nap", "inputs": [0]} for n in range(5)]
+        def naps(first: int, count: int) -> dict[str, Any]:
+            calls = [{"id": n, "function": "nap", "inputs": [0]} for n in range(first, first + count)]
+            return {"calls": calls, "results": [{"call": first, "output": 0}]}
+
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            sleeping = batch_of(party, "nap", zero + 2, calls=calls)
+            sleeping = batch_of(party, "nap", zero + 2, **naps(0, 5))
             asleep = pool.submit(client.post, path, content=sleeping)
             time.sleep(0.5)
             response = client.post(path, content=sleeping)
             assert (response.status_code, response.json()["code"]) == (429, "in_flight")
             assert asleep.result().status_code == 200
-        response = client.post(path, content=batch_of(party, "nap", zero, calls=calls))
+        response = client.post(path, content=batch_of(party, "nap", zero, **naps(5, 5)))
         assert (response.status_code, response.json()["code"]) == (429, "rate")
         assert 1 <= int(response.headers["Retry-After"]) <= 60
-        response = client.post(path, content=batch_of(party, "nap", zero, calls=calls + calls))
+        response = client.post(path, content=batch_of(party, "nap", zero, **naps(5, 10)))
         assert (response.status_code, response.json()["code"]) == (422, "rate")
 
         deadline = time.monotonic() + 10

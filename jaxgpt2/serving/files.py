@@ -3,6 +3,7 @@
     state/
       keys/CLIENT/SHA256          complete keys; SHA256.partial while they arrive
       sessions/ID/session.json    whose it is, and for which circuit and keys
+      sessions/ID/next_call       the least number that a later call may have
       sessions/ID/CALL.OUTPUT     a result that later calls may take
       sessions/ID/answer.REQUEST  the last answer
 
@@ -180,12 +181,19 @@ class Session:
     used: float
     running: tuple[str, asyncio.Task[None]] | None = None
     size: int = 0
+    next_call: int = 0
 
     def result(self, result: Result) -> Path:
         return self.path / f"{result.call}.{result.output}"
 
     def answer(self, request: str) -> Path:
         return self.path / f"answer.{request}"
+
+    def passed(self, next_call: int) -> None:
+        """Calls up to this number are done with, in this process and in the next."""
+        self.next_call = max(self.next_call, next_call)
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            write_whole(self.path / "next_call", str(self.next_call).encode())
 
     def measure(self) -> None:
         self.size = sum(path.stat().st_size for path in self.path.iterdir())
@@ -208,6 +216,8 @@ class SessionStore:
                 facts = json.loads((path / "session.json").read_text())
                 session = Session(path.name, path=path, used=(path / "session.json").stat().st_mtime, **facts)
                 session.measure()
+                if (path / "next_call").exists():
+                    session.next_call = int((path / "next_call").read_bytes())
                 self.sessions[session.id] = session
             except (OSError, ValueError, TypeError):  # begun when the server died
                 shutil.rmtree(path, ignore_errors=True)

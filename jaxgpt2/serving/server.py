@@ -220,7 +220,12 @@ class Server:
             if result not in made and not session.result(result).exists():
                 raise Refusal(422, "no_result", f"there is no result {result.output} of call {result.call}")
 
+        functions: dict[int, str] = {}
         for call in batch.calls:
+            # A number names one call for ever: results of two calls under one name could not be told apart.
+            if call.id in functions or call.id < session.next_call:
+                raise Refusal(422, "call_twice", f"there is a call {call.id} already in this session")
+            functions[call.id] = call.function
             if call.function not in ports.functions:
                 raise Refusal(422, "no_function", f"there is no such function; there are: {', '.join(ports.functions)}")
             port = ports[call.function]
@@ -233,7 +238,6 @@ class Server:
                 elif source >= len(batch.uploads):
                     raise Refusal(422, "inputs", f"there is no upload {source}")
             made |= {Result(call=call.id, output=output) for output in range(port.outputs)}
-        functions = {call.id: call.function for call in batch.calls}
         for result in batch.results:
             known(result)
             # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
@@ -327,6 +331,7 @@ class Server:
                 path.unlink(missing_ok=True)
         for result in batch.forget:
             session.result(result).unlink(missing_ok=True)
+        session.passed(max((call.id for call in batch.calls), default=-1) + 1)
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             session.measure()
 

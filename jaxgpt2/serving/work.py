@@ -93,6 +93,7 @@ def _perform(job: Job) -> list[tuple[str, float]]:
     kept, forgotten = circuit.ports.kept, set(job.batch.forget)
     fresh: dict[Result, bytes] = {}
     stored: dict[Result, bytes] = {}
+    shown: dict[Result, bytes] = {}  # the client's: nothing else can get into an answer, whatever is asked for
     wanted, size = Counter(job.batch.results), 0
     seconds = []
 
@@ -111,13 +112,18 @@ def _perform(job: Job) -> list[tuple[str, float]]:
             result = Result(call=call.id, output=output)
             fresh[result] = data
             size += wanted[result] * len(data)
-            if fhe.Output(call.function, output) in kept and result not in forgotten:
+            if fhe.Output(call.function, output) not in kept:
+                shown[result] = data
+            elif result not in forgotten:
                 stored[result] = data
                 size += len(data)
         if size > job.room:
             raise Refusal(413, "session_full", "the session would hold more bytes than this server allows")
     for result, data in stored.items():
         write_whole(job.session / f"{result.call}.{result.output}", data)
-    answer = Answer(results=[take(result) for result in job.batch.results])
+    try:
+        answer = Answer(results=[shown[result] for result in job.batch.results])
+    except KeyError:
+        raise Refusal(403, "kept", "a result that was asked for stays on the server") from None
     write_whole(job.session / f"answer.{job.batch.request}", pack(answer))
     return seconds
