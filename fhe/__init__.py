@@ -3,31 +3,18 @@
 Importing this package imports no library of encryption; `get_backend(name)` does.
 """
 
-import warnings
-
-from .backend import (
-    LOOKUP_TIMES,
-    MILLISECONDS_PER_LOOKUP,
+from fhe.backend import (
     Backend,
     Circuit,
     CircuitReport,
-    Cost,
+    FHEConfig,
     Function,
     Keys,
-    Ops,
-    Output,
-    Report,
     Rounding,
     RunCost,
-    Settings,
-    Table,
-    backends,
-    get_backend,
-    register_backend,
 )
-from .cache import cached_keys, compile_cached
-from .clear import NumpyOps
-from .errors import (
+from fhe.cache import cached_keys, compile_cached
+from fhe.errors import (
     BackendUnavailable,
     CircuitFormatError,
     CompilationError,
@@ -37,8 +24,10 @@ from .errors import (
     NoWeights,
     UnknownBackend,
 )
-from .steps import Steps
-from .wire import Port, Ports
+from fhe.registry import backends, get_backend, register_backend
+from fhe.signatures import Output, Signature, Signatures
+from fhe.tfhe.cost import LOOKUP_TIMES, MILLISECONDS_PER_LOOKUP, Cost, Report
+from fhe.tfhe.tables import LookupTable, NumpyOps, Ops
 
 __all__ = [
     "LOOKUP_TIMES",
@@ -50,23 +39,22 @@ __all__ = [
     "CircuitReport",
     "CompilationError",
     "Cost",
+    "FHEConfig",
     "FHEError",
     "Function",
     "InsecureParameters",
     "KeyMismatch",
     "Keys",
+    "LookupTable",
     "NoWeights",
     "NumpyOps",
     "Ops",
     "Output",
-    "Port",
-    "Ports",
     "Report",
     "Rounding",
     "RunCost",
-    "Settings",
-    "Steps",
-    "Table",
+    "Signature",
+    "Signatures",
     "UnknownBackend",
     "backends",
     "cached_keys",
@@ -74,36 +62,3 @@ __all__ = [
     "get_backend",
     "register_backend",
 ]
-
-
-def _clear() -> Backend:
-    from .clear import ClearBackend
-
-    return ClearBackend()
-
-
-def _concrete() -> Backend:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # concrete-python 2.11.0
-            from .concrete import ConcreteBackend
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"the backend 'concrete' needs concrete-python ({error}); install it with: pip install jaxgpt2[fhe]"
-        ) from error
-    return ConcreteBackend()
-
-
-def _ckks() -> Backend:
-    try:
-        from .ckks import CKKSBackend
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"the backend 'ckks' needs tenseal ({error}); install it with: pip install jaxgpt2[ckks]"
-        ) from error
-    return CKKSBackend()
-
-
-register_backend("clear", _clear)
-register_backend("concrete", _concrete)
-register_backend("ckks", _ckks)

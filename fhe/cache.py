@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend, Circuit, Function, Keys, Settings, check_functions
-from .errors import CircuitFormatError, KeyMismatch
+from fhe.backend import Backend, Circuit, FHEConfig, Function, Keys, check_functions
+from fhe.errors import CircuitFormatError, KeyMismatch
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def compile_cached(
     backend: Backend,
     functions: Mapping[str, Function],
     params: Any,
-    settings: Settings,
+    config: FHEConfig,
     directory: str | Path,
 ) -> Circuit:
     """`backend.compile`, or the circuit that it made of exactly the same things before.
@@ -78,7 +78,7 @@ def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
     return keys
 
 
-def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any, settings: Settings) -> str:
+def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any, config: FHEConfig) -> str:
     """SHA-256 of everything that a circuit is made from."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     return _hash((backend.name, backend.version(), sources, dict(functions), params, settings))

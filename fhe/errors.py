@@ -10,7 +10,14 @@ class UnknownBackend(FHEError):
 
 
 class BackendUnavailable(FHEError):
-    """The library a backend needs is not installed; the message says what to install."""
+    """The library that a backend needs is not installed.
+
+    backend: its name; package: what the library is called where Python packages come from.
+    """
+
+    def __init__(self, backend: str, package: str, reason: object):
+        super().__init__(f"the backend {backend!r} needs {package}, which cannot be imported: {reason}")
+        self.backend, self.package = backend, package
 
 
 class CompilationError(FHEError):

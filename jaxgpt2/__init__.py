@@ -1,8 +1,8 @@
 """GPT-2 in Flax of which chosen attention heads run on encrypted data.
 
-    from jaxgpt2 import HybridGPT2
+    from jaxgpt2 import EncryptedGPT2
 
-    model = HybridGPT2.from_pretrained("tiny", heads="0.3", bits=4)
+    model = EncryptedGPT2.from_pretrained("tiny", heads="0.3", bits=4)
 
 Importing this package loads nothing heavy: what it names is imported when it is first used.
 """
@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxgpt2.config import GPT2Config
+    from jaxgpt2.encrypted import EncryptedGPT2
     from jaxgpt2.evaluation import Evaluation, evaluate
     from jaxgpt2.generation import Sampling
-    from jaxgpt2.gpt2 import GPT2
-    from jaxgpt2.hybrid import HybridGPT2
+    from jaxgpt2.models.gpt2.config import GPT2Config
+    from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.quantize import Bits
 
 __version__ = "0.1.0"
@@ -28,16 +28,16 @@ _HOMES = {
     "evaluate": "evaluation",
     "Sampling": "generation",
     "GPT2": "gpt2",
-    "HybridGPT2": "hybrid",
+    "EncryptedGPT2": "hybrid",
     "Bits": "quantize",
 }
 
-__all__ = ["GPT2", "Bits", "Evaluation", "GPT2Config", "HybridGPT2", "Sampling", "evaluate"]
+__all__ = ["GPT2", "Bits", "EncryptedGPT2", "Evaluation", "GPT2Config", "Sampling", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "attention":
-        return importlib.import_module("jaxgpt2.attention")
+        return importlib.import_module("jaxgpt2.methods")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"jaxgpt2.{_HOMES[name]}"), name)

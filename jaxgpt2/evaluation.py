@@ -1,7 +1,7 @@
 """How much a quantized head changes the model.
 
 Agreement with the float model's best token alone misleads: deleting a head often keeps nearly all of it. So every
-measure stands beside the one of the model with the head's output set to zero.
+measure fhe_config beside the one of the model with the head's output set to zero.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt2.encrypted import Baseline, EncryptedGPT2, Engine, token_batches
 from jaxgpt2.errors import InputError
-from jaxgpt2.gpt2 import GPT2, PromptError
-from jaxgpt2.hybrid import Baseline, Engine, HybridGPT2, token_batches
+from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def _compare(logits: jax.Array, reference: jax.Array, mask: jax.Array, ks: tuple
 
 @jax.jit
 def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
-    """Squared norms, over the positions in mask, of the difference and of the reference (units, B, T, C)."""
+    """Squared norms, over the positions in mask, of the difference and of the reference (modules, B, T, C)."""
     weight = mask[None, :, :, None]
     return jnp.sum((contributions - reference) ** 2 * weight), jnp.sum(reference**2 * weight)
 
 
 def evaluate(
-    hybrid: HybridGPT2,
+    hybrid: EncryptedGPT2,
     passages: Sequence[str],
     engine: Engine | Baseline,
     ks: Sequence[int] = (1, 5, 10),

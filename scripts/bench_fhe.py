@@ -1,8 +1,8 @@
-"""What an encrypted head costs on both engines, beside the yardstick, and what encryption does to its accuracy.
+"""What an encrypted head costs on both engines, beside the baseline, and what encryption does to its accuracy.
 
-    python scripts/bench_fhe.py cost                     # both engines; the softmax yardstick is compiled only
-    python scripts/bench_fhe.py cost --full              # the yardstick is executed too: 20 minutes and 18 GB
-    python scripts/bench_fhe.py cost --head random       # random weights, which only polynomial has recipes for
+    python scripts/bench_fhe.py cost                     # both engines; the softmax baseline is compiled only
+    python scripts/bench_fhe.py cost --full              # the baseline is executed too: 20 minutes and 18 GB
+    python scripts/bench_fhe.py cost --head random       # random weights, which only polynomial has configs for
     python scripts/bench_fhe.py fidelity                 # all heads of the bundled model, quantized and decrypted
     python scripts/bench_fhe.py fidelity --backend ckks
     python scripts/bench_fhe.py cores                    # two heads on CKKS, in one process and in two
@@ -34,16 +34,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import fhe
-from jaxgpt2 import attention
-from jaxgpt2.attention import Recipe
-from jaxgpt2.attention.formula import HeadWeights, float_head
+from jaxgpt2 import methods
 from jaxgpt2.cli import calibration_passages
+from jaxgpt2.decoding import LocalExecutor, quantize_input
+from jaxgpt2.encrypted import EncryptedGPT2, advance, head_weights, parse_modules, read, read_configs, sample
 from jaxgpt2.evaluation import Evaluation, evaluate, read_passages
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, advance, head_weights, parse_heads, read, read_recipes, sample
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.methods.method import HeadWeights, float_head
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.progress import counting, note
 from jaxgpt2.quantize import Bits
-from jaxgpt2.reading import Encrypted, quantize_input
 from machine import environment
 from weights.checkpoint import TINY
 
@@ -56,19 +56,19 @@ PROTOTYPE = {"keys": 226.0, "run": 1042.0, "memory": 18e9}
 # Texts of a head with random weights, beside those that are read: to calibrate it on.
 CALIBRATION_TEXTS = 30
 
-# Tokens of short texts; the yardstick reads the fewer.
+# Tokens of short texts; the baseline reads the fewer.
 FEW, SHORT = 6, 8
 
 
-def chains(formula: str, longest: int) -> dict[str, list[list[int]]]:
+def chains(method: str, longest: int) -> dict[str, list[list[int]]]:
     """How texts are read, each list by a reader of its own: up to so many tokens, then to so many, and so on.
 
     Where tokens are read one by one, one list holds all others, and a long text takes minutes: the first alone is read
     to its end.
     """
-    if formula == "softmax":
+    if method == "softmax":
         return {"warm": [], "first": [[FEW]], "others": []}
-    if formula == "lowrank":
+    if method == "lowrank":
         short = [FEW, FEW + 1, SHORT]
         return {"warm": [[1]], "first": [[*short, longest - 1, longest]], "others": [short]}
     every = [[FEW, FEW + 1], [SHORT], [longest - 1, longest], [longest]]
@@ -125,28 +125,28 @@ def random_head(width: int, size: int, tokens: int) -> tuple[HeadWeights, list[n
 def trained_head(head: str, width: int, tokens: int) -> tuple[HeadWeights, list[np.ndarray], list[np.ndarray]]:
     """The same of a head of the bundled model, widened; the texts to read all have so many tokens."""
     gpt2 = GPT2.from_pretrained("tiny")
-    (unit,) = parse_heads(head, gpt2.config)
+    (module,) = parse_modules(head, gpt2.config)
     calibration, evaluation = (
-        sample(gpt2, advance(gpt2, read(gpt2, texts, tokens), unit.layer))
+        sample(gpt2, advance(gpt2, read(gpt2, texts, tokens), module.layer))
         for texts in (calibration_passages(None), read_passages(TINY / "eval.txt"))
     )
-    weights = head_weights(gpt2.model, unit.layer, unit.head or 0, calibration.sensitivity)
+    weights = head_weights(gpt2.model, module.layer, module.head or 0, calibration.fisher)
     wider, inputs = widened(weights, calibration.inputs, width)
     _, texts = widened(weights, [x for x in evaluation.inputs if len(x) == tokens], width)
     return wider, inputs, texts
 
 
-def make(directory: str, head: str, recipe: Mapping[str, Any], width: int, tokens: int) -> dict:
+def make(directory: str, head: str, config: Mapping[str, Any], width: int, tokens: int) -> dict:
     """Calibrates and compiles a head into a directory, with texts for it."""
     path = Path(directory)
-    chosen = Recipe.from_json(recipe)
-    formula = attention.get(chosen.formula)
-    program = formula.head
+    chosen = MethodConfig.from_json(config)
+    method = methods.get(chosen.method)
+    program = method.head
     given = random_head(width, 64, tokens) if head == "random" else trained_head(head, width, tokens)
     weights, inputs, texts = given
     calibrated = program.calibrate(weights, inputs, chosen.bits, tokens, **chosen.settings)
     functions = program.reading.functions(program, calibrated, inputs, tokens)
-    circuit = fhe.get_backend(formula.backend).compile(functions, calibrated.params, chosen.stands)
+    circuit = fhe.get_backend(method.backend).compile(functions, calibrated.params, chosen.fhe_config)
     circuit.save(path / "circuit")
     levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
     (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(weights, x) for x in texts])))
@@ -159,7 +159,7 @@ def make(directory: str, head: str, recipe: Mapping[str, Any], width: int, token
 class Counting:
     """A party that counts the bytes of ciphertexts."""
 
-    party: Encrypted
+    party: LocalExecutor
     sent: int = 0
     received: int = 0
 
@@ -176,23 +176,23 @@ class Counting:
         return self.party.decrypt(name, results)
 
 
-def execute(directory: str, formula: str, tokens: int, texts: int) -> dict:
+def execute(directory: str, method: str, tokens: int, texts: int) -> dict:
     """Makes keys and reads texts as `chains` say, from what `make` left.
 
     "parts": for each stretch of a text that was read, from one token to another: seconds, bytes sent and received, and
-    the squared error of the head's output with the squared norm of what it stands for.
+    the squared error of the head's output with the squared norm of what it fhe_config for.
     """
     path = Path(directory)
-    circuit = fhe.get_backend(attention.get(formula).backend).load(path / "circuit")
+    circuit = fhe.get_backend(methods.get(method).backend).load(path / "circuit")
     calibrated, inputs, in_float = pickle.loads((path / "case.pickle").read_bytes())
-    program = attention.get(formula).head
+    program = methods.get(method).head
     started = time.perf_counter()
     keys = circuit.make_keys()
     key_seconds = time.perf_counter() - started
     parts: dict[tuple[int, int], list[list[float]]] = {}
     for number in range(-1, texts):
-        for chain in chains(formula, tokens)["warm" if number < 0 else "first" if number == 0 else "others"]:
-            party = Counting(Encrypted(circuit, keys))
+        for chain in chains(method, tokens)["warm" if number < 0 else "first" if number == 0 else "others"]:
+            party = Counting(LocalExecutor(circuit, keys))
             reader, known = program.reading.reader(calibrated.client, party, tokens), 0
             for length in chain:
                 party.sent = party.received = 0
@@ -240,29 +240,29 @@ def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
 @click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
-@click.option("--yardstick-lookup-bits", "lookup_bits", default=9, show_default=True,
+@click.option("--baseline-lookup-bits", "lookup_bits", default=9, show_default=True,
               help="Top bits of a sum that a lookup of the post's head sees.")  # fmt: skip
-@click.option("--yardstick-p-error", "p_error", default=1e-6, show_default=True,
+@click.option("--baseline-p-error", "p_error", default=1e-6, show_default=True,
               help="Of its lookups: at 1e-6 one run in a hundred goes wrong; less takes more than 24 GB.")  # fmt: skip
-@click.option("--full", is_flag=True, help="Execute the yardstick too.")
+@click.option("--full", is_flag=True, help="Execute the baseline too.")
 def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_error: float,
          full: bool) -> None:  # fmt: skip
     """One head at GPT-2's shape on both engines: seconds, bytes, keys, memory, error."""
-    cases: dict[str, tuple[Recipe, int]] = {"polynomial": (Recipe.of("polynomial", 4), tokens)}
+    cases: dict[str, tuple[MethodConfig, int]] = {"polynomial": (MethodConfig.of("polynomial", 4), tokens)}
     described = "random weights"
     if head != "random":
-        tuned = json.loads((TINY / "recipes.json").read_text())["heads"][head]
-        recipe = Recipe.from_json(tuned)
-        yardstick = Recipe.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.Settings(p_error, "exact"))
-        cases = {"softmax": (yardstick, FEW), "lowrank": (recipe, tokens)} | cases
+        tuned = json.loads((TINY / "configs.json").read_text())["heads"][head]
+        config = MethodConfig.from_json(tuned)
+        baseline = MethodConfig.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.FHEConfig(p_error, "exact"))
+        cases = {"softmax": (baseline, FEW), "lowrank": (config, tokens)} | cases
         described = (
-            f"head {head} of tiny; lowrank {recipe.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
+            f"head {head} of tiny; lowrank {config.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
         )
     made, ran = {}, {}
-    for name, (recipe, longest) in cases.items():
+    for name, (config, longest) in cases.items():
         with tempfile.TemporaryDirectory() as directory:
             note(f"{name}: calibrating and compiling")
-            made[name] = child("make", directory, head, recipe.to_json(), width, longest)
+            made[name] = child("make", directory, head, config.to_json(), width, longest)
             if name != "softmax" or full:
                 note(f"{name}: making keys and reading texts")
                 ran[name] = child("execute", directory, name, longest, 1 if name == "softmax" else texts)
@@ -270,15 +270,15 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
     click.echo(f"{described}, at width {width}, head_dim 64; medians of {texts} texts")
     if "softmax" in cases:
         how = "executed" if full else "run, keys and memory as its prototype was measured"
-        errors = {name: f"p_error {recipe.stands.p_error:g}" for name, (recipe, _) in cases.items()}
+        errors = {name: f"p_error {config.fhe_config.p_error:g}" for name, (config, _) in cases.items()}
         click.echo(
-            f"yardstick: softmax, 4 bits, lookups see {lookup_bits}, {errors['softmax']}, {how}; lowrank: "
+            f"baseline: softmax, 4 bits, lookups see {lookup_bits}, {errors['softmax']}, {how}; lowrank: "
             f"{errors['lowrank']}, beyond {SHORT} tokens one text"
         )
     click.echo("")
 
     def seconds(known: int, length: int) -> list[str]:
-        """For each case, and how many times faster than the yardstick, which has no cache and reads all of a text
+        """For each case, and how many times faster than the baseline, which has no cache and reads all of a text
         again."""
         whole = stretch(ran["softmax"], 0, FEW) if full else Measured(PROTOTYPE["run"], 0, 0, 0)
         compared = whole if "softmax" in cases and length <= FEW + 1 else None
@@ -297,16 +297,16 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
         found = {name: stretch(ran[name], known, length) for name in ran}
         return [show(each) if (each := found.get(name)) else "" for name in cases]
 
-    def fact(name: str, unit: str, scale: float, digits: int = 1) -> list[str]:
-        """Of `execute`, and how many times less than the yardstick's."""
+    def fact(name: str, module: str, scale: float, digits: int = 1) -> list[str]:
+        """Of `execute`, and how many times less than the baseline's."""
         values: dict[str, float] = {case: ran[case][name] for case in ran}
         if "softmax" in cases and not full and name in PROTOTYPE:
             values["softmax"] = PROTOTYPE[name]
-        yardstick = values.get("softmax")
+        baseline = values.get("softmax")
         cells = []
         for case in cases:
-            times = f", {yardstick / values[case]:,.0f}x" if yardstick and case != "softmax" else ""
-            cells.append(f"{values[case] / scale:,.{digits}f} {unit}{times}" if case in values else "")
+            times = f", {baseline / values[case]:,.0f}x" if baseline and case != "softmax" else ""
+            cells.append(f"{values[case] / scale:,.{digits}f} {module}{times}" if case in values else "")
         return cells
 
     rows = [
@@ -345,7 +345,7 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
             *(f"{each:.2g}" if (each := made[name]["complexity"]) else "" for name in cases),
         ),
     ]
-    headings = {"softmax": "yardstick, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
+    headings = {"softmax": "baseline, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
     click.echo(table(("", *(headings[name] for name in cases)), rows))
 
 
@@ -360,14 +360,14 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 @main.command()
 @click.option("--backend", type=click.Choice(["concrete", "ckks"]), default="concrete", show_default=True,
-              help="The engine, with the formula that is made for it.")  # fmt: skip
-@click.option("--recipes", type=click.Path(path_type=Path), help="Of every head.  [default: what the engine's are]")
+              help="The engine, with the method that is made for it.")  # fmt: skip
+@click.option("--configs", type=click.Path(path_type=Path), help="Of every head.  [default: what the engine's are]")
 @click.option("--heads", help="Some of them, as 0.1,2.3.  [default: all]")
 @click.option("--inputs", default=3, show_default=True, help="Texts that every head reads encrypted.")
 @click.option("--tokens", default=6, show_default=True, help="Of each of them.")
-@click.option("--p-error", type=float, help="Of a lookup.  [default: the recipes']")
+@click.option("--p-error", type=float, help="Of a lookup.  [default: the configs']")
 @click.option("--out", type=click.Path(path_type=Path), help="A file that rows are added to as they are there.")
-def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int, tokens: int, p_error: float | None,
+def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int, tokens: int, p_error: float | None,
              out: Path | None) -> None:  # fmt: skip
     """Heads one by one: recovered KL on the evaluation text, and on some texts quantized, simulated and decrypted."""
     gpt2, passages, calibration = (
@@ -375,27 +375,27 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
         read_passages(TINY / "eval.txt"),
         calibration_passages(None),
     )
-    known = read_recipes(recipes or TINY / "recipes.json", gpt2.config)
-    if backend == "ckks" and recipes is None:
-        known = dict.fromkeys(known, Recipe.of("polynomial", 4))
-    units = [unit for unit in known if heads is None or str(unit) in heads.split(",")]
+    known = read_configs(configs or TINY / "configs.json", gpt2.config)
+    if backend == "ckks" and configs is None:
+        known = dict.fromkeys(known, MethodConfig.of("polynomial", 4))
+    modules = [module for module in known if heads is None or str(module) in heads.split(",")]
     modes = ("quantized", "simulate", "encrypted")
     rows: list[dict[str, Any]] = []
-    with counting("heads", len(units)) as progress:
+    with counting("heads", len(modules)) as progress:
         progress(0)
-        for unit in units:
-            index = list(known).index(unit)
+        for module in modules:
+            index = list(known).index(module)
             started = time.perf_counter()
-            hybrid = HybridGPT2(gpt2, {unit: known[unit]}).calibrate(calibration, 40)
+            hybrid = EncryptedGPT2(gpt2, {module: known[module]}).calibrate(calibration, 40)
             whole = evaluate(hybrid, passages, hybrid.engine("quantized"), (1,))
             hybrid = hybrid.compile(calibration, tokens, hybrid.settings(p_error), backend)
             keys = hybrid.make_keys()
             # Other passages for every head, so that all heads together read many.
             some = [passages[(index * inputs + i) % len(passages)] for i in range(inputs)]
             row: dict[str, Any] = {
-                "head": str(unit),
-                "options": known[unit].settings,
-                "cost": hybrid.costs(tokens)[unit].describe(),
+                "head": str(module),
+                "options": known[module].settings,
+                "cost": hybrid.costs(tokens)[module].describe(),
                 "evaluation": losses(whole),
             }
             # What the client refuses to read counts for no mode.
@@ -444,7 +444,7 @@ def fidelity(backend: str, recipes: Path | None, heads: str | None, inputs: int,
 def cores(heads: str, tokens: int, texts: int) -> None:
     """Heads of a layer on CKKS, in one process and in several: seconds to read a text."""
     gpt2, calibration = GPT2.from_pretrained("tiny"), calibration_passages(None)
-    hybrid = HybridGPT2.protect(gpt2, heads, Recipe.of("polynomial", 4))
+    hybrid = EncryptedGPT2.protect(gpt2, heads, MethodConfig.of("polynomial", 4))
     hybrid = hybrid.calibrate(calibration, tokens).compile(calibration, tokens)
     passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in read_passages(TINY / "eval.txt")]
     some = [np.array([ids]) for ids in passages if len(ids) == tokens][: texts + 1]

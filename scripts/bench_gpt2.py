@@ -29,7 +29,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from jaxgpt2.generation import generate_tokens
-from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from machine import environment
 
 PARITY_TOKENS = 50

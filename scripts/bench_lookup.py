@@ -26,18 +26,18 @@ from machine import processor
 from weights.checkpoint import write_atomically
 
 
-def lookups(ops: Any, params: fhe.Table, x: Any) -> tuple[Any, ...]:
+def lookups(ops: Any, params: fhe.LookupTable, x: Any) -> tuple[Any, ...]:
     return (ops.lookup(params, x),)
 
 
 def milliseconds(bits: int, at_a_time: int, p_error: float, repeats: int) -> float:
     """Of one lookup among so many: the median of a few runs on ciphertexts."""
-    table = fhe.Table.build(lambda x: 2**bits - 1 - x, 0, 2**bits - 1)
+    table = fhe.LookupTable.build(lambda x: 2**bits - 1 - x, 0, 2**bits - 1)
     random = np.random.default_rng(0)
     x = random.integers(0, 2**bits, at_a_time)
     x[:2] = 0, 2**bits - 1
     functions = {"lookups": fhe.Function(lookups, [(x,)])}
-    circuit = fhe.get_backend("concrete").compile(functions, table, fhe.Settings(p_error, "none"))
+    circuit = fhe.get_backend("concrete").compile(functions, table, fhe.FHEConfig(p_error, "none"))
     keys = circuit.make_keys()
     sent, evaluation = circuit.encrypt(keys, "lookups", x), keys.evaluation
     times = []

@@ -32,8 +32,8 @@ import click
 
 import fhe
 from jaxgpt2.cli import calibration_passages, compile_result
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, Unit, parse_heads, read_recipes
+from jaxgpt2.encrypted import EncryptedGPT2, Module, parse_modules, read_configs
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.progress import note, step
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.limits import Limits
@@ -135,23 +135,23 @@ class Tap:
         self._listener.close()
 
 
-def compiled(heads: str, prompt: str, tokens: int, directory: Path) -> HybridGPT2:
-    """Heads of the bundled model with their recipes, for a prompt and so many new tokens; bundles in a directory."""
+def compiled(heads: str, prompt: str, tokens: int, directory: Path) -> EncryptedGPT2:
+    """Heads of the bundled model with their configs, for a prompt and so many new tokens; bundles in a directory."""
     gpt2 = GPT2.from_pretrained("tiny")
-    known = read_recipes(TINY / "recipes.json", gpt2.config)
-    units = parse_heads(heads, gpt2.config)
-    missing = [str(unit) for unit in units if unit not in known]
+    known = read_configs(TINY / "configs.json", gpt2.config)
+    modules = parse_modules(heads, gpt2.config)
+    missing = [str(module) for module in modules if module not in known]
     if missing:
-        raise click.BadParameter(f"there is no recipe for {', '.join(missing)}", param_hint="--heads")
+        raise click.BadParameter(f"there is no config for {', '.join(missing)}", param_hint="--heads")
     passages = calibration_passages(None)
     length = len(gpt2.encode(prompt, room=tokens)) + tokens - 1
-    hybrid = HybridGPT2(gpt2, {unit: known[unit] for unit in units}).calibrate(passages, length)
+    hybrid = EncryptedGPT2(gpt2, {module: known[module] for module in modules}).calibrate(passages, length)
     hybrid = hybrid.compile(passages, length)
     write_bundles(hybrid, directory, compile_result(hybrid))
     # The server's circuits, as the server loads them: keys of its clients fit them.
     circuits = {
-        unit: fhe.get_backend(circuit.report.backend).load(directory / "server" / "circuits" / str(unit))
-        for unit, circuit in hybrid.circuits.items()
+        module: fhe.get_backend(circuit.report.backend).load(directory / "server" / "circuits" / str(module))
+        for module, circuit in hybrid.circuits.items()
     }
     return dataclasses.replace(hybrid, circuits=circuits)
 
@@ -291,13 +291,13 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
         )
 
 
-def describe(hybrid: HybridGPT2, prompt: str, tokens: int, texts: int) -> str:
-    def one(unit: Unit) -> str:
-        recipe = hybrid.recipes[unit]
-        return f"{unit} ({recipe.formula}, {', '.join(f'{name} {value}' for name, value in recipe.settings.items())})"
+def describe(hybrid: EncryptedGPT2, prompt: str, tokens: int, texts: int) -> str:
+    def one(module: Module) -> str:
+        config = hybrid.configs[module]
+        return f"{module} ({config.method}, {', '.join(f'{name} {value}' for name, value in config.settings.items())})"
 
     return (
-        f"Head {', '.join(map(one, hybrid.units))} of tiny, {prompt!r} and {tokens} new tokens; medians of {texts} "
+        f"Head {', '.join(map(one, hybrid.modules))} of tiny, {prompt!r} and {tokens} new tokens; medians of {texts} "
         f"texts a side, alternating; server and client on one machine."
     )
 

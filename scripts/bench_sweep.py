@@ -6,7 +6,7 @@
 
 A row is one head at one number of bits with every metric: agreement at three k, KL, recovered KL, head error. It shares
 the float model, and with the other rows of its head the model without that head; both are counted in. Its calibration
-is the formula's work, done on other threads meanwhile, and stands apart: `lowrank` trains every head for seconds.
+is the method's work, done on other threads meanwhile, and fhe_config apart: `lowrank` trains every head for seconds.
 Beside it stand as many single-sentence forward passes of transformers as there are passages. Reported are medians;
 compilation is no part of them.
 
@@ -30,12 +30,12 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxgpt2.attention import Recipe
-from jaxgpt2.config import GPT2Config
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import Unit
-from jaxgpt2.model import Transformer
-from jaxgpt2.sweep import Configuration, Experiment, Workbench
+from jaxgpt2.encrypted import Module
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.models.gpt2.model import Transformer
+from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
 from machine import environment
 
 
@@ -95,7 +95,7 @@ def transformers_pass(texts: list[list[int]]) -> Callable[[], object]:
     return run
 
 
-def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: str, theirs: bool) -> dict[str, Any]:
+def measure(layers: list[int], passages: int, rows: int, repeats: int, method: str, theirs: bool) -> dict[str, Any]:
     config = GPT2Config()
     texts = random_texts(config, passages, 0)
     gpt2 = random_gpt2(config)
@@ -103,7 +103,7 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: 
     calibration = [" ".join(map(word, text)) for text in random_texts(config, 20, 1)]
     experiment = Experiment("random weights", tuple(words), tuple(calibration), batch=rows)
     setup = time.perf_counter()
-    bench = Workbench(experiment, gpt2)
+    bench = SweepRunner(experiment, gpt2)
     setup = time.perf_counter() - setup
     print(f"the float model read once, compilation included: {setup:.1f} s", file=sys.stderr)
     run_theirs = transformers_pass(texts) if theirs else None
@@ -113,7 +113,7 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: 
     for index in layers:
         layer = bench.layer(index)
         bits = [2 + i % 10 for i in range(rows)]
-        configurations = [Configuration(Unit(index, 0), Recipe.of(formula, each)) for each in bits]
+        configurations = [Configuration(Module(index, 0), MethodConfig.of(method, each)) for each in bits]
         start = time.perf_counter()
         prepared = [(each, bench.calibrate(layer, each)) for each in configurations]
         calibrating.append((time.perf_counter() - start) / rows)
@@ -137,7 +137,7 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: 
     return {
         "environment": environment("jax", "numpy", *(("torch", "transformers") if theirs else ())),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "formula": formula,
+        "method": method,
         "passages": passages,
         "tokens": bench.positions,
         "rows_of_a_stack": rows,
@@ -159,7 +159,7 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, formula: 
 def table(report: dict[str, Any]) -> str:
     lines = [
         f"GPT-2, 124M shape, float32, random weights, {report['passages']} passages, {report['tokens']} tokens; "
-        f"{report['formula']}, {report['rows_of_a_stack']} rows a stack",
+        f"{report['method']}, {report['rows_of_a_stack']} rows a stack",
         f"{report['environment']}; {report['device']}",
         "",
         f"a row, mean over {len(report['row_seconds_by_layer'])} layers      {report['row_seconds']:8.2f} s",
@@ -184,11 +184,11 @@ def table(report: dict[str, Any]) -> str:
 @click.option("--passages", default=80, show_default=True)
 @click.option("--rows", default=10, show_default=True, help="Configurations of a stack: bits 2 to 11 of one head.")
 @click.option("--repeats", default=3, show_default=True)
-@click.option("--attention", "formula", default="softmax", show_default=True)
+@click.option("--attention", "method", default="softmax", show_default=True)
 @click.option("--theirs/--no-theirs", default=True, help="Time transformers too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
-def main(layers: str, passages: int, rows: int, repeats: int, formula: str, theirs: bool, as_json: bool) -> None:
-    report = measure([int(layer) for layer in layers.split(",")], passages, rows, repeats, formula, theirs)
+def main(layers: str, passages: int, rows: int, repeats: int, method: str, theirs: bool, as_json: bool) -> None:
+    report = measure([int(layer) for layer in layers.split(",")], passages, rows, repeats, method, theirs)
     print(json.dumps(report) if as_json else table(report))
 
 

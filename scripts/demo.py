@@ -13,8 +13,8 @@ import time
 import click
 
 from jaxgpt2.cli import announce_run, cache_directory, calibration_passages, compiled, make_keys, one_line_errors
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, parse_heads, read_recipes
+from jaxgpt2.encrypted import EncryptedGPT2, parse_modules, read_configs
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.progress import note, seconds, step
 from weights.checkpoint import TINY
 
@@ -27,8 +27,8 @@ HEAD = "0.1"  # the one that the bundled model would miss most
 def demo(prompt: str, new_tokens: int) -> None:
     with step("loading the model"):
         gpt2 = GPT2.from_pretrained("tiny")
-        (unit,) = parse_heads(HEAD, gpt2.config)
-        hybrid = HybridGPT2(gpt2, {unit: read_recipes(TINY / "recipes.json", gpt2.config)[unit]})
+        (module,) = parse_modules(HEAD, gpt2.config)
+        hybrid = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
     passages = calibration_passages(None)
     length = len(gpt2.encode(prompt, room=new_tokens)) + new_tokens - 1
     with step("calibrating head 0.1"):
@@ -48,7 +48,7 @@ def demo(prompt: str, new_tokens: int) -> None:
         times.append(time.monotonic() - started)
         click.echo(stream(token), nl=False)
     click.echo("\n")
-    cost, report = hybrid.costs(length)[unit], hybrid.circuits[unit].report
+    cost, report = hybrid.costs(length)[module], hybrid.circuits[module].report
     click.echo(f"Head {HEAD} read {length} tokens as ciphertexts, one after the other, in {seconds(times[-1])}.")
     click.echo(cost.describe() + ".")
     sent, received = cost.input_ciphertext_bytes / 1e6, cost.output_ciphertext_bytes / 1e6
@@ -56,7 +56,7 @@ def demo(prompt: str, new_tokens: int) -> None:
         f"{sent:.2f} MB of ciphertexts in, {received:.2f} MB out; evaluation keys once, "
         f"{report.evaluation_key_bytes / 1e6:,.0f} MB, kept in {cache_directory(None)}."
     )
-    measured = json.loads((TINY / "recipes.json").read_text())["heads"][HEAD]["measured"]
+    measured = json.loads((TINY / "configs.json").read_text())["heads"][HEAD]["measured"]
     click.echo(
         f"On the evaluation text the quantized head recovers {measured['recovered_kl']:.1%} of what the model would "
         f"lose without it, and agrees with the float model on {measured['top_1']:.1%} of tokens."

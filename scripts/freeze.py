@@ -21,8 +21,8 @@ from click.testing import CliRunner
 
 import fhe
 from jaxgpt2.cli import calibration_passages, main
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, parse_heads, read_recipes
+from jaxgpt2.encrypted import EncryptedGPT2, parse_modules, read_configs
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from weights.checkpoint import TINY
 
 HEADS = ("0.1", "0.2", "1.3", "2.3")
@@ -59,7 +59,7 @@ def evaluations() -> dict[str, Any]:
 
 def costs(cache: str) -> dict[str, Any]:
     cases = {f"lowrank {head}": ("--head", head, "--attention", "lowrank") for head in HEADS[:2]}
-    cases |= {f"recipe {head}": ("--head", head) for head in HEADS}
+    cases |= {f"config {head}": ("--head", head) for head in HEADS}
     cases["softmax 0.1"] = ("--head", "0.1", "--attention", "softmax", "--backend", "clear")
     cases["polynomial 0.1"] = ("--head", "0.1", "--attention", "polynomial", "--seq-len", "12")
     return {
@@ -106,11 +106,11 @@ def sweep_rows() -> list[Any]:
 def decrypted() -> dict[str, Any]:
     """Two tokens of a head, with exact rounding and rare errors: what every set of keys gives."""
     gpt2 = GPT2.from_pretrained("tiny")
-    (unit,) = parse_heads("0.1", gpt2.config)
-    hybrid = HybridGPT2(gpt2, {unit: read_recipes(TINY / "recipes.json", gpt2.config)[unit]})
+    (module,) = parse_modules("0.1", gpt2.config)
+    hybrid = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
     passages = calibration_passages(None)
-    hybrid = hybrid.calibrate(passages, 3).compile(passages, 3, fhe.Settings(1e-7, "exact"))
-    circuit = hybrid.circuits[unit]
+    hybrid = hybrid.calibrate(passages, 3).compile(passages, 3, fhe.FHEConfig(1e-7, "exact"))
+    circuit = hybrid.circuits[module]
     keys = circuit.make_keys(seed=7)
     rng = np.random.default_rng(0)
     rows = rng.integers(-20, 21, (2, 1, gpt2.config.n_embd))

@@ -1,6 +1,6 @@
 """What each step towards a cheap head brings: recovered KL of all heads of the bundled model, lookups, estimated time.
 
-    python scripts/lowrank_steps.py --recipes weights/tiny/recipes.json
+    python scripts/lowrank_steps.py --configs weights/tiny/configs.json
 
 Every row keeps the steps above it. Accuracy is that of the quantized integers on the evaluation text; lookups and time
 are for reading six tokens, means over the heads, the time from the table of lookup times.
@@ -14,14 +14,14 @@ import click
 
 import fhe
 from bench_fhe import table
-from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import calibration_passages
+from jaxgpt2.encrypted import Module, read_configs
 from jaxgpt2.evaluation import read_passages
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import Unit, read_recipes
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.progress import counting
 from jaxgpt2.quantize import Bits
-from jaxgpt2.sweep import Configuration, Experiment, Workbench
+from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
 from machine import environment
 from weights.checkpoint import TINY
 
@@ -29,15 +29,15 @@ FULL = {"score_rank": 64, "value_rank": 64, "exponential_bits": 7, "training_ste
 LOW = FULL | {"score_rank": 16, "value_rank": 24}
 
 
-def steps(tuned: dict[Unit, Recipe]) -> list[tuple[str, dict[Unit, Recipe]]]:
-    """What is printed, and every head's recipe."""
+def steps(tuned: dict[Module, MethodConfig]) -> list[tuple[str, dict[Module, MethodConfig]]]:
+    """What is printed, and every head's config."""
 
-    def all_heads(formula: str, bits: Bits, options: dict[str, int] | None = None) -> dict[Unit, Recipe]:
-        return dict.fromkeys(tuned, Recipe.of(formula, bits, options))
+    def all_heads(method: str, bits: Bits, options: dict[str, int] | None = None) -> dict[Module, MethodConfig]:
+        return dict.fromkeys(tuned, MethodConfig.of(method, bits, options))
 
     own = Bits(6, 8, 4, 5)
     return [
-        ("the post's formula, 4 bits, 6-bit lookups", all_heads("softmax", Bits.of(4, 6))),
+        ("the post's method, 4 bits, 6-bit lookups", all_heads("softmax", Bits.of(4, 6))),
         ("squares, causality, predicted maxima; full rank", all_heads("lowrank", Bits.of(4, 6), FULL)),
         ("inputs of 6 bits, weights of 8", all_heads("lowrank", Bits(6, 8, 4, 6), FULL)),
         ("requantizations see 5 bits", all_heads("lowrank", own, FULL)),
@@ -49,17 +49,17 @@ def steps(tuned: dict[Unit, Recipe]) -> list[tuple[str, dict[Unit, Recipe]]]:
 
 
 @click.command(help=__doc__)
-@click.option("--recipes", type=click.Path(path_type=Path), default=TINY / "recipes.json", show_default=True)
+@click.option("--configs", type=click.Path(path_type=Path), default=TINY / "configs.json", show_default=True)
 @click.option("--seq-len", default=6, show_default=True, help="Tokens of the text whose cost is counted.")
-def main(recipes: Path, seq_len: int) -> None:
+def main(configs: Path, seq_len: int) -> None:
     gpt2 = GPT2.from_pretrained("tiny")
     passages, calibration = read_passages(TINY / "eval.txt"), calibration_passages(None)
     experiment = Experiment("tiny", tuple(passages), tuple(calibration), (1,), seq_len, "approximate")
-    bench, found = Workbench(experiment, gpt2), steps(read_recipes(recipes, gpt2.config))
+    bench, found = SweepRunner(experiment, gpt2), steps(read_configs(configs, gpt2.config))
     configurations = {
-        Configuration(unit, recipe).key: Configuration(unit, recipe)
+        Configuration(module, config).key: Configuration(module, config)
         for _, chosen in found
-        for unit, recipe in chosen.items()
+        for module, config in chosen.items()
     }
     rows = {}
     with counting("configurations", len(configurations)) as progress:
@@ -70,7 +70,7 @@ def main(recipes: Path, seq_len: int) -> None:
     click.echo(f"{environment('jax', 'numpy')}; lookup times: {fhe.LOOKUP_TIMES['machine']}\n")
     lines = []
     for name, chosen in found:
-        own = [rows[Configuration(unit, recipe).key] for unit, recipe in chosen.items()]
+        own = [rows[Configuration(module, config).key] for module, config in chosen.items()]
         kept = 1 - sum(row["kl"] for row in own) / sum(row["kl_ablated"] for row in own)
         worst = min(row["recovered_kl"] for row in own)
         pbs, took = (sum(row[column] for row in own) / len(own) for column in ("pbs_count", "estimated_seconds"))

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
-    from jaxgpt2.gpt2 import GPT2
+    from jaxgpt2.models.gpt2.pretrained import GPT2
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def small_readonly(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def gpt2(small_readonly: Path) -> GPT2:
     """That model, loaded. Tests that read 64 tokens of one text share its compiled programs."""
-    from jaxgpt2.gpt2 import GPT2
+    from jaxgpt2.models.gpt2.pretrained import GPT2
 
     return GPT2.from_pretrained(small_readonly)
 

@@ -47,7 +47,7 @@ def crash(ops: Any, params: Any, x: Any) -> tuple[Any]:
 
 
 PARAMS = {
-    "table": fhe.Table(np.arange(-8, 8)[::-1].copy(), low=-8),
+    "table": fhe.LookupTable(np.arange(-8, 8)[::-1].copy(), low=-8),
     "weight": np.random.default_rng(1).integers(-1, 2, (4, 4)),
 }
 
@@ -63,7 +63,7 @@ def small_circuit() -> Any:
         "nap": fhe.Function(nap, still),
         "crash": fhe.Function(crash, still),
     }
-    return fhe.get_backend("clear").compile(functions, PARAMS, fhe.Settings())
+    return fhe.get_backend("clear").compile(functions, PARAMS, fhe.FHEConfig())
 
 
 def certificates(directory: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from jaxgpt2.evaluation import check_disjoint, read_passages
-from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from weights.checkpoint import TINY
 
 

@@ -8,18 +8,18 @@ from typing import Any, cast
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fhe.ckks.slots import CleartextSimulator, Layout, project
 
 import fhe
-from fhe.packing import Layout, SlotMachine, project
 
 pytest.importorskip("tenseal", reason="the CKKS engine is optional")
 
 from fhe import ckks, wire
-from jaxgpt2 import attention
-from jaxgpt2.attention import polynomial
-from jaxgpt2.attention.formula import HeadWeights, float_head
+from jaxgpt2 import methods
+from jaxgpt2.decoding import LocalExecutor, quantize_input
+from jaxgpt2.methods import polynomial
+from jaxgpt2.methods.method import HeadWeights, float_head
 from jaxgpt2.quantize import Bits
-from jaxgpt2.reading import Encrypted, quantize_input
 
 SLOTS = 4096  # ring 8192: four levels
 LAYOUT = Layout.fit(SLOTS, 20, 4, 8)
@@ -30,15 +30,15 @@ def everything(ops, params, x, y):
     with ops.tag("projection"):
         (z,) = project(ops, LAYOUT, x, [params])
     with ops.tag("rest"):
-        product = ops.dot([z, y], [y, x])
+        product = ops.sum_of_products([z, y], [y, x])
         moved = ops.add(ops.rotate(product, -3), ops.conjugate(product))
-        result = ops.subtract(ops.offset(moved, np.arange(8) * 1j), z)
-        square = ops.dot([result], [result])
-    return ops.combine([square, x], [0.25, np.linspace(-1, 1, SLOTS)]), z
+        result = ops.subtract(ops.add_plain(moved, np.arange(8) * 1j), z)
+        square = ops.sum_of_products([result], [result])
+    return ops.sum_of_plaintext_products([square, x], [0.25, np.linspace(-1, 1, SLOTS)]), z
 
 
 def with_kept(ops, params, x, z):
-    return ops.dot([x], [z]), ops.lower(z, 2)
+    return ops.sum_of_products([x], [z]), ops.level_drop(z, 2)
 
 
 def close(found: np.ndarray, wanted: np.ndarray) -> bool:
@@ -73,7 +73,7 @@ def keys(circuit) -> ckks.CKKSKeys:
 def test_ciphertexts_do_what_the_machine_does(circuit, keys):
     x, y = numbers(20), numbers(21)
     blobs = circuit.encrypt(keys, "everything", x, y)
-    results, tally = circuit.run_counted("everything", blobs, keys.evaluation)
+    results, counts = circuit.run_counted("everything", blobs, keys.evaluation)
     wanted, kept = circuit.simulate("everything", x, y)
     (found,) = circuit.decrypt(keys, "everything", results[:1])
     assert close(found, wanted)
@@ -81,9 +81,9 @@ def test_ciphertexts_do_what_the_machine_does(circuit, keys):
     (found,) = circuit.decrypt(keys, "second", circuit.run("second", [*again, results[1]], keys.evaluation)[:1])
     assert close(found, circuit.simulate("second", x, kept)[0])
 
-    machine = SlotMachine(SLOTS)
+    machine = CleartextSimulator(SLOTS)
     everything(machine, PARAMS, machine.load(x), machine.load(y))
-    assert tally == machine.tally  # the same counts, at the same depths, by stage
+    assert counts == machine.counts  # the same counts, at the same depths, by stage
     assert {name: cost.levels for name, cost in circuit.report.functions.items()} == {"everything": 4, "second": 2}
 
 
@@ -101,7 +101,7 @@ def test_the_report_counts_and_measures(circuit, keys):
     report = circuit.report
     blobs = circuit.encrypt(keys, "everything", numbers(1), numbers(2))
     results = circuit.run("everything", blobs, keys.evaluation)
-    assert report.security_bits == 128 and report.modulus_bits <= ckks.most_bits(report.ring)
+    assert report.security_bits == 128 and report.modulus_bits <= ckks.max_log_q(report.poly_modulus_degree)
     assert report.rotation_keys == len(circuit._description.rotations) + 1
     assert report.functions["everything"].total("product") == 3
     assert report.evaluation_key_source == "serialized"
@@ -122,10 +122,10 @@ def test_estimated_keys_are_about_as_large_as_real_ones(keys):
 
 
 def test_keys_hold_the_rotations_in_use_and_no_others(circuit, keys):
-    machine = SlotMachine(SLOTS)
+    machine = CleartextSimulator(SLOTS)
     everything(machine, PARAMS, *map(machine.load, (numbers(1), numbers(2))))
-    assert set(circuit._description.rotations) == machine.tally.rotations
-    assert 5 not in machine.tally.rotations
+    assert set(circuit._description.rotations) == machine.counts.rotations
+    assert 5 not in machine.counts.rotations
     with pytest.raises(ValueError, match="not present"):
         ops = ckks.CKKSOps(circuit._engine, *_loaded(circuit, keys))
         ops.rotate(_input(circuit, keys), 5)
@@ -222,7 +222,7 @@ def test_inputs_that_do_not_fit(circuit, keys):
 
 def test_parameters_below_128_bits_are_refused():
     with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
-        ckks.Parameters(ring=8192, levels=8, scale_bits=40, headroom_bits=10)
+        ckks.Parameters(poly_modulus_degree=8192, levels=8, scale_bits=40, headroom_bits=10)
     with pytest.raises(fhe.InsecureParameters, match="too few to compute with"):
         ckks.Parameters.choose(8192, 20, 14)
     with pytest.raises(fhe.InsecureParameters, match="128-bit security"):
@@ -232,13 +232,13 @@ def test_parameters_below_128_bits_are_refused():
 @pytest.mark.parametrize("ring", [8192, 16384, 32768])
 def test_chosen_parameters_use_what_is_secure(ring):
     parameters = ckks.Parameters.choose(ring, 4, 14)
-    assert parameters.total_bits <= ckks.most_bits(ring)
-    assert parameters.scale_bits == 40 or parameters.total_bits > ckks.most_bits(ring) - 6
+    assert parameters.total_bits <= ckks.max_log_q(ring)
+    assert parameters.scale_bits == 40 or parameters.total_bits > ckks.max_log_q(ring) - 6
     assert parameters.context().parameters_set()
 
 
 def test_numbers_too_large_for_the_moduli_are_refused_before_they_overflow():
-    function = {"f": fhe.Function(lambda ops, _, x: (ops.combine([x], [1e4]),), [(numbers(0),)])}
+    function = {"f": fhe.Function(lambda ops, _, x: (ops.sum_of_plaintext_products([x], [1e4]),), [(numbers(0),)])}
     with pytest.raises(fhe.CompilationError, match="2 more bits of headroom"):
         ckks.CKKSBackend().compile(function, None)
     ckks.CKKSBackend(headroom_bits=17).compile(function, None)
@@ -259,7 +259,7 @@ def test_functions_that_wait_for_each_other():
 def test_the_backend_is_registered_and_integer_formulas_do_not_fit_it():
     backend = fhe.get_backend("ckks")
     assert backend.version().startswith("tenseal")
-    fitting = [name for name in attention.formulas() if attention.get(name).needs <= backend.offers]
+    fitting = [name for name in methods.names() if methods.get(name).needs <= backend.offers]
     assert fitting == ["polynomial"]
 
 
@@ -283,12 +283,12 @@ def test_a_head_on_ciphertexts_with_a_cache_and_nothing_out_of_range():
     )
     texts = [draw(tokens + 1, width) for _ in range(60)]
     found = polynomial.calibrate(weights, texts, Bits.of(4), 8, score_rank=0, value_rank=0, squarings=4)
-    program = attention.get("polynomial").head
+    program = methods.get("polynomial").head
     functions = program.reading.functions(program, found, texts[:3], tokens + 1)
     circuit = ckks.CKKSBackend().compile({n: f for n, f in functions.items() if n != "prompt_2"}, found.params)
     keys = circuit.make_keys()
     x = texts[5]
-    reader = program.reading.reader(found.client, Encrypted(circuit, keys), tokens + 1)
+    reader = program.reading.reader(found.client, LocalExecutor(circuit, keys), tokens + 1)
     levels = np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
     reader.read(levels[:tokens])
     numerators, denominators = reader.read(levels)

@@ -100,7 +100,7 @@ def test_info_says_what_is_there():
         (["generate", ""], "prompt is empty"),
         (["generate", "x " * 300], "context is"),
         (["generate", "x", "--bits", "1"], "bits of activations must be a whole number from 2 to 12, got 1"),
-        (["generate", "x", "--attention", "sofmax"], "no attention formula 'sofmax'"),
+        (["generate", "x", "--attention", "sofmax"], "no attention method 'sofmax'"),
         (["generate", "x", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "x", "--top-p", "2"], "top_p must be"),
         (["generate", "x", "--p-error", "7"], "p_error must lie between 0 and 1"),
@@ -138,7 +138,7 @@ def test_importing_the_package_is_light():
 
 
 def test_running_in_jax_does_not_import_concrete():
-    code = "import sys, jaxgpt2.hybrid; print('concrete' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, jaxgpt2.encrypted; print('concrete' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False False"
 
 

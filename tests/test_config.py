@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from helpers import one_line
-from jaxgpt2.config import ConfigError, GPT2Config
+from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
 
 
 def test_defaults_are_transformers_defaults():

@@ -37,7 +37,7 @@ def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_
     continued = ["generate", "a", "--max-new-tokens", 3, "--mode"]
     quantized, encrypted = run(*continued, "quantized"), run(*continued, "encrypted")
     assert quantized["tokens"] == encrypted["tokens"]
-    assert quantized["recipes"]["0.1"]["attention"] == "polynomial"  # what fits the backend
+    assert quantized["configs"]["0.1"]["attention"] == "polynomial"  # what fits the backend
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert len(list((tmp_path / "keys").glob("*.keys"))) == 2
     assert run(*continued, "encrypted")["tokens"] == encrypted["tokens"]
@@ -54,11 +54,11 @@ SMALL = ["--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1", "--set",
 
 
 @pytest.mark.parametrize(
-    ("formula", "heads", "options"), [("lowrank", "0.1,1.2", SMALL), ("softmax", "1.0", ["--bits", 2])]
+    ("method", "heads", "options"), [("lowrank", "0.1,1.2", SMALL), ("softmax", "1.0", ["--bits", 2])]
 )
-def test_encrypted_text_is_the_quantized_text(model, tmp_path, formula, heads, options):
+def test_encrypted_text_is_the_quantized_text(model, tmp_path, method, heads, options):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
-    common = ["generate", "a", "--model", model, "--calibration", model / "calibration.txt", "--attention", formula,
+    common = ["generate", "a", "--model", model, "--calibration", model / "calibration.txt", "--attention", method,
               "--head", heads, *options, "--max-new-tokens", 2, "--p-error", 1e-6, "--rounding", "exact",
               "--cache", tmp_path, "--json"]  # fmt: skip
 

@@ -5,11 +5,11 @@ import pytest
 import scipy.special
 
 import helpers
-from jaxgpt2.attention import Recipe
+from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
-from jaxgpt2.gpt2 import GPT2, PromptError
-from jaxgpt2.hybrid import HybridGPT2
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
 from jaxgpt2.quantize import Bits
 
 # The tokenizer of the random models has a token a byte.
@@ -18,11 +18,11 @@ TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory) -> HybridGPT2:
+def hybrid(tmp_path_factory) -> EncryptedGPT2:
     directory = tmp_path_factory.mktemp("three-heads")
     helpers.random_checkpoint(directory, n_embd=24, n_head=3)
     gpt2 = GPT2.from_pretrained(directory)
-    return HybridGPT2.protect(gpt2, "0.1", Recipe.of("lowrank", Bits.of(3))).calibrate(CALIBRATION, 8)
+    return EncryptedGPT2.protect(gpt2, "0.1", MethodConfig.of("lowrank", Bits.of(3))).calibrate(CALIBRATION, 8)
 
 
 def test_measures_equal_their_definitions(hybrid):

@@ -19,10 +19,10 @@ import fhe
 from fhe import cache, clear, wire
 
 RNG = np.random.default_rng(0)
-SQUARE = fhe.Table.build(lambda v: v * v, -8, 7)
+SQUARE = fhe.LookupTable.build(lambda v: v * v, -8, 7)
 PARAMS = {
     "weight": RNG.integers(-3, 4, (4, 4)),
-    "quarter": fhe.Table.build(lambda v: v / 4, -6, 5, shift=2),
+    "quarter": fhe.LookupTable.build(lambda v: v / 4, -6, 5, shift=2),
     "square": SQUARE,
 }
 INPUTSET = [(RNG.integers(-4, 4, (3, 4)),) for _ in range(20)]
@@ -41,7 +41,9 @@ def small_head(ops, params, x):
 
 
 def compiled(function: Any = small_head, params: Any = PARAMS, inputset: Any = INPUTSET, **changes: Any) -> Any:
-    return fhe.get_backend("clear").compile({"head": fhe.Function(function, inputset)}, params, fhe.Settings(**changes))
+    return fhe.get_backend("clear").compile(
+        {"head": fhe.Function(function, inputset)}, params, fhe.FHEConfig(**changes)
+    )
 
 
 @given(
@@ -51,7 +53,7 @@ def compiled(function: Any = small_head, params: Any = PARAMS, inputset: Any = I
     x=st.lists(st.integers(-5000, 5000), min_size=1, max_size=20),
 )
 def test_table_is_its_definition(values, low, shift, x):
-    table = fhe.Table(np.array(values), low, shift)
+    table = fhe.LookupTable(np.array(values), low, shift)
     naive = []
     for value in x:
         rounded = int(np.floor(value / 2**shift + 0.5)) if shift else value
@@ -61,7 +63,7 @@ def test_table_is_its_definition(values, low, shift, x):
 
 
 def test_table_build():
-    table = fhe.Table.build(lambda v: v / 8, -2, 2, shift=2)
+    table = fhe.LookupTable.build(lambda v: v / 8, -2, 2, shift=2)
     assert table.values.tolist() == [-1, 0, 0, 0, 1]  # of -8, -4, 0, 4, 8: halves to even
     assert table.values.dtype == np.int32
     assert (table.low, table.shift) == (-2, 2)
@@ -80,13 +82,13 @@ def test_table_build():
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_table_build_refuses(function, low, high, shift, message):
     with pytest.raises(ValueError, match=message):
-        fhe.Table.build(function, low, high, shift)
+        fhe.LookupTable.build(function, low, high, shift)
 
 
 @pytest.mark.parametrize("changes", [{"p_error": 0.0}, {"p_error": 1.0}, {"rounding": "up"}])
 def test_settings_refuse(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
-        fhe.Settings(**changes)
+        fhe.FHEConfig(**changes)
 
 
 @settings(max_examples=200)
@@ -110,7 +112,7 @@ def test_a_lookup_has_room_for_its_range_and_its_rounding(low, span, shift, roun
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
 def test_a_maximum_is_one_lookup_per_comparison(size):
     x = np.random.default_rng(size).integers(-50, 50, (4, size))
-    observer = clear.Observer()
+    observer = clear.RangeTracer()
     assert np.array_equal(observer.max(observer.mark(x), axis=1), x.max(1))
     assert np.array_equal(observer.max(observer.mark(x), axis=-2, keepdims=True), x.max(0, keepdims=True))
     assert sum(site.count for site in observer.sites if site.kind == "lookup") == 4 * (size - 1) + 3 * size
@@ -220,7 +222,7 @@ def test_half_of_a_saved_circuit_is_a_client(tmp_path):
     circuit = compiled()
     circuit.save(tmp_path, server=False)
     client = fhe.get_backend("clear").load(tmp_path)
-    assert (client.id, client.report, client.ports) == (circuit.id, circuit.report, circuit.ports)
+    assert (client.id, client.report, client.signatures) == (circuit.id, circuit.report, circuit.signatures)
     keys = client.make_keys()
     results = circuit.run("head", client.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation)
     expected = small_head(fhe.NumpyOps(), PARAMS, *INPUTSET[0])
@@ -265,7 +267,7 @@ def test_a_header_must_be_true(changes):
 def test_bytes_that_are_no_array_are_refused(content):
     circuit = compiled()
     keys = circuit.make_keys(1)
-    (array,) = circuit.ports.pack_inputs("head", circuit.id, keys.id, [b"\x93NUMPY" + content])
+    (array,) = circuit.signatures.pack_inputs("head", circuit.id, keys.id, [b"\x93NUMPY" + content])
     with pytest.raises(fhe.CircuitFormatError):
         circuit.run("head", [array], keys.evaluation)
 
@@ -301,7 +303,7 @@ def test_circuits_are_cached(tmp_path, caplog):
 
     def make(params=PARAMS, inputset=INPUTSET, rounding: Any = "exact", name="head"):
         functions = {name: fhe.Function(small_head, inputset)}
-        return fhe.compile_cached(backend, functions, params, fhe.Settings(rounding=rounding), tmp_path)
+        return fhe.compile_cached(backend, functions, params, fhe.FHEConfig(rounding=rounding), tmp_path)
 
     first = make()
     assert make().id == first.id
@@ -328,7 +330,7 @@ def test_what_a_function_closes_over_is_hashed():
 
     def fingerprint(function):
         functions = {"head": fhe.Function(function, INPUTSET)}
-        return cache.fingerprint(CountingBackend(), functions, None, fhe.Settings())
+        return cache.fingerprint(CountingBackend(), functions, None, fhe.FHEConfig())
 
     assert fingerprint(make(2)) == fingerprint(make(2)) != fingerprint(make(3))
     with pytest.raises(TypeError, match="cannot hash a object"):

@@ -25,9 +25,9 @@ class Params:
     """Of `tiny_head`: a head with everything that a head has."""
 
     weights: np.ndarray  # (3, 4, 2)
-    narrow: fhe.Table
-    exponential: fhe.Table
-    output: fhe.Table
+    narrow: fhe.LookupTable
+    exponential: fhe.LookupTable
+    output: fhe.LookupTable
     mask: np.ndarray  # (2, 2)
 
 
@@ -49,9 +49,9 @@ def tiny_head(ops, params, x):
 
 PARAMS = Params(
     weights=np.random.default_rng(5).integers(-1, 2, (3, 4, 2)),
-    narrow=fhe.Table.build(lambda v: np.clip(v / 4, -1, 1), -2, 2, shift=1),
-    exponential=fhe.Table.build(lambda v: 3 * np.exp(v / 2), -4, 0),
-    output=fhe.Table.build(lambda v: v / 2, -3, 3, shift=1),
+    narrow=fhe.LookupTable.build(lambda v: np.clip(v / 4, -1, 1), -2, 2, shift=1),
+    exponential=fhe.LookupTable.build(lambda v: 3 * np.exp(v / 2), -4, 0),
+    output=fhe.LookupTable.build(lambda v: v / 2, -3, 3, shift=1),
     mask=np.array([[1, 0], [1, 1]]),
 )
 
@@ -67,7 +67,9 @@ INPUTSET = samples((2, 4), -2, 2)
 
 
 def compiled(function: Any = tiny_head, params: Any = PARAMS, inputset: Any = INPUTSET, **changes: Any) -> Any:
-    return fhe.get_backend(BACKEND).compile({"head": fhe.Function(function, inputset)}, params, fhe.Settings(**changes))
+    return fhe.get_backend(BACKEND).compile(
+        {"head": fhe.Function(function, inputset)}, params, fhe.FHEConfig(**changes)
+    )
 
 
 def encrypted(circuit, keys, *inputs):
@@ -119,7 +121,7 @@ def test_report(head):
 
 @pytest.mark.parametrize("rounding", ["exact", "approximate", "none"])
 def test_clear_backend_counts_what_concrete_charges(rounding):
-    settings = fhe.Settings(rounding=rounding)
+    settings = fhe.FHEConfig(rounding=rounding)
     report = fhe.get_backend("clear").compile({"head": fhe.Function(tiny_head, INPUTSET)}, PARAMS, settings).report
     charged = compiled(rounding=rounding).report
     assert {stage: sum(widths.values()) for stage, widths in report.pbs_by_stage.items()} == {
@@ -136,7 +138,9 @@ def random_function(seed):
     for _ in range(3):
         slope, offset, low = rng.choice([-0.6, 0.4, 0.7]), rng.integers(-1, 2), int(rng.integers(-6, -1))
         shift = int(rng.integers(0, 2))
-        tables.append(fhe.Table.build(lambda v, a=slope, b=offset: np.clip(a * v + b, -2, 2), low, -low - 1, shift))
+        tables.append(
+            fhe.LookupTable.build(lambda v, a=slope, b=offset: np.clip(a * v + b, -2, 2), low, -low - 1, shift)
+        )
     steps = rng.permutation(5)[:2].tolist()
 
     def function(ops, tables, x):
@@ -190,7 +194,7 @@ RETURNS = {
 
 @pytest.mark.parametrize("name", RETURNS)
 def test_whatever_is_returned_decrypts(name):
-    table = fhe.Table.build(lambda v: np.abs(v) - 1, -4, 3)
+    table = fhe.LookupTable.build(lambda v: np.abs(v) - 1, -4, 3)
     inputset = samples((3,), -4, 3)
     circuit = compiled(RETURNS[name], table, inputset)
     keys = circuit.make_keys()
@@ -206,7 +210,7 @@ def test_unsigned_times_signed_at_the_ends():
     def function(ops, params, x, y):
         return (ops.lookup(params, x) * ops.lookup(params, y),)
 
-    table = fhe.Table(np.arange(-8, 8), low=-8)
+    table = fhe.LookupTable(np.arange(-8, 8), low=-8)
     ends = [(np.full(2, a), np.full(2, b)) for a in (0, 7) for b in (-4, 3)]
     circuit = compiled(function, table, ends)
     keys = circuit.make_keys()
@@ -216,7 +220,7 @@ def test_unsigned_times_signed_at_the_ends():
 
 
 def test_approximate_rounding_gives_the_same_or_a_neighbouring_entry():
-    table = fhe.Table(np.arange(-100, 100), low=-100, shift=4)  # so a result is the entry's number
+    table = fhe.LookupTable(np.arange(-100, 100), low=-100, shift=4)  # so a result is the entry's number
     inputset = samples((40,), -56, 55)
     circuit = compiled(lambda ops, params, x: (ops.lookup(params, x),), table, inputset, rounding="approximate")
     assert "neighbouring" in circuit.report.noise
@@ -265,7 +269,7 @@ def test_half_of_a_saved_circuit_is_a_client(head, tmp_path):
     circuit.save(tmp_path, server=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit.json", "client.json"]
     client = fhe.get_backend(BACKEND).load(tmp_path)
-    assert (client.id, client.ports) == (circuit.id, circuit.ports)
+    assert (client.id, client.signatures) == (circuit.id, circuit.signatures)
     results = circuit.run("head", client.encrypt(keys, "head", *INPUTSET[0]), keys.evaluation)
     assert_same(client.decrypt(keys, "head", results), tiny_head(fhe.NumpyOps(), PARAMS, *INPUTSET[0]))
     own = client.make_keys()
@@ -293,10 +297,10 @@ def test_evaluation_keys_are_the_same_bytes_after_loading(head, tmp_path):
 @pytest.mark.parametrize("part", [b"", b"no ciphertext", bytes(64)])
 def test_bytes_that_are_no_ciphertext_are_refused(head, part):
     circuit, keys = head
-    arrays = circuit.ports.pack_inputs("head", circuit.id, keys.id, [part])
+    arrays = circuit.signatures.pack_inputs("head", circuit.id, keys.id, [part])
     with pytest.raises(fhe.CircuitFormatError, match="Concrete refuses the inputs of head"):
         circuit.run("head", arrays, keys.evaluation)
-    strange = fhe.wire.pack("evaluation keys", circuit.id, keys.id, [part])
+    strange = fhe.envelope.pack("evaluation keys", circuit.id, keys.id, [part])
     with pytest.raises(fhe.CircuitFormatError, match="Concrete refuses evaluation keys"):
         circuit.run("head", arrays, strange)
 
@@ -351,14 +355,14 @@ def test_too_wide_a_lookup_says_where():
             return (ops.lookup(params, x * 1000),)
 
     with pytest.raises(fhe.CompilationError, match="stage scores: a lookup on 17 bits") as info:
-        compiled(function, fhe.Table(np.arange(8)), samples((2,), -50, 50))
+        compiled(function, fhe.LookupTable(np.arange(8)), samples((2,), -50, 50))
     assert "\n" not in str(info.value)
     # and the next compilation is none the worse for it
-    assert compiled(RETURNS["one variable"], fhe.Table(np.arange(8)), samples((2,), 0, 3)).report.pbs_count == 2
+    assert compiled(RETURNS["one variable"], fhe.LookupTable(np.arange(8)), samples((2,), 0, 3)).report.pbs_count == 2
 
 
 def test_compiles_in_any_thread():
-    table, results = fhe.Table(np.arange(8)), []
+    table, results = fhe.LookupTable(np.arange(8)), []
 
     def function(ops, params, x):
         with ops.tag("output"):
@@ -373,7 +377,7 @@ def test_compiles_in_any_thread():
 def test_cached_circuit_and_keys(head, tmp_path, monkeypatch):
     circuit, keys = head
     backend = fhe.get_backend(BACKEND)
-    settings = fhe.Settings(rounding="none")
+    settings = fhe.FHEConfig(rounding="none")
     functions = {"head": fhe.Function(tiny_head, INPUTSET)}
     fhe.compile_cached(backend, functions, PARAMS, settings, tmp_path)
     monkeypatch.setattr(type(backend), "compile", None)

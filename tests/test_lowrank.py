@@ -1,4 +1,4 @@
-"""The parts of the low-rank head, each against the float mathematics that it stands for."""
+"""The parts of the low-rank head, each against the float mathematics that it fhe_config for."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_attention import head_error, integers, random_head, random_inputs
 
 from fhe import NumpyOps
-from jaxgpt2 import attention
-from jaxgpt2.attention import lowrank
-from jaxgpt2.attention.formula import float_head
+from jaxgpt2 import methods
+from jaxgpt2.methods import lowrank
+from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
-from test_attention import head_error, integers, random_head, random_inputs
 
 
 def activations(seed: int, count: int, size: int) -> np.ndarray:
@@ -127,9 +127,9 @@ def test_aligned_levels_are_the_rounded_projection(seed, activations, weight_bit
     ops, made = NumpyOps(), lowrank.aligned("query", weight, bias, bits, saturate, activations + 1)
     x = random.integers(-15, 16, size=(20, 6))
     total = x @ made.weight + made.bias
-    unit = 2 ** (made.requantize.shift + activations - (2 * saturate).bit_length())
+    module = 2 ** (made.requantize.shift + activations - (2 * saturate).bit_length())
     got = ops.lookup(made.requantize, total)
-    exact = np.clip(total / unit, -saturate, saturate)
+    exact = np.clip(total / module, -saturate, saturate)
     assert np.abs(got - exact).max() <= 0.5 + 0.25  # half a level, and what the table's cells add
     assert np.abs(got).max() <= saturate
 
@@ -170,9 +170,9 @@ def test_an_option_out_of_range_is_named(name, value):
 
 
 def test_more_rank_comes_closer_to_the_float_head():
-    formula = attention.get("lowrank")
+    method = methods.get("lowrank")
     errors = []
     for rank in (1, 4, 8):
-        ranked = dataclasses.replace(formula, options={**formula.options, "score_rank": rank, "value_rank": rank})
+        ranked = dataclasses.replace(method, options={**method.options, "score_rank": rank, "value_rank": rank})
         errors.append(head_error(ranked, 8, 0))
     assert errors == sorted(errors, reverse=True)

@@ -13,8 +13,8 @@ import transformers
 
 from helpers import one_line, random_checkpoint, torch_logits
 from jaxgpt2.generation import generate_tokens
-from jaxgpt2.gpt2 import GPT2, PromptError
-from jaxgpt2.model import causal_attention
+from jaxgpt2.models.gpt2.model import causal_attention
+from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
 
 SHAPES: dict[str, dict[str, Any]] = {
     "odd heads": {"n_head": 3, "n_embd": 39},

@@ -1,4 +1,4 @@
-"""The polynomial formula: its fit, and the same head in floating point and on slots."""
+"""The polynomial method: its fit, and the same head in floating point and on slots."""
 
 import functools
 from collections.abc import Sequence
@@ -8,19 +8,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fhe.ckks.slots import CleartextSimulator, Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jaxgpt2.attention as attention
 from fhe import Function
 from fhe.backend import check_functions
-from fhe.packing import Layout, SlotMachine
-from jaxgpt2.attention import polynomial
-from jaxgpt2.attention.formula import Calibrated, HeadWeights, float_head
-from jaxgpt2.attention.polynomial import PolynomialParams
-from jaxgpt2.ops import JaxOps
+from jaxgpt2.decoding import NotReady, quantize_input
+from jaxgpt2.methods import polynomial
+from jaxgpt2.methods.jax_ops import JaxOps
+from jaxgpt2.methods.method import HeadWeights, QuantizedModule, float_head
+from jaxgpt2.methods.polynomial import PolynomialParams
 from jaxgpt2.quantize import Bits, CalibrationError
-from jaxgpt2.reading import NotReady, quantize_input
 
 WIDTH, SIZE = 24, 8
 
@@ -49,21 +48,21 @@ def head_and_texts(width: int = WIDTH, size: int = SIZE, texts: int = 30, seed: 
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> tuple[HeadWeights, Calibrated, list[np.ndarray]]:
+def calibrated() -> tuple[HeadWeights, QuantizedModule, list[np.ndarray]]:
     weights, texts = head_and_texts()
     return weights, calibrate(weights, texts[:20]), texts[20:]
 
 
-def calibrate(weights: HeadWeights, texts: list[np.ndarray], **options: int) -> Calibrated:
-    formula = attention.get("polynomial")
-    return formula.head.calibrate(weights, texts, Bits.of(4), 64, **{**formula.options, **options})
+def calibrate(weights: HeadWeights, texts: list[np.ndarray], **options: int) -> QuantizedModule:
+    method = methods.get("polynomial")
+    return method.head.calibrate(weights, texts, Bits.of(4), 64, **{**method.options, **options})
 
 
 def error(given: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(given - wanted) / np.linalg.norm(wanted))
 
 
-def outputs(found: Calibrated, results: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def outputs(found: QuantizedModule, results: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return results[0] / results[1] @ found.decoding.basis + found.decoding.mean
 
 
@@ -75,7 +74,7 @@ def test_the_head_is_close_to_the_softmax_it_stands_for(calibrated):
 
 def test_rounded_in_jax_it_is_the_same_head(calibrated):
     weights, found, texts = calibrated
-    program = attention.get("polynomial").head
+    program = methods.get("polynomial").head
     for x in texts[:3]:
         levels = quantize_input(found, jnp.asarray(x, jnp.float32))
         output = program.decode(found.decoding, program.run(JaxOps(), found.params, levels))
@@ -127,14 +126,14 @@ def test_the_fit_follows_its_gradient():
 
 def on_slots(layout: Layout, params: PolynomialParams, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Results and caches of `prompt`."""
-    machine = SlotMachine(layout.slots)
+    machine = CleartextSimulator(layout.slots)
     tiles = [machine.load(tile) for tile in polynomial.pack(layout, x)]
     results = polynomial.prompt(layout, machine, params, *tiles)
     return [r.values for r in results[: len(tiles)]], [r.values for r in results[len(tiles) :]]
 
 
 @functools.cache
-def calibrated_at(width: int, size: int) -> tuple[Calibrated, list[np.ndarray]]:
+def calibrated_at(width: int, size: int) -> tuple[QuantizedModule, list[np.ndarray]]:
     weights, texts = head_and_texts(width, size, texts=12)
     return calibrate(weights, texts), texts
 
@@ -163,7 +162,7 @@ def test_steps_after_a_prompt_are_the_whole_text(calibrated):
     numerators, denominators = polynomial.attend(found.params, x)
     _, caches = on_slots(layout, found.params, x[:6])
     for count in range(6, len(x)):
-        machine = SlotMachine(layout.slots)
+        machine = CleartextSimulator(layout.slots)
         inputs = [machine.load(layout.pack_one(x[count])), *(machine.load(cache, 2) for cache in caches)]
         result, *updated = polynomial.step(layout, count, machine, found.params, *inputs)
         values = layout.unpack(result.values)
@@ -186,7 +185,7 @@ def test_the_client_finds_nothing_but_the_heads_output(calibrated, seed, scale):
     assert np.allclose(values[0, : layout.outputs].imag, values[0, 0].imag)
 
 
-def decrypted(found: Calibrated, layout: Layout, x: np.ndarray) -> list[np.ndarray]:
+def decrypted(found: QuantizedModule, layout: Layout, x: np.ndarray) -> list[np.ndarray]:
     return on_slots(layout, found.params, x)[0]
 
 
@@ -227,16 +226,16 @@ def test_low_rank_reads_more_tokens_with_fewer_products():
     for rank in (0, 15):
         found = calibrate(weights, texts, score_rank=rank, value_rank=rank and 16)
         layout = polynomial.layout_for(found, 8192)
-        machine = SlotMachine(layout.slots)
+        machine = CleartextSimulator(layout.slots)
         x = [machine.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]
         polynomial.prompt(layout, machine, found.params, *x)
-        calls[layout.outputs] = layout.tokens, machine.tally.by_stage()["projection"]["clear product"]
+        calls[layout.outputs] = layout.tokens, machine.counts.by_stage()["projection"]["clear product"]
     assert calls == {64: (8, 12 + 1), 16: (16, 6 + 1)}  # one to lower the queries
 
 
 @dataclass
 class Rehearsed:
-    """A party without encryption: functions on a `SlotMachine`, with every call noted."""
+    """A party without encryption: functions on a `CleartextSimulator`, with every call noted."""
 
     functions: dict[str, Function]
     params: PolynomialParams
@@ -247,7 +246,7 @@ class Rehearsed:
 
     def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
         self.calls.append(name)
-        function, machine = self.functions[name], SlotMachine(512)
+        function, machine = self.functions[name], CleartextSimulator(512)
         assert len(arrays) == len(function.sources)
         loaded = [machine.load(v, 2 if group else 0) for v, group in zip(arrays, function.sources, strict=True)]
         return [result.values for result in function.run(machine, self.params, *loaded)]
@@ -258,20 +257,20 @@ class Rehearsed:
 
 
 @pytest.fixture(scope="module")
-def compiled(calibrated) -> tuple[Calibrated, dict[str, Function], np.ndarray]:
+def compiled(calibrated) -> tuple[QuantizedModule, dict[str, Function], np.ndarray]:
     """For texts of 37 tokens in tiles of 4, where a cache holds 32; and a text."""
     _, found, texts = calibrated
     x = np.concatenate(texts)[:37]
-    program = attention.get("polynomial").head
+    program = methods.get("polynomial").head
     return found, check_functions(polynomial.Slots(512).functions(program, found, [x], 37)), x
 
 
-def reader_of(found: Calibrated, functions: dict[str, Function]) -> tuple[polynomial.SlotReader, Rehearsed]:
+def reader_of(found: QuantizedModule, functions: dict[str, Function]) -> tuple[polynomial.SlotReader, Rehearsed]:
     party = Rehearsed(functions, found.params)
     return polynomial.Slots(512).reader(found.client, party, 37), party  # pyright: ignore[reportReturnType]
 
 
-def integers(found: Calibrated, x: np.ndarray) -> np.ndarray:
+def integers(found: QuantizedModule, x: np.ndarray) -> np.ndarray:
     return np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
 
 
@@ -280,7 +279,7 @@ def test_a_circuit_reads_a_text_together_and_then_token_by_token(compiled):
     assert set(functions) == {f"prompt_{n}" for n in range(1, 11)} | {f"step_{n}" for n in range(1, 37)}
     reader, party = reader_of(found, functions)
     levels = integers(found, x)
-    wanted = attention.get("polynomial").head.run(JaxOps(), found.params, levels)
+    wanted = methods.get("polynomial").head.run(JaxOps(), found.params, levels)
     for length in (30, 31, 31, 36, 37):  # the last three steps are made before any is decrypted
         party.calls.clear()
         results = reader.read(levels[:length])
@@ -315,11 +314,11 @@ def test_what_is_out_of_range_is_refused_and_the_last_text_stays_read(compiled):
 
 def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
     _, found, texts = calibrated
-    program = attention.get("polynomial").head
+    program = methods.get("polynomial").head
     functions = check_functions(polynomial.Slots(512).functions(program, found, [np.concatenate(texts)[:40]], 40))
     results = {}
     for name, function in functions.items():
-        machine = SlotMachine(512)
+        machine = CleartextSimulator(512)
         inputs = [
             machine.load(v, 2 if group else 0) for v, group in zip(function.inputset[0], function.sources, strict=True)
         ]

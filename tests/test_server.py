@@ -34,7 +34,7 @@ import served
 from jaxgpt2.cli import main
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving import remote as remote_module
-from jaxgpt2.serving.files import KeyStore, Refusal, SessionStore
+from jaxgpt2.serving.files import APIError, KeyStore, SessionStore
 from jaxgpt2.serving.protocol import Answer, Batch, unpack
 from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, ServerError
 from jaxgpt2.serving.server import Server, ServerSettings, make_app
@@ -258,7 +258,7 @@ def test_a_client_of_another_bundle_is_told_at_once(server, circuit):
         connection(server).check("c" * 64, [circuit.id])
     with pytest.raises(Mismatch, match="another bundle"):
         connection(server).check(IDENTITY, ["d" * 64])
-    other = fhe.get_backend("clear").compile({"nap": fhe.Function(served.nap, [(ROW,)])}, None, fhe.Settings())
+    other = fhe.get_backend("clear").compile({"nap": fhe.Function(served.nap, [(ROW,)])}, None, fhe.FHEConfig())
     with pytest.raises(Refused, match="no such circuit"):
         run(remote(server, other), "nap", ROW * 0)
 
@@ -384,7 +384,7 @@ def test_the_keys_used_longest_ago_go_first(tmp_path):
     store.use("a", first)
     third = add("c", b"3" * 400)
     assert [store.status(*key)[1] for key in (("a", first), ("b", second), ("c", third))] == [True, False, True]
-    with pytest.raises(Refusal, match="upload them"):
+    with pytest.raises(APIError, match="upload them"):
         store.use("b", second)
     small = [add("d", bytes([n])) for n in range(3)]
     assert [store.status("d", digest)[1] for digest in small] == [False, True, True]  # two of a client
@@ -406,10 +406,10 @@ def test_what_arrives_counts_like_what_is_there(tmp_path):
         four.write(b"x")
         five.write(b"x")
         assert sorted(path.name for path in tmp_path.glob("a/*")) == ["4.partial", "5.partial"]
-        with pytest.raises(Refusal, match="2 sets of keys") as refused, begin("a", "6", 300):
+        with pytest.raises(APIError, match="2 sets of keys") as refused, begin("a", "6", 300):
             pass
         assert (refused.value.status, refused.value.retry_after) == (429, 5)
-        with pytest.raises(Refusal, match="no room") as refused, begin("b", "7", 500):
+        with pytest.raises(APIError, match="no room") as refused, begin("b", "7", 500):
             pass
         assert refused.value.status == 503
         with begin("b", "7", 400):
@@ -788,7 +788,7 @@ def broken_batches(draw: st.DrawFn, party: Any) -> bytes:
             del content[draw(st.sampled_from(["request", "calls", "uploads", "results"]))]
         case 7:
             x = np.zeros(draw(st.lists(st.integers(0, 4), max_size=4)), np.int64)
-            content["uploads"] = party.circuit.ports.pack_inputs(
+            content["uploads"] = party.circuit.signatures.pack_inputs(
                 "project", party.circuit.id, party.keys.id, [fhe.clear._to_bytes(x)]
             )
         case 8:
@@ -862,10 +862,10 @@ def test_thousands_of_malformed_requests(server, circuit):
 def test_strange_keys_are_refused_when_they_are_used(server, circuit):
     party, client = remote(server, circuit), raw(server)
     stranger = circuit.make_keys().evaluation
-    other = fhe.wire.pack("evaluation keys", "c" * 64, party.keys.id, [])
+    other = fhe.envelope.pack("evaluation keys", "c" * 64, party.keys.id, [])
     for keys, reason in [
         (stranger, "made with keys"), (other, "made for circuit"), (b"nothing", "do not begin"),
-        (stranger[:-1], "damaged"), (fhe.wire.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
+        (stranger[:-1], "damaged"), (fhe.envelope.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
     ]:  # fmt: skip
         digest = hashlib.sha256(keys).hexdigest()
         span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}
@@ -957,7 +957,7 @@ def test_urls_that_are_no_servers(url, message):
 def test_a_damaged_bundle_is_refused(circuit, tmp_path):
     bundles.write(tmp_path, "server", IDENTITY, {"0.1": circuit})
     found = bundles.Bundle.read(tmp_path, "server")
-    assert (found.id, found.circuits[0].ports) == (IDENTITY, circuit.ports)
+    assert (found.id, found.circuits[0].signatures) == (IDENTITY, circuit.signatures)
     with pytest.raises(bundles.BundleError, match="is a server bundle, wanted the client's"):
         bundles.Bundle.read(tmp_path, "client")
     manifest = tmp_path / "bundle.json"

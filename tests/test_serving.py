@@ -26,8 +26,8 @@ from safetensors.numpy import load_file
 import fhe
 import helpers
 from jaxgpt2.cli import main
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, head_weights, parse_heads
+from jaxgpt2.encrypted import EncryptedGPT2, head_weights, parse_modules
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.models import read_client
@@ -88,13 +88,14 @@ def keys(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("keys")
 
 
-def whole_model(model: Path, compiled: Path) -> HybridGPT2:
+def whole_model(model: Path, compiled: Path) -> EncryptedGPT2:
     """Client and server in one process: the model with the bundle's circuits."""
     client = read_client(Bundle.read(compiled / "client", "client"))
     circuits = {
-        unit: fhe.get_backend("concrete").load(compiled / "server" / "circuits" / str(unit)) for unit in client.units
+        module: fhe.get_backend("concrete").load(compiled / "server" / "circuits" / str(module))
+        for module in client.modules
     }
-    return HybridGPT2(GPT2.from_pretrained(model), client.recipes, client.calibrated, circuits, client.seq_len)
+    return EncryptedGPT2(GPT2.from_pretrained(model), client.configs, client.calibrated, circuits, client.seq_len)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
     size = gpt2.config.head_dim
 
     def windows(length: int) -> Iterator[tuple[str, np.ndarray]]:
-        """All runs of numbers of a length in every array, as it is and transposed, of unit length."""
+        """All runs of numbers of a length in every array, as it is and transposed, of module length."""
         for name, array in arrays.items():
             for flat in (array.reshape(-1), array.T.reshape(-1)):
                 if flat.size >= length:
@@ -156,16 +157,16 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
                     norms = np.linalg.norm(runs, axis=1)
                     yield name, runs[norms > 0] / norms[norms > 0, None]
 
-    for unit in parse_heads(HEADS, gpt2.config):
-        secret = head_weights(gpt2.model, unit.layer, unit.head or 0)
-        kept = head_weights(gpt2.model, unit.layer, 0)
+    for module in parse_modules(HEADS, gpt2.config):
+        secret = head_weights(gpt2.model, module.layer, module.head or 0)
+        kept = head_weights(gpt2.model, module.layer, 0)
         stored = load_file(compiled / "client" / "model" / "model.safetensors")[
-            f"transformer.h.{unit.layer}.attn.c_attn.weight"
+            f"transformer.h.{module.layer}.attn.c_attn.weight"
         ]
-        for part, start in zip(("query", "key", "value"), range((unit.head or 0) * size, 24, 8), strict=True):
+        for part, start in zip(("query", "key", "value"), range((module.head or 0) * size, 24, 8), strict=True):
             weight, bias = getattr(secret, part), getattr(secret, f"{part}_bias")
             assert not stored[:, start : start + size].any()
-            assert np.array_equal(stored[:, start - (unit.head or 0) * size :][:, :size], getattr(kept, part))
+            assert np.array_equal(stored[:, start - (module.head or 0) * size :][:, :size], getattr(kept, part))
             for needle in (*weight, *weight.T, weight, weight.T, bias):
                 assert not occurs(np.ascontiguousarray(needle), files)
             for column in weight.T:  # nor a multiple of a column
@@ -293,7 +294,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
     with running(compiled / "server", tmp_path / "state", "--workers", 1) as server:
         with RemoteGPT2.connect(server.url, compiled / "client", tmp_path / "keys") as remote:
             inputs: list[np.ndarray] = []
-            for unit, circuit in remote.hybrid.circuits.items():
+            for module, circuit in remote.hybrid.circuits.items():
                 original = circuit.encrypt
 
                 def spy(own: Any, name: str, *x: np.ndarray, original: Any = original) -> list[bytes]:
@@ -301,7 +302,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
                     return original(own, name, *x)
 
                 circuit.encrypt = spy  # pyright: ignore[reportAttributeAccessIssue]
-                assert remote.keys[unit]
+                assert remote.keys[module]
             assert len(list(remote.generate(marker, 1))) == 1
             secrets_held = [secret_bits(keys) for keys in remote.keys.values()]
         ends = inputs[0][0], inputs[-1][-1]  # of the text: every needle is looked for in gigabytes
@@ -353,8 +354,8 @@ def test_a_worker_and_then_the_server_killed_in_the_middle_of_a_text(compiled, k
 def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, compiled, keys, wanted):
     """Rightly summed envelopes around damaged ciphertexts: natively read, so that workers may die of them."""
     with RemoteGPT2.connect(server.url, compiled / "client", keys / "bob", token=TOKENS["bob"]) as remote:
-        unit, circuit = next(iter(remote.hybrid.circuits.items()))
-        own: Any = remote.keys[unit]
+        module, circuit = next(iter(remote.hybrid.circuits.items()))
+        own: Any = remote.keys[module]
         client = httpx2.Client(
             base_url=server.url, headers={"Authorization": f"Bearer {TOKENS['bob']}"}, timeout=120
         )  # fmt: skip
@@ -375,7 +376,7 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
 
         rng = np.random.default_rng(0)
         (array,) = circuit.encrypt(own, "project", np.zeros((1, 8), np.int64))
-        (inner,) = fhe.wire.unpack(array, "input 0 of project", circuit.id, own.id).parts
+        (inner,) = fhe.envelope.unpack(array, "input 0 of project", circuit.id, own.id).parts
         session, outcomes = session_for(own.evaluation), []
         assert send(session, array).is_success
         for attempt in range(30):
@@ -386,20 +387,20 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
                 damaged[rng.integers(0, min(len(inner), 200))] ^= 1 << rng.integers(0, 8)
             else:
                 damaged[rng.integers(0, len(inner))] ^= 1 << rng.integers(0, 8)
-            (sealed,) = circuit.ports.pack_inputs("project", circuit.id, own.id, [bytes(damaged)])
+            (sealed,) = circuit.signatures.pack_inputs("project", circuit.id, own.id, [bytes(damaged)])
             outcomes.append(send(session, sealed).status_code)
         assert outcomes.count(422) > 6
         assert send(session, array).is_success
         client.delete(f"/sessions/{session}")
 
-        (inner,) = fhe.wire.unpack(own.evaluation, "evaluation keys", circuit.id, own.id).parts
+        (inner,) = fhe.envelope.unpack(own.evaluation, "evaluation keys", circuit.id, own.id).parts
         for attempt in range(3):
             damaged = bytearray(inner)
             if attempt % 2:
                 damaged = damaged[: rng.integers(0, len(inner))]
             else:
                 damaged[rng.integers(0, 300)] ^= 1 << rng.integers(0, 8)
-            session = session_for(fhe.wire.pack("evaluation keys", circuit.id, own.id, [bytes(damaged)]))
+            session = session_for(fhe.envelope.pack("evaluation keys", circuit.id, own.id, [bytes(damaged)]))
             send(session, array)
             client.delete(f"/sessions/{session}")
         assert list(remote.generate(PROMPT, NEW)) == wanted

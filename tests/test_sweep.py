@@ -1,4 +1,4 @@
-"""Sweeps: rows equal `evaluate`, directories resume, whatever dies; tune finds the cheapest recipe."""
+"""Sweeps: rows equal `evaluate`, directories resume, whatever dies; tune finds the cheapest config."""
 
 import json
 import os
@@ -16,17 +16,17 @@ import fhe
 import helpers
 from jaxgpt2 import figures, sweep
 from jaxgpt2 import table as sweep_table
-from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import main
+from jaxgpt2.encrypted import EncryptedGPT2, Module
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import evaluate
-from jaxgpt2.figures import pareto
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, Unit
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.quantize import Bits, CalibrationError
-from jaxgpt2.sweep import Configuration, Experiment, Workbench
-from jaxgpt2.table import DirectoryError, SweepDirectory, read_rows
-from jaxgpt2.tuning import Encryption, cheapest, cheapest_encryption
+from jaxgpt2.sweeps.plots import pareto
+from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
+from jaxgpt2.sweeps.store import DirectoryError, SweepDirectory, read_rows
+from jaxgpt2.sweeps.tune import Encryption, cheapest, cheapest_encryption
 
 pd = pytest.importorskip("pandas", reason="the sweep extra is not installed")
 pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
@@ -52,16 +52,16 @@ def gpt2(model) -> GPT2:
 
 
 @pytest.fixture(scope="module")
-def bench(model, gpt2) -> Workbench:
-    return Workbench(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4), gpt2)
+def bench(model, gpt2) -> SweepRunner:
+    return SweepRunner(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4), gpt2)
 
 
-def configuration(head: str, formula: str, bits: Bits | int, **options: int) -> Configuration:
+def configuration(head: str, method: str, bits: Bits | int, **options: int) -> Configuration:
     layer, number = map(int, head.split("."))
-    return Configuration(Unit(layer, number), Recipe.of(formula, bits, options))
+    return Configuration(Module(layer, number), MethodConfig.of(method, bits, options))
 
 
-def rows_of(bench: Workbench, configurations: list[Configuration]) -> list[dict]:
+def rows_of(bench: SweepRunner, configurations: list[Configuration]) -> list[dict]:
     found = {row["key"]: row for rows in bench.run(configurations) for row in rows}
     return [found[each.key] for each in configurations]
 
@@ -86,9 +86,9 @@ def mixed(bench) -> list[dict]:
 @pytest.mark.parametrize("index", range(len(MIXED)))
 def test_a_row_equals_eval(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
     wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1, 3))
-    assert (row["layer"], row["head"], row["attention"]) == (each.unit.layer, each.unit.head, each.recipe.formula)
+    assert (row["layer"], row["head"], row["attention"]) == (each.module.layer, each.module.head, each.config.method)
     assert row["positions"] == wanted.positions
     assert row["passages"] == wanted.passages
     for k in (1, 3):
@@ -104,22 +104,22 @@ def test_a_row_equals_eval(bench, gpt2, mixed, index):
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
     compiled = hybrid.compile(CALIBRATION, 4, backend="clear")
-    cost = compiled.costs(4)[each.unit]
+    cost = compiled.costs(4)[each.module]
     assert isinstance(cost, fhe.Cost)
     assert row["pbs_count"] == cost.pbs_count
     assert row["max_bit_width"] == cost.max_bit_width
     assert {bits: row[f"pbs_{bits}"] for bits in cost.pbs_by_bit_width} == cost.pbs_by_bit_width
     assert row["estimated_seconds"] == cost.estimated_run_seconds
-    assert row["estimated_seconds_per_token"] == compiled.costs(4, 3)[each.unit].estimated_run_seconds
+    assert row["estimated_seconds_per_token"] == compiled.costs(4, 3)[each.module].estimated_run_seconds
     assert row["machine"] == fhe.LOOKUP_TIMES["machine"]
 
 
 def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
-    hybrid = HybridGPT2(gpt2, {MIXED[0].unit: MIXED[0].recipe}).calibrate(CALIBRATION, bench.max_tokens)
-    cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].unit]
+    hybrid = EncryptedGPT2(gpt2, {MIXED[0].module: MIXED[0].config}).calibrate(CALIBRATION, bench.max_tokens)
+    cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].module]
     assert isinstance(cost, fhe.Cost)
     assert mixed[0]["pbs_count"] == cost.pbs_count
     assert mixed[0]["max_bit_width"] == cost.max_bit_width
@@ -128,16 +128,16 @@ def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
 def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
     """Of any number of squarings, with what the engine itself would do as their cost; widths do not concern them."""
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
-    formula = "polynomial"
-    assert len(sweep.grid([Unit(0, 1)], [formula], [3, 4, 5], {})) == 1
-    chosen = [configuration("0.1", formula, 4, squarings=3), configuration("0.2", formula, 4, squarings=4)]
+    method = "polynomial"
+    assert len(sweep.grid([Module(0, 1)], [method], [3, 4, 5], {})) == 1
+    chosen = [configuration("0.1", method, 4, squarings=3), configuration("0.2", method, 4, squarings=4)]
     rows = rows_of(bench, [*chosen, MIXED[0]])
     for row, each in zip(rows, chosen, strict=False):
-        hybrid = HybridGPT2(gpt2, {each.unit: each.recipe}).calibrate(CALIBRATION, bench.max_tokens)
+        hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
         wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
-        assert row["levels"] == each.recipe.settings["squarings"] + 4
+        assert row["levels"] == each.config.settings["squarings"] + 4
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
     frame = sweep_table.table(rows)
@@ -151,7 +151,7 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
 def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
     monkeypatch.setattr(sweep, "PACK_TOKENS", 30)
     monkeypatch.setattr(sweep, "LOGITS", 300 * 3 * 7)
-    small = Workbench(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=2), gpt2)
+    small = SweepRunner(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=2), gpt2)
     assert len(small._packs) > 1
     (row,) = rows_of(small, [MIXED[0]])
     for name in ("top_1", "kl", "kl_ablated", "head_error"):
@@ -168,7 +168,7 @@ def test_what_cannot_be_calibrated_gets_a_row_that_says_why(bench, monkeypatch):
     def refuse(*_: object) -> None:
         raise CalibrationError("the query sums can reach 3,000,000,000")
 
-    monkeypatch.setattr(HybridGPT2, "calibrate_on", refuse)
+    monkeypatch.setattr(EncryptedGPT2, "calibrate_on", refuse)
     (row,) = rows_of(bench, [configuration("0.0", "lowrank", 4)])
     assert "can reach" in row["error"]
     assert "kl" not in row
@@ -193,10 +193,10 @@ def test_logits_of_a_large_model_are_never_all_there():
 def test_all_devices_are_used_and_change_nothing(model, mixed, tmp_path):
     code = f"""
 import json, jax
-from jaxgpt2.gpt2 import GPT2
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from test_sweep import *
 assert len(jax.devices()) == 2
-bench = Workbench(Experiment({str(model)!r}, tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4))
+bench = SweepRunner(Experiment({str(model)!r}, tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=4))
 print(json.dumps(rows_of(bench, MIXED[:2] + MIXED[4:])))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
@@ -212,12 +212,12 @@ print(json.dumps(rows_of(bench, MIXED[:2] + MIXED[4:])))
 
 
 def test_a_grid_is_a_product_in_which_options_concern_their_formula():
-    units = [Unit(0, 0), Unit(0, 1)]
-    found = sweep.grid(units, ["softmax", "lowrank"], [Bits.of(3), Bits.of(4)], {"score_rank": (8, 16)})
+    modules = [Module(0, 0), Module(0, 1)]
+    found = sweep.grid(modules, ["softmax", "lowrank"], [Bits.of(3), Bits.of(4)], {"score_rank": (8, 16)})
     assert len(found) == 2 * (2 + 2 * 2)
     assert len({each.key for each in found}) == len(found)
-    with pytest.raises(InputError, match="none of the formulas softmax has an option 'score_rank'"):
-        sweep.grid(units, ["softmax"], [Bits.of(3)], {"score_rank": (8,)})
+    with pytest.raises(InputError, match="none of the methods softmax has an option 'score_rank'"):
+        sweep.grid(modules, ["softmax"], [Bits.of(3)], {"score_rank": (8,)})
     with pytest.raises(InputError, match="the grid is empty"):
         sweep.grid([], ["softmax"], [Bits.of(3)], {})
 
@@ -315,7 +315,7 @@ def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
 
 
 def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
-    out = tmp_path / "recipes.json"
+    out = tmp_path / "configs.json"
     tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
               "--set", "value_rank=4,8", "--seq-len", 3, "--simulated", 0]  # fmt: skip
     result = run(*tuning, "--recovered-kl", 0.5, "--out", out, "--json")
@@ -324,11 +324,11 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
     assert found == json.loads(result.stdout)
     assert set(found["heads"]) == {"0.1", "1.2"}
     assert found["recovered_kl"] >= 0.5
-    for name, recipe in found["heads"].items():
-        evaluated = run("eval", *common(model), "--recipes", out, "--head", name, "--json")
+    for name, config in found["heads"].items():
+        evaluated = run("eval", *common(model), "--configs", out, "--head", name, "--json")
         measured = json.loads(evaluated.stdout)
-        assert measured["recovered_kl"] == pytest.approx(recipe["measured"]["recovered_kl"], abs=2e-3)
-    generated = run("generate", "dog", "--model", model, "--recipes", out, "--mode", "quantized", "--calibration",
+        assert measured["recovered_kl"] == pytest.approx(config["measured"]["recovered_kl"], abs=2e-3)
+    generated = run("generate", "dog", "--model", model, "--configs", out, "--mode", "quantized", "--calibration",
                     model / "calibration.txt", "--max-new-tokens", 2, "--json")  # fmt: skip
     assert generated.exit_code == 0, generated.output
     directories = []
@@ -351,8 +351,8 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         assert swept.exit_code == 0, swept.output
     chosen = run("tune", "--model", model, "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
                  "--json")  # fmt: skip
-    assert {name: recipe["options"] for name, recipe in json.loads(chosen.stdout)["heads"].items()} == {
-        name: recipe["options"] for name, recipe in found["heads"].items()
+    assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
+        name: config["options"] for name, config in found["heads"].items()
     }
     unreachable = run(*tuning, "--recovered-kl", 0.9999999)
     assert unreachable.exit_code == 2
@@ -360,7 +360,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
 
 
 def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_path):
-    out = tmp_path / "recipes.json"
+    out = tmp_path / "configs.json"
     tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
               "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 3, "--p-error",
               "1e-5,0.2"]  # fmt: skip
@@ -375,9 +375,9 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_pa
     assert tried[1e-5, "approximate"]["complexity"] < tried[1e-5, "exact"]["complexity"]
     enough = [each for each in tried.values() if each["lost"] <= 0.3]
     chosen = min(enough, key=lambda each: each["complexity"])["settings"]
-    assert [recipe["encryption"] for recipe in found["heads"].values()] == [chosen] * 2
+    assert [config["encryption"] for config in found["heads"].values()] == [chosen] * 2
 
-    compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--recipes", out,
+    compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--configs", out,
                  "--seq-len", 3, "--head", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
     report = json.loads(run(*compiling).stdout)
     assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
@@ -396,7 +396,7 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     monkeypatch.setitem(fhe.backend._registry.factories, "concrete", missing)
     refused = run("tune", *common(model), "--head", "0.1")
     assert refused.exit_code == 2
-    assert "install it, or leave error probability and rounding to the formula: --simulated 0" in refused.stderr
+    assert "install it, or leave error probability and rounding to the method: --simulated 0" in refused.stderr
     assert "configurations" not in refused.stderr
     tuned = run("tune", *common(model), "--head", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
                 "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
@@ -406,10 +406,10 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
 
 def test_the_cheapest_encryption_loses_no_more_than_allowed():
     def tried(p_error: float, complexity: float, kl: float) -> Encryption:
-        return Encryption(fhe.Settings(p_error), complexity, kl, quantized_kl=0.1, kl_ablated=2.0)
+        return Encryption(fhe.FHEConfig(p_error), complexity, kl, quantized_kl=0.1, kl_ablated=2.0)
 
     dear, middle, cheap = tried(1e-5, 9.0, 0.1), tried(1e-2, 6.0, 0.14), tried(0.1, 5.0, 0.5)
-    failed = Encryption(fhe.Settings(0.2), 1.0, error="head 0.0: no secure parameters exist")
+    failed = Encryption(fhe.FHEConfig(0.2), 1.0, error="head 0.0: no secure parameters exist")
     assert middle.lost == pytest.approx(0.02)
     assert cheapest_encryption([failed, dear, middle, cheap], 0.03) is middle
     assert cheapest_encryption([failed, dear, middle, cheap], 0.01) is dear
@@ -455,8 +455,8 @@ def test_tuned_heads_share_what_may_be_lost():
         (["--bits", "5-3"], "--bits '5-3' names nothing"),
         (["--bits", ""], "--bits '' cannot be read"),
         (["--bits", "1"], "bits of activations must be a whole number from 2 to 12"),
-        (["--attention", "sofmax"], "no attention formula 'sofmax'"),
-        (["--set", "rank=3"], "none of the formulas lowrank has an option 'rank'"),
+        (["--attention", "sofmax"], "no attention method 'sofmax'"),
+        (["--set", "rank=3"], "none of the methods lowrank has an option 'rank'"),
         (["--top-k", "0"], "every k must be 1 to"),
         (["--seq-len", "999"], "--seq-len must be 1 to 64"),
         (["--text", "EMPTY"], "line 2: empty passage"),
@@ -494,7 +494,7 @@ def test_a_worker_killed_in_mid_run_costs_no_row(model, tmp_path, monkeypatch):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         victim = next(iter(cluster.workers.values())).process.pid
         experiment = Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1,), seq_len=3, batch=1)
-        configurations = sweep.grid([Unit(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
+        configurations = sweep.grid([Module(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
 
         def kill_after_the_first(count: int) -> None:
             nonlocal victim
@@ -519,7 +519,7 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
 
 
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
-    """--bits N is what the formula has with N-bit activations; what is named apart changes just that."""
+    """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
     arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
     for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--lookup-bits", "none"),
                                               (6, 7, 3, None))]):  # fmt: skip

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import GPT2Tokenizer
 
 from helpers import END_OF_TEXT, REAL_TOKENIZER, one_line, save_byte_tokenizer
-from jaxgpt2.tokenizer import TokenizerError, load_tokenizer
+from jaxgpt2.models.gpt2.tokenizer import TokenizerError, load_tokenizer
 
 GPT2_VOCAB = 50257
 needs_real = pytest.mark.skipif(not REAL_TOKENIZER.is_dir(), reason=f"{REAL_TOKENIZER} is not here")

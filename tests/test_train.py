@@ -9,9 +9,9 @@ from click.testing import CliRunner
 pytest.importorskip("optax", reason="the train extra is not installed")
 import cut_passages
 import train
-from train import END_OF_TEXT, Recipe, TrainingError
+from train import END_OF_TEXT, MethodConfig, TrainingError
 
-RECIPE = Recipe(
+RECIPE = MethodConfig(
     vocab_size=280, n_positions=16, n_embd=16, n_layer=1, n_head=2, batch_size=4, learning_rate=3e-3,
     weight_decay=0.05, warmup_steps=5, decay_fraction=0.4, seed=0,
 )  # fmt: skip
@@ -84,7 +84,7 @@ def test_the_tokenizer_gives_every_text_back(corpus):
 
 
 def test_export_is_a_model_that_loads(corpus, tmp_path):
-    from jaxgpt2.gpt2 import GPT2
+    from jaxgpt2.models.gpt2.pretrained import GPT2
 
     options = ["--corpus", corpus, "--out", tmp_path / "run", "--steps", 20, "--save-every", 20, "--vocab-size", 280,
                "--context", 64, "--width", 16, "--layers", 1, "--heads", 2, "--batch-size", 2]  # fmt: skip

@@ -19,9 +19,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers import edit_json, one_line, random_checkpoint, rewrite_tensors, torch_logits
-from jaxgpt2.config import ConfigError, GPT2Config
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.parameters import assemble, disassemble, parameter_shapes
+from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
+from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
 from weights import CheckpointError, load_config, load_tensors, locate, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 """What `jaxgpt2 compile` hands to two machines.
 
     OUT/server/                       the head's owner
-      bundle.json                     format, identity, circuits with their ports, hashes of all files
+      bundle.json                     format, identity, circuits with their signatures, hashes of all files
       circuits/L.H/                   a compiled circuit, with weights and code
     OUT/client/                       the user
       bundle.json                     the same, and how to decode
@@ -38,13 +38,13 @@ class BundleError(InputError):
 class CircuitEntry:
     """What both sides know of a circuit.
 
-    unit: the head, as "0.1"; id: the circuit's; backend: its engine; ports: its functions.
+    module: the head, as "0.1"; id: the circuit's; backend: its engine; signatures: its functions.
     """
 
-    unit: str
+    module: str
     id: str
     backend: str
-    ports: fhe.Ports
+    signatures: fhe.Signatures
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Bundle:
             _check_files(directory, content["files"])
             _check_versions(directory, content["versions"])
             circuits = tuple(
-                CircuitEntry(unit, facts["id"], facts["backend"], fhe.Ports.from_json(facts["ports"]))
-                for unit, facts in content["circuits"].items()
+                CircuitEntry(module, facts["id"], facts["backend"], fhe.Signatures.from_json(facts["signatures"]))
+                for module, facts in content["circuits"].items()
             )
             return cls(directory, kind, content["id"], circuits, content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -91,8 +91,8 @@ class Bundle:
                 raise
             raise BundleError(f"{directory / MANIFEST} is damaged: {error!r}") from None
 
-    def circuit_directory(self, unit: str) -> Path:
-        return self.directory / "circuits" / unit
+    def circuit_directory(self, module: str) -> Path:
+        return self.directory / "circuits" / module
 
 
 def write(
@@ -102,12 +102,12 @@ def write(
     circuits: Mapping[str, fhe.Circuit],
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """A bundle of a kind, with circuits by unit, in a directory that may hold more of it already.
+    """A bundle of a kind, with circuits by module, in a directory that may hold more of it already.
 
     facts: what else its manifest shall say.
     """
-    for unit, circuit in circuits.items():
-        circuit.save(directory / "circuits" / unit, server=kind == "server")
+    for module, circuit in circuits.items():
+        circuit.save(directory / "circuits" / module, server=kind == "server")
     content = {
         "format": FORMAT,
         "kind": kind,
@@ -120,8 +120,8 @@ def write(
             if package != "numpy"  # any will do
         },
         "circuits": {
-            unit: {"id": circuit.id, "backend": circuit.report.backend, "ports": circuit.ports.to_json()}
-            for unit, circuit in circuits.items()
+            module: {"id": circuit.id, "backend": circuit.report.backend, "signatures": circuit.signatures.to_json()}
+            for module, circuit in circuits.items()
         },
         **(facts or {}),
         "files": hashes(directory),

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import fhe
+from jaxgpt2.encrypted import EncryptedGPT2, Engine, Module
 from jaxgpt2.generation import GREEDY, Sampling
-from jaxgpt2.hybrid import Engine, HybridGPT2, Unit
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.models import read_client
 from jaxgpt2.serving.remote import Connection, Refused, Remote
@@ -34,7 +34,7 @@ class RemoteGPT2:
         keys: of every protected head; they stay here.
     """
 
-    def __init__(self, hybrid: HybridGPT2, connection: Connection, keys: Mapping[Unit, fhe.Keys]):
+    def __init__(self, hybrid: EncryptedGPT2, connection: Connection, keys: Mapping[Module, fhe.Keys]):
         self.hybrid, self.connection, self.keys = hybrid, connection, keys
 
     @classmethod
@@ -87,25 +87,25 @@ class RemoteGPT2:
             NotReady: the text would be longer than the circuits; ServerError: the server refuses, or is gone;
             fhe.FHEError: decrypted numbers that cannot be right.
         """
-        parties: dict[Unit, Remote] = {}
-        engines: dict[Unit, Engine] = {}
+        parties: dict[Module, Remote] = {}
+        engines: dict[Module, Engine] = {}
 
-        def begin(unit: Unit) -> None:
+        def begin(module: Module) -> None:
             """The text is read from its beginning."""
-            parties[unit] = Remote(self.connection, self.hybrid.circuits[unit], self.keys[unit])
-            engines[unit] = self.hybrid.engine_of({unit: parties[unit]})
+            parties[module] = Remote(self.connection, self.hybrid.circuits[module], self.keys[module])
+            engines[module] = self.hybrid.engine_of({module: parties[module]})
 
-        def engine(unit: Unit, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
+        def engine(module: Module, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
             try:
-                return engines[unit](unit, x, lengths)
+                return engines[module](module, x, lengths)
             except Refused as error:
                 if error.code != "no_session":
                     raise
-            begin(unit)  # the session has expired: what it held is computed again in another
-            return engines[unit](unit, x, lengths)
+            begin(module)  # the session has expired: what it held is computed again in another
+            return engines[module](module, x, lengths)
 
-        for unit in self.hybrid.circuits:
-            begin(unit)
+        for module in self.hybrid.circuits:
+            begin(module)
         tokens = self.hybrid.continue_text(prompt, max_new_tokens, engine, sampling)
 
         def until_closed() -> Iterator[int]:

@@ -29,7 +29,7 @@ from jaxgpt2.serving.protocol import Result
 PARTIAL = ".partial"
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """A request that is not done: HTTP status, a word for programs, a line for people.
 
     retry_after: seconds after which it may be sent again.
@@ -78,13 +78,13 @@ class KeyStore:
         """The file of complete keys, now the most recently used ones.
 
         Raises:
-            Refusal: they are not here, or not any more.
+            APIError: they are not here, or not any more.
         """
         path = self.path(client, digest)
         try:
             os.utime(path)
         except FileNotFoundError:
-            raise Refusal(409, "keys_missing", "these evaluation keys are not here: upload them") from None
+            raise APIError(409, "keys_missing", "these evaluation keys are not here: upload them") from None
         return path
 
     @contextlib.contextmanager
@@ -93,17 +93,17 @@ class KeyStore:
         see `finish`.
 
         Raises:
-            Refusal: too large, out of step with what has arrived, arriving already on another connection, or too much
+            APIError: too large, out of step with what has arrived, arriving already on another connection, or too much
             arrives at once.
         """
         if total > self.capacity:
-            raise Refusal(413, "too_large", f"keys of {total} bytes, and this server keeps {self.capacity} in all")
+            raise APIError(413, "too_large", f"keys of {total} bytes, and this server keeps {self.capacity} in all")
         partial = self.path(client, digest).with_name(digest + PARTIAL)
         if partial in self._arriving:
-            raise Refusal(409, "arriving", "these keys arrive on another connection already", retry_after=1)
+            raise APIError(409, "arriving", "these keys arrive on another connection already", retry_after=1)
         received, complete = self.status(client, digest)
         if complete or start != received:
-            raise Refusal(409, "offset", f"{received} bytes are here, the upload begins at {start}")
+            raise APIError(409, "offset", f"{received} bytes are here, the upload begins at {start}")
         self._make_room(partial, total)
         partial.parent.mkdir(exist_ok=True)
         self._arriving[partial] = total
@@ -117,7 +117,7 @@ class KeyStore:
         """Checks what has arrived, and takes it for the client's keys.
 
         Raises:
-            Refusal: these are not the bytes that were announced; they are thrown away.
+            APIError: these are not the bytes that were announced; they are thrown away.
         """
         path = self.path(client, digest)
         partial = path.with_name(digest + PARTIAL)
@@ -126,7 +126,7 @@ class KeyStore:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             partial.unlink()
-            raise Refusal(422, "digest", "the bytes received are not those of this SHA-256: upload them again")
+            raise APIError(422, "digest", "the bytes received are not those of this SHA-256: upload them again")
         os.replace(partial, path)
         os.utime(path)
 
@@ -143,7 +143,7 @@ class KeyStore:
         """Removes the keys used longest ago, and uploads begun and left, until keys of so many bytes may arrive.
 
         Raises:
-            Refusal: what arrives already leaves no room, and will be the next to go once it is here.
+            APIError: what arrives already leaves no room, and will be the next to go once it is here.
         """
         arriving = {path: size for path, size in self._arriving.items() if path != partial}
         left = [path for path in self.directory.glob("*/*") if path != partial and path not in arriving]
@@ -151,10 +151,10 @@ class KeyStore:
         left.sort(key=lambda path: facts[path].st_mtime)
         room = self.capacity - total - sum(arriving.values())
         if room < 0:
-            raise Refusal(503, "busy", "the keys that others send leave no room for these", retry_after=5)
+            raise APIError(503, "busy", "the keys that others send leave no room for these", retry_after=5)
         sets = self.per_client - 1 - sum(path.parent == partial.parent for path in arriving)
         if sets < 0:
-            raise Refusal(429, "keys", f"a client may have {self.per_client} sets of keys, so many arrive", 5)
+            raise APIError(429, "keys", f"a client may have {self.per_client} sets of keys, so many arrive", 5)
         own = [path for path in left if path.parent == partial.parent]
         doomed = own[: max(0, len(own) - sets)]
         excess = sum(facts[path].st_size for path in left if path not in doomed) - room
@@ -227,7 +227,7 @@ class SessionStore:
         self.sweep()
         own = [session for session in self.sessions.values() if session.client == client]
         if len(own) >= self.per_client or len(self.sessions) >= self.total:
-            raise Refusal(429, "sessions", "too many sessions are open: close some, or wait for them to expire", 5)
+            raise APIError(429, "sessions", "too many sessions are open: close some, or wait for them to expire", 5)
         session = Session(secrets.token_hex(16), client, circuit, keys, Path(), time.time())
         session.path = self.directory / session.id
         session.path.mkdir()
@@ -240,14 +240,14 @@ class SessionStore:
         """A client's own session, now used.
 
         Raises:
-            Refusal: there is none of that id, not any more, or it is another client's.
+            APIError: there is none of that id, not any more, or it is another client's.
         """
         self.sweep()
         session = self.sessions.get(identity)
         if session is None:
-            raise Refusal(404, "no_session", "there is no such session, or it has expired")
+            raise APIError(404, "no_session", "there is no such session, or it has expired")
         if session.client != client:
-            raise Refusal(403, "not_yours", "this session belongs to another client")
+            raise APIError(403, "not_yours", "this session belongs to another client")
         session.used = time.time()
         os.utime(session.path / "session.json")
         return session

@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import fhe
-from jaxgpt2.attention import Recipe
-from jaxgpt2.attention.formula import Calibrated
-from jaxgpt2.gpt2 import GPT2
-from jaxgpt2.hybrid import HybridGPT2, NotReady, Unit, parse_heads
-from jaxgpt2.parameters import disassemble
+from jaxgpt2.encrypted import EncryptedGPT2, Module, NotReady, parse_modules
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.methods.method import QuantizedModule
+from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.models.gpt2.state_dict import disassemble
 from jaxgpt2.quantize import Bits
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from weights import save_checkpoint
 
 
-def without_heads(hybrid: HybridGPT2) -> dict[str, np.ndarray]:
+def without_heads(hybrid: EncryptedGPT2) -> dict[str, np.ndarray]:
     """The float model's tensors, with zeros for the protected heads' query, key and value weights and biases.
 
     Of a whole block all of them, and the output projection, which its circuit computes as well. A single head's rows of
@@ -37,20 +37,20 @@ def without_heads(hybrid: HybridGPT2) -> dict[str, np.ndarray]:
     """
     config = hybrid.gpt2.config
     tensors = {name: np.array(tensor, np.float32) for name, tensor in disassemble(hybrid.gpt2.model).items()}
-    for unit in hybrid.units:
-        own = f"h.{unit.layer}.attn"
-        if unit.head is None:
+    for module in hybrid.modules:
+        own = f"h.{module.layer}.attn"
+        if module.head is None:
             columns = slice(None)
             tensors[f"{own}.c_proj.weight"][:] = 0
         else:
-            starts = unit.head * config.head_dim + np.arange(3) * config.n_embd
+            starts = module.head * config.head_dim + np.arange(3) * config.n_embd
             columns = np.concatenate([np.arange(start, start + config.head_dim) for start in starts])
         tensors[f"{own}.c_attn.weight"][:, columns] = 0
         tensors[f"{own}.c_attn.bias"][columns] = 0
     return tensors
 
 
-def write_bundles(hybrid: HybridGPT2, directory: Path, report: Mapping[str, Any]) -> str:
+def write_bundles(hybrid: EncryptedGPT2, directory: Path, report: Mapping[str, Any]) -> str:
     """`server/`, `client/` and `report.json` in a directory that appears whole or not at all.
 
     Returns:
@@ -77,53 +77,53 @@ def write_bundles(hybrid: HybridGPT2, directory: Path, report: Mapping[str, Any]
     return identity
 
 
-def _write(hybrid: HybridGPT2, seq_len: int, directory: Path) -> str:
-    circuits = {str(unit): circuit for unit, circuit in hybrid.circuits.items()}
+def _write(hybrid: EncryptedGPT2, seq_len: int, directory: Path) -> str:
+    circuits = {str(module): circuit for module, circuit in hybrid.circuits.items()}
     client = directory / "client"
     save_checkpoint(client / "model", dataclasses.asdict(hybrid.gpt2.config), without_heads(hybrid))
     hybrid.gpt2.tokenizer.save(str(client / "model" / "tokenizer.json"))
     (client / "heads").mkdir()
     heads = {}
-    for unit, calibrated in hybrid.calibrated.items():
+    for module, calibrated in hybrid.calibrated.items():
         arrays = {"input_scale": calibrated.input_scale}
         arrays |= {f"decoding.{name}": value for name, value in calibrated.decoding._asdict().items()}
-        save_file({name: np.array(value) for name, value in arrays.items()}, client / "heads" / f"{unit}.safetensors")
-        heads[str(unit)] = {
-            "recipe": hybrid.recipes[unit].to_json(),
+        save_file({name: np.array(value) for name, value in arrays.items()}, client / "heads" / f"{module}.safetensors")
+        heads[str(module)] = {
+            "config": hybrid.configs[module].to_json(),
             "bits": dataclasses.asdict(calibrated.bits),
             "max_tokens": calibrated.max_tokens,
             "decoding": list(calibrated.decoding._fields),
         }
-    contents = bundles.hashes(client), seq_len, heads, {unit: circuit.id for unit, circuit in circuits.items()}
+    contents = bundles.hashes(client), seq_len, heads, {module: circuit.id for module, circuit in circuits.items()}
     identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     bundles.write(client, "client", identity, circuits, {"seq_len": seq_len, "heads": heads})
     bundles.write(directory / "server", "server", identity, circuits)
     return identity
 
 
-def read_client(bundle: Bundle) -> HybridGPT2:
+def read_client(bundle: Bundle) -> EncryptedGPT2:
     """The model of a client bundle: it encrypts and decrypts for its protected heads, and cannot compute them.
 
     Raises:
         BundleError: it is damaged; what `GPT2.from_pretrained` raises.
     """
     gpt2 = GPT2.from_pretrained(bundle.directory / "model")
-    recipes: dict[Unit, Recipe] = {}
-    calibrated: dict[Unit, Calibrated] = {}
-    circuits: dict[Unit, fhe.Circuit] = {}
+    configs: dict[Module, MethodConfig] = {}
+    calibrated: dict[Module, QuantizedModule] = {}
+    circuits: dict[Module, fhe.Circuit] = {}
     try:
         for entry in bundle.circuits:
-            (unit,) = parse_heads(entry.unit, gpt2.config)
-            facts: Mapping[str, Any] = bundle.content["heads"][entry.unit]
-            arrays = load_file(bundle.directory / "heads" / f"{entry.unit}.safetensors")
+            (module,) = parse_modules(entry.module, gpt2.config)
+            facts: Mapping[str, Any] = bundle.content["heads"][entry.module]
+            arrays = load_file(bundle.directory / "heads" / f"{entry.module}.safetensors")
             # As JAX and `decode` take it, which go by its fields.
             decoding = collections.namedtuple("Decoding", facts["decoding"])
             values = [arrays[f"decoding.{name}"] for name in facts["decoding"]]
-            recipes[unit] = Recipe.from_json(facts["recipe"])
-            calibrated[unit] = Calibrated(
+            configs[module] = MethodConfig.from_json(facts["config"])
+            calibrated[module] = QuantizedModule(
                 None, arrays["input_scale"], decoding(*values), Bits(**facts["bits"]), facts["max_tokens"]
             )
-            circuits[unit] = fhe.get_backend(entry.backend).load(bundle.circuit_directory(entry.unit))
-        return HybridGPT2(gpt2, recipes, calibrated, circuits, bundle.content["seq_len"])
+            circuits[module] = fhe.get_backend(entry.backend).load(bundle.circuit_directory(entry.module))
+        return EncryptedGPT2(gpt2, configs, calibrated, circuits, bundle.content["seq_len"])
     except (KeyError, TypeError, OSError, SafetensorError) as error:
         raise BundleError(f"{bundle.directory} is damaged: {error!r}") from None

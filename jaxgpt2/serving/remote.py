@@ -354,10 +354,10 @@ class Remote:
         self._count += 1
         self._calls.append(call)
         handles = []
-        for output in range(self.circuit.ports[name].outputs):
+        for output in range(self.circuit.signatures[name].outputs):
             result = Result(call=call.id, output=output)
             handles.append(handle := Handle(result))
-            if fhe.Output(name, output) in self.circuit.ports.kept:
+            if fhe.Output(name, output) in self.circuit.signatures.kept:
                 weakref.finalize(handle, self._forgotten.append, result).atexit = False
             else:
                 self._wanted.append(result)

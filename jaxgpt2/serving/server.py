@@ -37,7 +37,7 @@ import jaxgpt2
 from jaxgpt2.errors import InputError
 from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.bundle import Bundle, CircuitEntry
-from jaxgpt2.serving.files import KeyStore, Refusal, Session, SessionStore
+from jaxgpt2.serving.files import APIError, KeyStore, Session, SessionStore
 from jaxgpt2.serving.limits import Limits
 from jaxgpt2.serving.protocol import (
     MSGPACK,
@@ -176,21 +176,21 @@ class Server:
         self.scheduler = Scheduler(workers, own.queue)
 
     def client(self, token: str | None) -> str:
-        """Whose token this is. Raises Refusal."""
+        """Whose token this is. Raises APIError."""
         if self.settings.tokens is None:
             return ANYBODY
         name = None if token is None else self.settings.tokens.get(hashlib.sha256(token.encode()).hexdigest())
         if name is None:
-            raise Refusal(401, "unauthorized", "this server wants a bearer token that it knows")
+            raise APIError(401, "unauthorized", "this server wants a bearer token that it knows")
         return name
 
     @contextlib.contextmanager
     def admitted(self, client: str) -> Iterator[None]:
-        """One more request in flight. Raises Refusal if there are too many."""
+        """One more request in flight. Raises APIError if there are too many."""
         if self.in_flight[client] >= self.limits.requests_per_client:
-            raise Refusal(429, "in_flight", "too many requests of this client at once", retry_after=1)
+            raise APIError(429, "in_flight", "too many requests of this client at once", retry_after=1)
         if self.in_flight.total() >= self.limits.requests:
-            raise Refusal(503, "busy", "too many requests at once", retry_after=1)
+            raise APIError(503, "busy", "too many requests at once", retry_after=1)
         self.in_flight[client] += 1
         try:
             yield
@@ -200,58 +200,60 @@ class Server:
                 del self.in_flight[client]
 
     def count_calls(self, client: str, calls: int) -> None:
-        """Raises Refusal if the client has run too many functions lately."""
+        """Raises APIError if the client has run too many functions lately."""
         limit = self.limits.calls_per_minute
         if limit is None or not calls:
             return
         rate = rates.RateLimitItemPerMinute(limit)
         if calls > limit:
-            raise Refusal(422, "rate", f"a batch of {calls} calls, and this server runs {limit} in a minute")
+            raise APIError(422, "rate", f"a batch of {calls} calls, and this server runs {limit} in a minute")
         if not self.rates.hit(rate, client, cost=calls):
             reset = self.rates.get_window_stats(rate, client).reset_time - time.time()
-            raise Refusal(429, "rate", f"this server runs {limit} functions a minute for a client", max(reset, 1))
+            raise APIError(429, "rate", f"this server runs {limit} functions a minute for a client", max(reset, 1))
 
     def check_batch(self, session: Session, batch: Batch) -> None:
-        """What can be known of a batch before it is computed. Raises Refusal."""
-        ports = self.circuits[session.circuit].ports
+        """What can be known of a batch before it is computed. Raises APIError."""
+        signatures = self.circuits[session.circuit].signatures
         made: set[Result] = set()
 
         def known(result: Result) -> None:
             if result not in made and not session.result(result).exists():
-                raise Refusal(422, "no_result", f"there is no result {result.output} of call {result.call}")
+                raise APIError(422, "no_result", f"there is no result {result.output} of call {result.call}")
 
         functions: dict[int, str] = {}
         for call in batch.calls:
             # A number names one call for ever: results of two calls under one name could not be told apart.
             if call.id in functions or call.id < session.next_call:
-                raise Refusal(422, "call_twice", f"there is a call {call.id} already in this session")
+                raise APIError(422, "call_twice", f"there is a call {call.id} already in this session")
             functions[call.id] = call.function
-            if call.function not in ports.functions:
-                raise Refusal(422, "no_function", f"there is no such function; there are: {', '.join(ports.functions)}")
-            port = ports[call.function]
+            if call.function not in signatures.functions:
+                raise APIError(
+                    422, "no_function", f"there is no such function; there are: {', '.join(signatures.functions)}"
+                )
+            port = signatures[call.function]
             if len(call.inputs) != len(port.sources):
                 detail = f"{call.function} takes {len(port.sources)} inputs, not {len(call.inputs)}"
-                raise Refusal(422, "inputs", detail)
+                raise APIError(422, "inputs", detail)
             for source in call.inputs:
                 if isinstance(source, Result):
                     known(source)
                 elif source >= len(batch.uploads):
-                    raise Refusal(422, "inputs", f"there is no upload {source}")
+                    raise APIError(422, "inputs", f"there is no upload {source}")
             made |= {Result(call=call.id, output=output) for output in range(port.outputs)}
         for result in batch.results:
             known(result)
             # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
-            if result.call not in functions or fhe.Output(functions[result.call], result.output) in ports.kept:
-                raise Refusal(403, "kept", f"result {result.output} of call {result.call} stays on the server")
+            if result.call not in functions or fhe.Output(functions[result.call], result.output) in signatures.kept:
+                raise APIError(403, "kept", f"result {result.output} of call {result.call} stays on the server")
 
     def begin(self, session: Session, batch: Batch) -> None:
         """Puts a batch in the queue, if it is not computed already or being computed.
 
-        Raises Refusal, also for another batch while one is computed.
+        Raises APIError, also for another batch while one is computed.
         """
         if session.running is not None:
             if session.running[0] != batch.request:
-                raise Refusal(409, "in_order", "this session is computing another batch", retry_after=1)
+                raise APIError(409, "in_order", "this session is computing another batch", retry_after=1)
             return
         if session.answer(batch.request).exists():
             return
@@ -264,7 +266,7 @@ class Server:
     async def answer(self, session: Session, request: str) -> Path | None:
         """The file with the answer to a batch that has begun; None if it takes longer than POLL.
 
-        Raises Refusal: the batch was refused, or is not known here.
+        Raises APIError: the batch was refused, or is not known here.
         """
         if session.running is not None and session.running[0] == request:
             task = session.running[1]
@@ -275,7 +277,7 @@ class Server:
             task.result()
         path = session.answer(request)
         if not path.exists():
-            raise Refusal(404, "no_batch", "there is no such batch, or its answer has been dropped: send it again")
+            raise APIError(404, "no_batch", "there is no such batch, or its answer has been dropped: send it again")
         return path
 
     async def sweep(self) -> None:
@@ -288,7 +290,7 @@ class Server:
         entry = self.circuits[session.circuit]
         job = Job(
             entry.backend,
-            self.bundle.circuit_directory(entry.unit).absolute(),
+            self.bundle.circuit_directory(entry.module).absolute(),
             self.keys.path(session.client, session.keys).absolute(),
             session.path.absolute(),
             batch,
@@ -303,21 +305,21 @@ class Server:
 
     async def _finish(self, session: Session, batch: Batch, job: Job) -> None:
         started = time.monotonic()
-        unit = self.circuits[session.circuit].unit
-        facts = {"client": session.client, "circuit": unit, "calls": len(batch.calls)}
+        module = self.circuits[session.circuit].module
+        facts = {"client": session.client, "circuit": module, "calls": len(batch.calls)}
         try:
             done = await self.scheduler.run(session.client, job)
         except WorkerDied as error:
             self.metrics.died.inc()
             log.error("worker died", reason=str(error), **facts)
-            raise Refusal(500, "worker_died", "the process that computed this died; it has been replaced") from None
+            raise APIError(500, "worker_died", "the process that computed this died; it has been replaced") from None
         except TookTooLong:
             log.warning("batch stopped", **facts)
-            raise Refusal(500, "too_long", f"this took longer than {self.limits.job:g} s, and was stopped") from None
+            raise APIError(500, "too_long", f"this took longer than {self.limits.job:g} s, and was stopped") from None
         if done.refusal is not None:
             status, code, detail = done.refusal
             log.warning("batch refused", code=code, **facts)
-            raise Refusal(status, code, detail)
+            raise APIError(status, code, detail)
         for function, seconds in done.seconds:
             self.metrics.seconds.labels(function).observe(seconds)
         await asyncio.to_thread(self._tidy, session, batch)
@@ -337,7 +339,7 @@ class Server:
 
 
 async def chunks_of(request: Request) -> AsyncIterator[bytes]:
-    """A request's body as it comes. Raises Refusal if it stops coming."""
+    """A request's body as it comes. Raises APIError if it stops coming."""
     stream = request.stream().__aiter__()
     while True:
         try:
@@ -346,14 +348,14 @@ async def chunks_of(request: Request) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise Refusal(408, "slow", f"nothing came for {PATIENCE:g} s") from None
+            raise APIError(408, "slow", f"nothing came for {PATIENCE:g} s") from None
         if chunk:
             yield chunk
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """A request's body. Raises Refusal if it is larger than the limit, before all of it is here."""
-    too_large = Refusal(413, "too_large", f"a request may have {limit} bytes")
+    """A request's body. Raises APIError if it is larger than the limit, before all of it is here."""
+    too_large = APIError(413, "too_large", f"a request may have {limit} bytes")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     parts, size = [], 0
@@ -366,18 +368,18 @@ async def body_of(request: Request, limit: int) -> bytes:
 
 
 def content_range(request: Request) -> tuple[int, int]:
-    """First byte and number of all bytes, from `Content-Range: bytes FIRST-LAST/ALL`. Raises Refusal.
+    """First byte and number of all bytes, from `Content-Range: bytes FIRST-LAST/ALL`. Raises APIError.
 
     FIRST may be ALL: then no byte is missing, and what is here is to be checked.
     """
     value = request.headers.get("content-range", "")
     match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", value)
     if match is None or not int(match[1]) <= int(match[2]) + 1 == int(match[3]):
-        raise Refusal(400, "range", "wanted Content-Range: bytes FIRST-LAST/ALL, to the last byte of all")
+        raise APIError(400, "range", "wanted Content-Range: bytes FIRST-LAST/ALL, to the last byte of all")
     return int(match[1]), int(match[3])
 
 
-def refused(error: Refusal) -> JSONResponse:
+def refused(error: APIError) -> JSONResponse:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(int(-(-error.retry_after // 1)))
@@ -422,7 +424,7 @@ async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCrede
 
 async def client_of(name: Annotated[str, Depends(caller)]) -> str:
     if name == METRICS:
-        raise Refusal(403, "metrics_only", "this token reads /metrics, and no more")
+        raise APIError(403, "metrics_only", "this token reads /metrics, and no more")
     return name
 
 
@@ -453,7 +455,7 @@ def make_app(server: Server) -> FastAPI:
             response = await call_next(request)
         except Exception as error:
             log.error("failed", exc_info=error)
-            response = refused(Refusal(500, "failed", f"the server failed: {type(error).__name__}"))
+            response = refused(APIError(500, "failed", f"the server failed: {type(error).__name__}"))
         route = getattr(request.scope.get("route"), "path", "none")
         received = int(request.headers.get("content-length") or 0)
         server.metrics.requests.labels(route, response.status_code).inc()
@@ -466,26 +468,26 @@ def make_app(server: Server) -> FastAPI:
             )  # fmt: skip
         return response
 
-    @app.exception_handler(Refusal)
-    async def on_refusal(_: Request, error: Refusal) -> JSONResponse:
+    @app.exception_handler(APIError)
+    async def on_refusal(_: Request, error: APIError) -> JSONResponse:
         return refused(error)
 
     @app.exception_handler(BadRequest)
     async def on_bad_request(_: Request, error: BadRequest) -> JSONResponse:
-        return refused(Refusal(422, "malformed", str(error)))
+        return refused(APIError(422, "malformed", str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return refused(Refusal(422, "malformed", f"{first['loc'][-1]}: {first['msg']}"))
+        return refused(APIError(422, "malformed", f"{first['loc'][-1]}: {first['msg']}"))
 
     @app.exception_handler(HTTPException)
     async def on_http(_: Request, error: HTTPException) -> JSONResponse:
-        return refused(Refusal(error.status_code, "http", str(error.detail)))
+        return refused(APIError(error.status_code, "http", str(error.detail)))
 
     @app.exception_handler(ClientDisconnect)
     async def on_disconnect(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return refused(Refusal(400, "disconnected", "the request ended before its body"))
+        return refused(APIError(400, "disconnected", "the request ended before its body"))
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
@@ -496,7 +498,7 @@ def make_app(server: Server) -> FastAPI:
     async def metrics(name: Annotated[str, Depends(caller)]) -> Response:
         """For Prometheus; with the token of the client named `metrics`, where the server asks for tokens."""
         if server.settings.tokens is not None and name != METRICS:
-            raise Refusal(403, "metrics_only", f"/metrics is for the client named {METRICS}")
+            raise APIError(403, "metrics_only", f"/metrics is for the client named {METRICS}")
         text = prometheus_client.generate_latest(server.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -508,7 +510,7 @@ def make_app(server: Server) -> FastAPI:
             "bundle": server.bundle.id,
             "version": jaxgpt2.__version__,
             "circuits": {
-                entry.unit: {"id": entry.id, "backend": entry.backend, "functions": entry.ports.to_json()}
+                entry.module: {"id": entry.id, "backend": entry.backend, "functions": entry.signatures.to_json()}
                 for entry in server.bundle.circuits
             },
             "limits": {
@@ -534,7 +536,7 @@ def make_app(server: Server) -> FastAPI:
                 async for chunk in chunks_of(request):
                     start += len(chunk)
                     if start > total:
-                        raise Refusal(413, "too_large", "more bytes than were announced")
+                        raise APIError(413, "too_large", "more bytes than were announced")
                     await asyncio.to_thread(file.write, chunk)
             finally:
                 await asyncio.to_thread(file.flush)
@@ -551,7 +553,7 @@ def make_app(server: Server) -> FastAPI:
             raise BadRequest("this is no JSON") from None
         wanted = read(NewSession, content)
         if wanted.circuit not in server.circuits:
-            raise Refusal(409, "no_circuit", "this server has no such circuit: client and server are of other bundles")
+            raise APIError(409, "no_circuit", "this server has no such circuit: client and server are of other bundles")
         server.keys.use(client, wanted.keys)
         session = server.sessions.open(client, wanted.circuit, wanted.keys)
         return SessionOpened(session=session.id, expires_after=server.limits.idle)
@@ -561,7 +563,7 @@ def make_app(server: Server) -> FastAPI:
         """Forgets a session and all that it holds."""
         session = server.sessions.get(client, identity)
         if session.running is not None:
-            raise Refusal(409, "in_order", "this session is computing a batch", retry_after=1)
+            raise APIError(409, "in_order", "this session is computing a batch", retry_after=1)
         server.sessions.close(session)
 
     @app.post(
@@ -594,7 +596,7 @@ async def _answered(path: Path | None) -> Response:
     try:
         return Response(await asyncio.to_thread(path.read_bytes), media_type=MSGPACK)
     except FileNotFoundError:  # the session's next batch is done, or the session closed
-        raise Refusal(404, "no_batch", "the answer to this batch has been dropped") from None
+        raise APIError(404, "no_batch", "the answer to this batch has been dropped") from None
 
 
 def _body(message: type[Any], media: str) -> dict[str, Any]:

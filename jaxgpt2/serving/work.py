@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fhe
-from jaxgpt2.serving.files import Refusal, write_whole
+from jaxgpt2.serving.files import APIError, write_whole
 from jaxgpt2.serving.protocol import Answer, Batch, Result, pack
 
 
@@ -66,7 +66,7 @@ def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
         try:
             keys = job.keys.read_bytes()
         except FileNotFoundError:
-            raise Refusal(409, "keys_missing", "these evaluation keys are not here: upload them") from None
+            raise APIError(409, "keys_missing", "these evaluation keys are not here: upload them") from None
         while len(ready) >= job.in_memory:
             ready.popitem(last=False)
         ready[name] = fhe.get_backend(job.backend).load(job.circuit), keys
@@ -78,7 +78,7 @@ def perform(job: Job) -> Done:
     """Runs the calls of a batch, then stores what later calls may take, then the answer."""
     try:
         return Done(seconds=tuple(_perform(job)))
-    except Refusal as error:
+    except APIError as error:
         return Done(refusal=(error.status, error.code, error.detail))
     except (fhe.FHEError, ValueError) as error:
         return Done(refusal=(422, "refused", " ".join(str(error).split())[:500]))
@@ -90,7 +90,7 @@ def perform(job: Job) -> Done:
 
 def _perform(job: Job) -> list[tuple[str, float]]:
     circuit, keys = _circuit(job)
-    kept, forgotten = circuit.ports.kept, set(job.batch.forget)
+    kept, forgotten = circuit.signatures.kept, set(job.batch.forget)
     fresh: dict[Result, bytes] = {}
     stored: dict[Result, bytes] = {}
     shown: dict[Result, bytes] = {}  # the client's: nothing else can get into an answer, whatever is asked for
@@ -118,12 +118,12 @@ def _perform(job: Job) -> list[tuple[str, float]]:
                 stored[result] = data
                 size += len(data)
         if size > job.room:
-            raise Refusal(413, "session_full", "the session would hold more bytes than this server allows")
+            raise APIError(413, "session_full", "the session would hold more bytes than this server allows")
     for result, data in stored.items():
         write_whole(job.session / f"{result.call}.{result.output}", data)
     try:
         answer = Answer(results=[shown[result] for result in job.batch.results])
     except KeyError:
-        raise Refusal(403, "kept", "a result that was asked for stays on the server") from None
+        raise APIError(403, "kept", "a result that was asked for stays on the server") from None
     write_whole(job.session / f"answer.{job.batch.request}", pack(answer))
     return seconds

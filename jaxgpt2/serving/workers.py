@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pebble import ProcessExpired, ProcessPool
 
 from jaxgpt2.errors import InputError
-from jaxgpt2.serving.files import Refusal
+from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.work import Done, Job, perform, start_worker
 
 
@@ -149,13 +149,13 @@ class Scheduler:
         return len(self.workers) - len(self.idle)
 
     def check(self) -> None:
-        """Raises Refusal if a job that came now would have no place."""
+        """Raises APIError if a job that came now would have no place."""
         if self.waiting >= self.limit:
             wait = self._seconds * (self.waiting + 1) / len(self.workers)
-            raise Refusal(503, "busy", "the server has as much to do as it can queue", min(max(wait, 1), 60))
+            raise APIError(503, "busy", "the server has as much to do as it can queue", min(max(wait, 1), 60))
 
     async def run(self, client: str, job: Job) -> Done:
-        """Raises Refusal if the queue is full, WorkerDied or TookTooLong."""
+        """Raises APIError if the queue is full, WorkerDied or TookTooLong."""
         self.check()
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append((job, future))

@@ -1,0 +1,1 @@
+"""CKKS: long vectors of approximate numbers, which are added, multiplied and rotated as a whole."""

@@ -1,0 +1,1 @@
+"""TFHE: small integers and lookup tables."""

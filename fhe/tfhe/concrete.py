@@ -1,0 +1,610 @@
+"""The Concrete backend: TFHE through Zama's `concrete-python`. The only file that imports it.
+
+What it does for every function, so that methods need not know it:
+
+- A lookup is laid out for the range its input was seen to have, from its least value on and unsigned, so that a
+  range such as -15..0 costs 4 bits and not 5, and neither rounding nor its noise can leave the table.
+- max(a, b) is b + relu(a - b): one lookup per comparison, whatever the width.
+- Products and slices of arrays that differ in sign, where concrete-python 2.11.0 is wrong or fails, are mended.
+- Results are int64 arrays in a tuple, also where Concrete gives a bare number.
+- A result and the inputs it is wired to agree on their sign, which Concrete demands when it runs but does not see to.
+
+Functions of one circuit share their parameters and keys. What is handed from one to another must come out of a lookup:
+a sum of results of lookups is fine, an input in that sum is not, because Concrete sizes the noise of what is handed on
+by the last lookup before it. Such results can be decrypted, though, so a sum over many runs is one function of many
+inputs, or the client's work.
+
+Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# HPX, within Concrete, would end the process at the first write to a connection that is gone: Python ignores SIGPIPE.
+os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
+
+from concrete import fhe
+from concrete.compiler import ClientProgram
+from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
+from concrete.fhe.compilation.module import FheModule
+from concrete.fhe.compilation.module_compiler import FunctionDef, ModuleCompiler
+from concrete.fhe.dtypes import Integer
+from concrete.fhe.extensions.tag import tag_context
+from concrete.fhe.representation import Graph, GraphProcessor, MultiGraphProcessor
+from concrete.fhe.tracing import Tracer
+
+from fhe import envelope, storage
+from fhe.backend import FHEConfig, Function, Keys, check_functions
+from fhe.errors import CircuitFormatError, CompilationError, KeyMismatch
+from fhe.signatures import Signatures, check_count
+from fhe.tfhe.cost import Cost, Report
+from fhe.tfhe.tables import LookupTable
+from fhe.tfhe.tracer import (
+    UNTAGGED,
+    OperationRecord,
+    RangeTracer,
+    lookup_slots,
+    maximum_by_lookups,
+    product_range,
+    signed_bits,
+    trace,
+)
+
+MAX_LOOKUP_BITS = 16  # of a Concrete lookup's input
+FORMAT = 3
+CLIENT_FILE = "client.json"
+SERVER_FILES = ("server.zip", "circuit.mlir")
+NOISE = {
+    "approximate": "a lookup whose input lies near a rounding boundary may give the neighbouring entry of its table",
+    "exact": "",
+    "none": "",
+}
+_compiling = threading.Lock()  # Concrete traces through global state
+
+
+class ConcreteOps:
+    """`Ops` on Concrete's tracer. `records` is what `fhe.tfhe.tracer.trace` saw of the same function."""
+
+    def __init__(self, records: list[OperationRecord], rounding: str):
+        self._records = iter([record for record in records if record.kind != "product"])
+        self._rounding = rounding
+
+    def lookup(self, table: LookupTable, x: Any) -> Any:
+        return self.univariate(table, int(table.shift), x)
+
+    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+        """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
+        if not isinstance(x, Tracer):
+            return function(x)
+        record = next(self._records)
+        if self._rounding == "none":
+            shift = 0
+        first, bits = lookup_slots(*record.inputs, shift, self._rounding)
+        if bits > MAX_LOOKUP_BITS:
+            raise CompilationError(
+                f"stage {record.stage}: a lookup on {bits} bits, and Concrete's limit is {MAX_LOOKUP_BITS}:"
+                " use fewer bits for inputs or weights, or round more of them away"
+            )
+        origin = first << shift
+        x = x - origin  # 0 or not: the hint must hold for this lookup only
+        fhe.hint(x, bit_width=bits + shift)
+        if shift:
+            approximate = self._rounding == "approximate"
+            exactness = fhe.Exactness.APPROXIMATE if approximate else fhe.Exactness.EXACT
+            # The layout has room for rounding up; Concrete's protection against overflow would cost a bit or a lookup.
+            x = fhe.round_bit_pattern(x, shift, overflow_protection=False, exactness=exactness)
+        # An entry that only noise can reach is made to fit the type of the results, which has just the bits they need.
+        return fhe.univariate(lambda value: np.clip(function(value + origin), *record.results))(x)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return np.matmul(a, b)
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        return maximum_by_lookups(self, x, axis, keepdims)
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        # Concrete cannot join a signed to an unsigned array: both move to where they are unsigned, and back.
+        origin = min(0, next(self._records).inputs[0])
+        return np.concatenate(tuple(array - origin for array in arrays), axis=axis) + origin
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        return fhe.tag(name)
+
+
+def _sum(x: Tracer, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tracer:
+    return np.sum(x, axis=axis, keepdims=keepdims)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+# Concrete traces np.sum(x) but, unlike every other array type, has no x.sum().
+if not hasattr(Tracer, "sum"):
+    Tracer.sum = _sum  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_product(graph: Graph, node: Any) -> bool:
+    """Whether a node multiplies ciphertexts, which takes lookups."""
+    return node.properties.get("name") in ("multiply", "matmul", "dot") and all(
+        operand.output.is_encrypted for operand in graph.ordered_preds_of(node)
+    )
+
+
+class _Repair(GraphProcessor):
+    """Two faults of concrete-python 2.11.0, mended in the graph before bit widths are assigned."""
+
+    def apply(self, graph: Graph) -> None:
+        for node in graph.query_nodes(ordered=True):
+            operands: list[Any] = graph.ordered_preds_of(node)
+            name = node.properties.get("name")
+            if name in ("index_static", "reshape", "transpose", "expand_dims", "squeeze", "broadcast_to"):
+                self.keep_sign(node, operands[0])
+            elif _is_product(graph, node):
+                self.widen_mixed(operands)
+
+    @staticmethod
+    def keep_sign(node: Any, operand: Any) -> None:
+        """What only moves elements keeps their type: a part that was never seen negative does not become unsigned."""
+        if operand.output.dtype.is_signed and not node.output.dtype.is_signed:
+            node.output.dtype = Integer(is_signed=True, bit_width=node.output.dtype.bit_width + 1)
+
+    @staticmethod
+    def widen_mixed(factors: list[Any]) -> None:
+        """Room for a + b and a - b where a product of ciphertexts is mixed in sign.
+
+        Concrete computes ab from the squares of both, and gives the factors one bit more than the wider one has: one
+        too few where that one is unsigned, because it becomes signed first.
+        """
+        unsigned = [factor for factor in factors if not factor.output.dtype.is_signed]
+        if len(unsigned) == 1:
+            low, high = product_range(*(factor.bounds for factor in factors))
+            properties = unsigned[0].properties
+            properties["bit_width_hint"] = max(properties.get("bit_width_hint", 0), signed_bits(low, high))
+
+
+@dataclass(frozen=True)
+class _Wires:
+    """Concrete's composition policy and graph processor for results that are handed from function to function."""
+
+    rules: tuple[CompositionRule, ...]
+
+    @classmethod
+    def of(cls, signatures: Signatures) -> "_Wires":
+        return cls(
+            tuple(
+                CompositionRule(CompositionClause(source.function, source.position), CompositionClause(name, position))
+                for name, port in signatures.functions.items()
+                for position, sources in enumerate(port.sources)
+                for source in sources
+            )
+        )
+
+    def get_rules_iter(self, funcs: list[Graph]) -> Iterable[CompositionRule]:
+        return self.rules
+
+
+class _AgreeOnSign(MultiGraphProcessor):
+    """Both ends of a wire are signed if either is, and no result that is handed on contains an input.
+
+    Concrete makes both ends of equal width, but refuses at run time to take a result for an input of another sign.
+    """
+
+    def __init__(self, wires: _Wires):
+        self._wires = wires
+
+    def apply_many(self, graphs: dict[str, Graph]) -> None:
+        ends = []
+        for rule in self._wires.rules:
+            result = graphs[rule.from_.func].ordered_outputs()[rule.from_.pos]
+            if inputs := _inputs_within(graphs[rule.from_.func], result):
+                raise CompilationError(
+                    f"output {rule.from_.pos} of {rule.from_.func} is handed to {rule.to.func} and contains input"
+                    f" {', '.join(map(str, inputs))} as it is: what is handed on must come out of a lookup, be it one"
+                    " that changes nothing"
+                )
+            taken = graphs[rule.to.func].ordered_inputs()[rule.to.pos]
+            if taken not in graphs[rule.to.func].graph:
+                raise _unused(rule)
+            ends.append((result, taken))
+        changed = True
+        while changed:  # one result may go to several inputs, and one input take several results
+            unequal = [pair for pair in ends if pair[0].output.dtype.is_signed != pair[1].output.dtype.is_signed]
+            changed = bool(unequal)
+            for node in (node for pair in unequal for node in pair if not node.output.dtype.is_signed):
+                node.output.dtype = Integer(is_signed=True, bit_width=node.output.dtype.bit_width + 1)
+
+
+def _inputs_within(graph: Graph, result: Any) -> list[int]:
+    """The positions of the inputs that reach a node through no lookup."""
+    pending, reached = [result], set()
+    while pending:
+        node = pending.pop()
+        if node in reached or node.output.is_clear or node.converted_to_table_lookup or _is_product(graph, node):
+            continue
+        reached.add(node)
+        pending += graph.ordered_preds_of(node)
+    return sorted(position for position, node in graph.input_nodes.items() if node in reached)
+
+
+@dataclass(frozen=True)
+class ConcreteKeys:
+    """A client's keys. `keys` holds the secret ones; `evaluation` is for the server and cannot decrypt."""
+
+    circuit: str
+    id: str
+    keys: fhe.Keys
+    evaluation: bytes
+
+    def save(self, path: str | Path) -> None:
+        envelope.write_whole(path, envelope.pack("keys", self.circuit, self.id, [self.keys.serialize()]))
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The server's half of a circuit: machine code, the program that it was compiled from, and how."""
+
+    server: fhe.Server
+    mlir: str
+    configuration: fhe.Configuration
+
+
+class ConcreteCircuit:
+    """Compiled functions: client and server in one object that keeps their data apart (see `fhe.Circuit`).
+
+    program: what computes; None in the client's half, which has the specification that encryption needs and no more.
+    """
+
+    def __init__(
+        self,
+        identity: str,
+        specs: fhe.ClientSpecs,
+        signatures: Signatures,
+        report: Report,
+        program: "_Program | None",
+    ):
+        self.id = identity
+        self.signatures = signatures
+        self.report = report
+        self._specs = specs
+        self._program = program
+        self._simulator: tuple[fhe.Server, fhe.Client] | None = None
+        self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
+        if program is not None:
+            weakref.finalize(program.server, shutil.rmtree, _directory_of(program.server), ignore_errors=True)
+
+    @classmethod
+    def of(cls, program: "_Program", signatures: Signatures, report: Report) -> "ConcreteCircuit":
+        specs = program.server.client_specs
+        wires = json.dumps(signatures.to_json(), sort_keys=True)
+        identity = hashlib.sha256(specs.serialize() + program.mlir.encode() + wires.encode()).hexdigest()
+        return cls(identity, specs, signatures, report, program)
+
+    @property
+    def program(self) -> "_Program":
+        if self._program is None:
+            raise storage.no_weights()
+        return self._program
+
+    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
+        if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
+            rules, program = _Wires.of(self.signatures).rules, self.program
+            server = fhe.Server.create(program.mlir, program.configuration, is_simulated=True, composition_rules=rules)
+            weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
+            self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
+        server, client = self._simulator
+        values = client.simulate_encrypt(*(np.asarray(x, np.int64) for x in inputs), function_name=name)
+        results = server.run(*_as_values(values), function_name=name)
+        return _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
+
+    def make_keys(self, seed: int | None = None) -> ConcreteKeys:
+        # Concrete takes seed 0 where it is given none; all 128 bits are drawn here, from the operating system.
+        secret, encryption = (secrets.randbits(128), secrets.randbits(128)) if seed is None else (seed, seed + 1)
+        keys = fhe.Keys(self._specs)
+        keys.generate(secret_seed=secret, encryption_seed=encryption)
+        return self._with_evaluation(keys, secrets.token_hex(16))
+
+    def load_keys(self, path: str | Path) -> ConcreteKeys:
+        key_id, _, (data,) = envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id, parts=1)
+        return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
+
+    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+        keys = self._checked(keys)
+        port = self.signatures[name]
+        check_count(f"the client's inputs of {name}", len(inputs), len(port.client_inputs))
+        places: list[np.ndarray | None] = [None] * len(port.sources)  # Concrete skips what is None
+        for position, x in zip(port.client_inputs, inputs, strict=True):
+            places[position] = np.asarray(x, np.int64)
+        values = _as_values(self._client(keys).encrypt(*places, function_name=name))
+        parts = [value.serialize() for value in values if value is not None]
+        return self.signatures.pack_inputs(name, self.id, keys.id, parts)
+
+    def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
+        server, held = self.program.server, self._server_keys
+        if held is None or held[0] is not evaluation_keys:
+            key_id, _, (data,) = envelope.unpack(evaluation_keys, "evaluation keys", self.id, parts=1)
+            with _refusals("evaluation keys"):
+                self._server_keys = held = evaluation_keys, fhe.EvaluationKeys.deserialize(data), key_id
+        _, server_keys, key_id = held
+        parts = self.signatures.unpack_inputs(name, self.id, key_id, arrays)
+        with _refusals(f"the inputs of {name}"):
+            values = [fhe.Value.deserialize(part) for part in parts]
+            results = server.run(*values, evaluation_keys=server_keys, function_name=name)
+        return self.signatures.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
+
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+        keys = self._checked(keys)
+        parts = self.signatures.unpack_outputs(name, self.id, keys.id, arrays)
+        # Client.decrypt takes all results of a function or its first ones; this is what it does with each.
+        circuit = ClientProgram.create_encrypted(self._specs.program_info, keys.keys._keyset).get_client_circuit(name)
+        return tuple(
+            np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
+            for position, part in parts
+        )
+
+    def save(self, directory: str | Path, server: bool = True) -> None:
+        """Write `circuit.json` and `client.json`, all that a client needs; `server.zip` and `circuit.mlir`, which hold
+        the weights."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CLIENT_FILE).write_bytes(self._specs.serialize())
+        if server:
+            self.program.server.save(directory / "server.zip")
+            (directory / "circuit.mlir").write_text(self.program.mlir)
+        files = {name: _digest(directory / name) for name in (CLIENT_FILE, *(SERVER_FILES if server else ()))}
+        fhe_config = {"p_error": self.report.p_error, "rounding": self.report.rounding}
+        content = {"format": FORMAT, "id": self.id, "fhe_config": fhe_config, "report": self.report.to_json()}
+        content["signatures"] = self.signatures.to_json()
+        (directory / "circuit.json").write_text(json.dumps(content | {"files": files}, indent=1))
+
+    def _checked(self, keys: Keys) -> ConcreteKeys:
+        if not isinstance(keys, ConcreteKeys):
+            raise KeyMismatch(f"these are {type(keys).__name__}, not keys of the concrete backend")
+        envelope.check_circuit("keys", keys.circuit, self.id)
+        return keys
+
+    def _client(self, keys: ConcreteKeys) -> fhe.Client:
+        client = fhe.Client(self._specs)
+        client.keys = keys.keys
+        return client
+
+    def _with_evaluation(self, keys: fhe.Keys, key_id: str) -> ConcreteKeys:
+        evaluation = envelope.pack("evaluation keys", self.id, key_id, [keys.evaluation.serialize()])
+        self.report = replace(self.report, evaluation_key_bytes=len(evaluation), evaluation_key_source="serialized")
+        return ConcreteKeys(self.id, key_id, keys, evaluation)
+
+
+class ConcreteBackend:
+    """TFHE: small integers, exact lookups, each at a price that doubles with every bit."""
+
+    name = "concrete"
+    offers = frozenset({"integers", "lookup", "exact", "encrypted", "cores"})
+
+    def version(self) -> str:
+        return f"concrete-python {version('concrete-python')}"
+
+    def compile(self, functions: Mapping[str, Function], params: Any, config: FHEConfig) -> ConcreteCircuit:
+        start = time.perf_counter()
+        functions = check_functions(functions)
+        tracers, signatures = trace(functions, params)
+        wires = _Wires.of(signatures)
+        configuration = _configuration(config)
+        samples: dict[str, Any] = {
+            name: [tuple(np.asarray(x, np.int64) for x in sample) for sample in function.inputset]
+            for name, function in functions.items()
+        }
+        with _compiling:
+            # Concrete makes its stack of tags for the thread that imported it, and for no other.
+            tag_context.stack = []
+            try:
+                definitions = [
+                    _definition(name, function, params, tracers[name].records, config.rounding)
+                    for name, function in functions.items()
+                ]
+                processors = [_AgreeOnSign(wires), _Repair()]
+                compiled = ModuleCompiler(definitions, wires).compile(
+                    samples, configuration, additional_pre_processors=processors
+                )
+            except CompilationError:
+                raise
+            except RuntimeError as error:
+                records = [record for tracer in tracers.values() for record in tracer.records]
+                raise CompilationError(_explain(error, records, settings)) from error
+            finally:
+                Tracer._is_tracing = False  # stays set when a trace fails
+        _check_wires(wires, compiled.server.client_specs)
+        report = _report(compiled, settings, tracers, time.perf_counter() - start)
+        return ConcreteCircuit.of(_Program(compiled.server, compiled.mlir, configuration), signatures, report)
+
+    def load(self, directory: str | Path, server: bool = True) -> ConcreteCircuit:
+        directory = Path(directory)
+        content = storage.load_description(directory, FORMAT)
+        try:
+            names = set(content["files"]) if server else {CLIENT_FILE}
+            damaged = [name for name in sorted(names) if _digest(directory / name) != content["files"][name]]
+            if damaged:
+                raise CircuitFormatError(f"the circuit in {directory} is damaged: {', '.join(damaged)}")
+            report = Report.from_json(content["report"])
+            configuration = _configuration(FHEConfig(**content["fhe_config"]))
+            signatures = Signatures.from_json(content["signatures"])
+            if not set(SERVER_FILES) & names:
+                specs = fhe.ClientSpecs.deserialize((directory / CLIENT_FILE).read_bytes())
+                return ConcreteCircuit(content["id"], specs, signatures, report, None)
+            mlir = (directory / "circuit.mlir").read_text()
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+            raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
+        program = _Program(fhe.Server.load(directory / "server.zip"), mlir, configuration)
+        return ConcreteCircuit.of(program, signatures, report)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """What Concrete says of bytes that it cannot use becomes a CircuitFormatError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CircuitFormatError(f"Concrete refuses {what}: {' '.join(str(error).split()):.200}") from error
+
+
+def _configuration(config: FHEConfig) -> fhe.Configuration:
+    return fhe.Configuration(
+        p_error=config.p_error,
+        compress_evaluation_keys=True,
+        compress_input_ciphertexts=True,
+        dump_artifacts_on_unexpected_failures=False,
+        # A lookup is paid by the width of its own input, not of what that is added to.
+        optimize_tlu_based_on_original_bit_width=True,
+    )
+
+
+def _definition(
+    name: str, function: Function, params: Any, records: list[OperationRecord], rounding: str
+) -> FunctionDef:
+    """What Concrete compiles: a function of that name, whose inputs it learns from the signature."""
+    inputs = [f"input{i}" for i in range(len(function.sources))]
+
+    def circuit(**values: Any) -> Any:
+        return tuple(function.run(ConcreteOps(records, rounding), params, *(values[name] for name in inputs)))
+
+    circuit.__name__ = name
+    circuit.__signature__ = inspect.Signature(  # pyright: ignore[reportFunctionMemberAccess]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in inputs]
+    )
+    return FunctionDef(circuit, dict.fromkeys(inputs, "encrypted"))
+
+
+def _unused(rule: CompositionRule) -> CompilationError:
+    return CompilationError(
+        f"Concrete cannot hand output {rule.from_.pos} of {rule.from_.func} to input {rule.to.pos} of {rule.to.func}:"
+        f" nothing that {rule.to.func} returns depends on it"
+    )
+
+
+def _check_wires(wires: _Wires, specs: fhe.ClientSpecs) -> None:
+    """CompilationError where the ends of a wire differ in key or encoding, which Concrete only says when it runs."""
+    circuits = {circuit["name"]: circuit for circuit in json.loads(specs.program_info.serialize())["circuits"]}
+    for rule in wires.rules:
+        ends = circuits[rule.from_.func]["outputs"][rule.from_.pos], circuits[rule.to.func]["inputs"][rule.to.pos]
+        result, taken = (end["typeInfo"]["lweCiphertext"] for end in ends)
+        if any(result[part] != taken[part] for part in ("encryption", "encoding")):
+            raise _unused(rule)
+
+
+def _report(compiled: FheModule, config: FHEConfig, tracers: dict[str, RangeTracer], seconds: float) -> Report:
+    server = compiled.server
+    functions = {}
+    for name, stages in _lookups_by_stage(compiled.mlir_module).items():
+        total = server.programmable_bootstrap_count(name)
+        counted = sum(count for widths in stages.values() for count in widths.values())
+        if counted != total:  # Concrete merges lookups that follow each other directly
+            stages["compiler"] = {0: total - counted}
+        functions[name] = Cost(
+            pbs_by_stage=stages,
+            max_integer_bits=tracers[name].largest,
+            input_ciphertext_bytes=server.size_of_inputs(name),
+            output_ciphertext_bytes=server.size_of_outputs(name),
+        )
+    return Report.of(
+        functions,
+        backend="concrete",
+        versions={name: version(name) for name in ("concrete-python", "numpy")},
+        p_error=config.p_error,
+        rounding=config.rounding,
+        noise=NOISE[config.rounding],
+        complexity=server.complexity,
+        global_p_error=server.global_p_error,
+        evaluation_key_bytes=server.size_of_bootstrap_keys + server.size_of_keyswitch_keys,
+        secret_key_bytes=server.size_of_secret_keys,
+        compile_seconds=seconds,
+    )
+
+
+def _lookups_by_stage(module: Any) -> dict[str, dict[str, dict[int, int]]]:
+    """{function: {stage: {input bits: lookups}}} of a program for the compiler, less what no result depends on."""
+    return {function.name.value: _lookups_of(function) for function in module.body.operations}
+
+
+def _lookups_of(function: Any) -> dict[str, dict[int, int]]:
+    stages: dict[str, dict[int, int]] = {}
+
+    def add(operation: Any, bits: int, count: int) -> None:
+        tag = re.match(r'loc\("@([\w.]+)', str(operation.location))
+        widths = stages.setdefault(tag.group(1) if tag else UNTAGGED, {})
+        widths[bits] = widths.get(bits, 0) + count
+
+    needed: set[Any] = set()
+    for operation in reversed(list(function.regions[0].blocks[0].operations)):
+        name = operation.operation.name.partition(".")[2]
+        if name != "return" and not any(result in needed for result in operation.results):
+            continue
+        needed.update(operation.operands)
+        if name not in ("apply_lookup_table", "round", "mul_eint", "matmul_eint_eint", "dot_eint_eint"):
+            continue
+        shape, bits = _shape_and_bits(operation.operands[0])
+        result_shape, result_bits = _shape_and_bits(operation.results[0])
+        count = int(np.prod(result_shape))
+        if name == "apply_lookup_table":
+            add(operation, bits, count)
+        elif name == "round":  # one bit after the other is looked up and subtracted
+            add(operation, 1, count * (bits - result_bits))
+        else:
+            terms = 1 if name == "mul_eint" else shape[-1]
+            add(operation, bits, 2 * count * terms)  # xy = ((x + y)^2 - (x - y)^2) / 4
+    return dict(reversed(stages.items()))
+
+
+def _shape_and_bits(value: Any) -> tuple[tuple[int, ...], int]:
+    """Of an MLIR value such as tensor<2x4x!FHE.esint<7>>: ((2, 4), 7)."""
+    match = re.fullmatch(r"(?:tensor<((?:\d+x)*))?!FHE\.es?int<(\d+)>>?", str(value.type))
+    assert match is not None, value.type
+    return tuple(int(size) for size in (match.group(1) or "").split("x") if size), int(match.group(2))
+
+
+def _explain(error: RuntimeError, records: list[OperationRecord], config: FHEConfig) -> str:
+    """One line for an error of Concrete's, which may be a drawing of the whole circuit."""
+    reasons = re.findall(r"\^+ (.*)", str(error))
+    if reasons:
+        return f"Concrete cannot compile this: {'; '.join(reasons)}"
+    widths = {
+        record.stage: lookup_slots(*record.inputs, record.shift, config.rounding)[1]
+        if record.kind == "lookup"
+        else signed_bits(*record.inputs)
+        for record in records
+    }
+    if "NoParametersFound" in str(error) and widths:
+        stage = max(widths, key=lambda name: widths[name])
+        return (
+            f"no secure parameters exist for p_error {config.p_error}: the widest lookup, in stage {stage}, has"
+            f" {widths[stage]} bits; use fewer bits, or a larger p_error"
+        )
+    return f"Concrete cannot compile this: {str(error).strip().splitlines()[0]}"
+
+
+def _directory_of(server: fhe.Server) -> str:
+    """Where Concrete has put a server's files; it never removes them itself."""
+    return server._library.get_output_dir_path()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _as_values(values: Any) -> tuple[Any, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _as_tuple(results: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(result, np.int64) for result in _as_values(results))

@@ -1,0 +1,151 @@
+"""What a circuit of lookups costs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+# Milliseconds per lookup by input bits, with the machine they were measured on: scripts/bench_lookup.py writes them.
+# Beyond the table every bit costs as much more as the last one did.
+LOOKUP_TIMES: dict[str, Any] = json.loads(Path(__file__).with_name("lookup_times.json").read_text(encoding="utf-8"))
+
+
+MILLISECONDS_PER_LOOKUP = {int(bits): float(ms) for bits, ms in LOOKUP_TIMES["milliseconds"].items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What it takes to run a function once: a `RunCost` of lookups. Sizes are 0 where a backend cannot know.
+
+    pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups. A stage
+    "compiler" holds, at 0 bits, what the engine's compiler added or, negative, merged away, so that all add up.
+    max_integer_bits: of the widest integer anywhere.
+    """
+
+    pbs_by_stage: dict[str, dict[int, int]] = field(default_factory=dict)
+    max_integer_bits: int = 0
+    input_ciphertext_bytes: int = 0
+    output_ciphertext_bytes: int = 0
+
+    @property
+    def pbs_by_bit_width(self) -> dict[int, int]:
+        """{input bits: lookups} over all stages."""
+        totals: dict[int, int] = {}
+        for widths in self.pbs_by_stage.values():
+            for bits, count in widths.items():
+                totals[bits] = totals.get(bits, 0) + count
+        return dict(sorted(totals.items()))
+
+    @property
+    def pbs_count(self) -> int:
+        """All lookups."""
+        return sum(self.pbs_by_bit_width.values())
+
+    @property
+    def max_bit_width(self) -> int:
+        """Bits of the widest lookup input; 0 without lookups."""
+        return max(self.pbs_by_bit_width, default=0)
+
+    @property
+    def estimated_run_seconds(self) -> float:
+        """Seconds of one encrypted run on the machine of MILLISECONDS_PER_LOOKUP: its order of magnitude elsewhere."""
+        widest = max(MILLISECONDS_PER_LOOKUP)
+        growth = MILLISECONDS_PER_LOOKUP[widest] / MILLISECONDS_PER_LOOKUP[widest - 1]
+        return sum(
+            count * MILLISECONDS_PER_LOOKUP[min(max(bits, 1), widest)] * growth ** max(0, bits - widest) / 1000
+            for bits, count in self.pbs_by_bit_width.items()
+        )
+
+    @property
+    def machine(self) -> str:
+        return LOOKUP_TIMES["machine"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        by_width = {f"pbs_{bits}": count for bits, count in self.pbs_by_bit_width.items()}
+        return {"pbs_count": self.pbs_count, "max_bit_width": self.max_bit_width} | by_width
+
+    def describe(self) -> str:
+        return f"{self.pbs_count:,} lookups of up to {self.max_bit_width} bits"
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return total_cost({"": self, "other": other}, {"": 1, "other": 1})
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json.dumps` takes, with the derived numbers; bit widths become strings."""
+        data = {name: getattr(self, name) for name in Cost.__dataclass_fields__}
+        data["pbs_by_stage"] = {
+            stage: {str(bits): count for bits, count in sorted(widths.items())}
+            for stage, widths in self.pbs_by_stage.items()
+        }
+        data["pbs_by_bit_width"] = {str(bits): count for bits, count in self.pbs_by_bit_width.items()}
+        return data | {name: getattr(self, name) for name in ("pbs_count", "max_bit_width", "estimated_run_seconds")}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """What `to_json` wrote."""
+        data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
+        stages = data["pbs_by_stage"].items()
+        data["pbs_by_stage"] = {stage: {int(bits): count for bits, count in by.items()} for stage, by in stages}
+        return cls(**data)
+
+
+def total_cost(functions: Mapping[str, Cost], calls: Mapping[str, int]) -> Cost:
+    """What it takes to run functions so many times each, by name."""
+    costs = [(functions[name], times) for name, times in calls.items()]
+    stages: dict[str, dict[int, int]] = {}
+    for cost, times in costs:
+        for stage, widths in cost.pbs_by_stage.items():
+            total = stages.setdefault(stage, {})
+            for bits, count in widths.items():
+                total[bits] = total.get(bits, 0) + times * count
+    return Cost(
+        pbs_by_stage=stages,
+        max_integer_bits=max((cost.max_integer_bits for cost, _ in costs), default=0),
+        input_ciphertext_bytes=sum(times * cost.input_ciphertext_bytes for cost, times in costs),
+        output_ciphertext_bytes=sum(times * cost.output_ciphertext_bytes for cost, times in costs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Cost):
+    """What a circuit costs: its functions one by one, and, in the fields of a `Cost`, each of them run once.
+
+    Sizes are in bytes; 0 or None where a backend cannot know.
+    evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
+    (what a client sends). All functions share one set of keys.
+    noise: in words, how a decrypted result may differ from the function's; empty if only by p_error.
+    """
+
+    functions: dict[str, Cost]
+    backend: str
+    versions: dict[str, str]
+    p_error: float
+    rounding: str
+    noise: str = ""
+    complexity: float = 0.0
+    global_p_error: float | None = None
+    evaluation_key_bytes: int = 0
+    evaluation_key_source: str = "compiler"
+    secret_key_bytes: int = 0
+    compile_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, functions: dict[str, Cost], **facts: Any) -> "Report":
+        """The report of a circuit of these functions; `facts` are the fields that are no sums."""
+        once = total_cost(functions, dict.fromkeys(functions, 1))
+        return cls(functions=functions, **{name: getattr(once, name) for name in Cost.__dataclass_fields__}, **facts)
+
+    def cost_of(self, calls: Mapping[str, int]) -> Cost:
+        """What it takes to run functions so many times each, by name."""
+        return total_cost(self.functions, calls)
+
+    def to_json(self) -> dict[str, Any]:
+        functions = {name: cost.to_json() for name, cost in self.functions.items()}
+        return asdict(self) | super().to_json() | {"functions": functions}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        functions = {name: Cost.from_json(cost) for name, cost in data["functions"].items()}
+        return replace(super().from_json(data), functions=functions)

@@ -1,0 +1,102 @@
+"""Lookup tables of integers, and the operations that a function of integers may use."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class LookupTable:
+    """An integer function of one integer: `values[clip(((x + half) >> shift) - low, 0, n - 1)]`.
+
+    `half` is 2**(shift - 1), or 0 where shift is 0: round half up, then saturate at the ends. Every namespace and
+    every backend gives exactly this integer (a backend that rounds approximately says so in its report).
+
+    values: integer array (n,), the results; low: the rounded input of the first entry; shift: how many low bits are
+    rounded away before the lookup.
+    """
+
+    values: Any
+    low: int = 0
+    shift: int = 0
+
+    @classmethod
+    def build(cls, function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int = 0) -> "LookupTable":
+        """Tabulate a float function at the rounded inputs low..high (both included).
+
+        `function` gets the input values `arange(low, high + 1) << shift` as float64 and gives as many float64
+        results, which are rounded half to even (`np.rint`) and stored as int32.
+
+        Raises ValueError for an empty range, a negative shift, or a result that is not finite or exceeds int32.
+        """
+        if high < low or shift < 0:
+            raise ValueError(f"a table needs low <= high and shift >= 0; got low {low}, high {high}, shift {shift}")
+        inputs = np.arange(low, high + 1, dtype=np.int64) << shift
+        results = np.asarray(function(inputs.astype(np.float64)), np.float64)
+        if results.shape != inputs.shape:
+            raise ValueError(f"a table function must keep the shape: gave {results.shape} for {inputs.shape}")
+        rounded = np.rint(results)
+        limit = np.iinfo(np.int32)
+        bad = ~np.isfinite(rounded) | (rounded < limit.min) | (rounded > limit.max)
+        if bad.any():
+            first = int(np.argmax(bad))
+            raise ValueError(f"the table of input {inputs[first]} is {results[first]}, which is not an int32")
+        return cls(rounded.astype(np.int32), int(low), int(shift))
+
+    def __call__(self, x: Any) -> np.ndarray:
+        """Look up integers of any shape, in NumPy; int64 of the same shape."""
+        values = np.asarray(self.values, np.int64)
+        half = (1 << self.shift) >> 1
+        index = ((np.asarray(x, np.int64) + half) >> self.shift) - self.low
+        return values[np.clip(index, 0, len(values) - 1)]
+
+
+class Ops(Protocol):
+    """The operations handed to an integer function.
+
+    Its arrays also take + - * (with arrays and numbers, clear or encrypted), slicing, `.shape`, `.sum(axis,
+    keepdims)`, `.reshape(shape)` and `.transpose(axes)`.
+    """
+
+    def lookup(self, table: LookupTable, x: Any) -> Any:
+        """The table at every element of x; same shape."""
+        ...
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        """(..., m, k) @ (..., k, n) -> (..., m, n); either or both may be encrypted."""
+        ...
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        """The largest element along an axis."""
+        ...
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        """Arrays joined along an existing axis."""
+        ...
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        """Names the stage that the operations inside belong to, for the cost report."""
+        ...
+
+
+class NumpyOps:
+    """`Ops` on NumPy arrays of int64."""
+
+    def lookup(self, table: LookupTable, x: Any) -> Any:
+        return table(x)
+
+    def matmul(self, a: Any, b: Any) -> Any:
+        return np.matmul(a, b)
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        return np.max(x, axis=axis, keepdims=keepdims)
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        return np.concatenate(tuple(arrays), axis=axis)
+
+    @contextmanager
+    def tag(self, name: str) -> Iterator[None]:
+        yield

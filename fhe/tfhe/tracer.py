@@ -1,0 +1,246 @@
+"""What a function of integers does on its input set: every lookup and product, with the range of its input."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fhe.backend import Function, FunctionBody
+from fhe.signatures import Signature, Signatures
+from fhe.tfhe.tables import LookupTable, NumpyOps
+
+UNTAGGED = "untagged"
+
+
+@dataclass
+class OperationRecord:
+    """One operation of a function, as an input set saw it.
+
+    kind: "lookup", "product" of two encrypted arrays, or "join" (a concatenation, which costs nothing); count: how
+    many elements or products; inputs: the least and the greatest input (of a product: of a + b and of a - b);
+    results: the least and the greatest result (of a lookup); shift: bits a lookup rounds away first.
+    """
+
+    kind: str
+    stage: str
+    count: int
+    inputs: tuple[int, int]
+    results: tuple[int, int] = (0, 0)
+    shift: int = 0
+
+
+class _Encrypted(np.ndarray):
+    """Marks what derives from an input: NumPy hands a subclass on through arithmetic, slicing and reshaping."""
+
+    tracer: "RangeTracer | None" = None
+
+    def __array_finalize__(self, source: Any) -> None:
+        self.tracer = getattr(source, "tracer", None)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc in (np.multiply, np.matmul) and all(isinstance(value, _Encrypted) for value in inputs):
+            assert self.tracer is not None
+            self.tracer.product(ufunc, np.asarray(inputs[0]), np.asarray(inputs[1]))
+        kwargs.pop("out", None)  # x += y names a new array, as it does for tracers
+        plain = [np.asarray(value) if isinstance(value, _Encrypted) else value for value in inputs]
+        result = getattr(ufunc, method)(*plain, **kwargs)
+        return self.tracer.mark(result) if self.tracer is not None else result
+
+
+class RangeTracer(NumpyOps):
+    """`NumpyOps` that also notes every `OperationRecord`, in order of execution."""
+
+    def __init__(self):
+        self.records: list[OperationRecord] = []
+        self.largest = 0
+        self._next = 0
+        self._stages: list[str] = []
+
+    def start_sample(self) -> None:
+        """The same function begins anew, on another sample."""
+        self._next = 0
+
+    def mark(self, x: Any) -> Any:
+        """x as an encrypted array."""
+        x = np.asarray(x)
+        self.largest = max(self.largest, signed_bits(*_range(x)))
+        x = x.view(_Encrypted)
+        x.tracer = self
+        return x
+
+    def lookup(self, table: LookupTable, x: Any) -> Any:
+        return self.univariate(table, int(table.shift), x)
+
+    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+        """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
+        if not isinstance(x, _Encrypted):
+            return function(x)
+        x = np.asarray(x)
+        results = function(x)
+        self._note("lookup", x.size, _range(x), _range(results), shift)
+        return self.mark(results)
+
+    def product(self, ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> None:
+        """Note a * b or a @ b of encrypted arrays."""
+        size = ufunc(a, b).size * (a.shape[-1] if ufunc is np.matmul else 1)
+        self._note("product", size, product_range(_range(a), _range(b)))
+
+    def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
+        return maximum_by_lookups(self, x, axis, keepdims)
+
+    def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
+        joined = np.concatenate([np.asarray(array) for array in arrays], axis=axis)
+        self._note("join", joined.size, _range(joined))
+        return self.mark(joined)
+
+    @contextmanager
+    def tag(self, name: str) -> Iterator[None]:
+        self._stages.append(name)
+        try:
+            yield
+        finally:
+            self._stages.pop()
+
+    def _note(
+        self, kind: str, count: int, inputs: tuple[int, int], results: tuple[int, int] = (0, 0), shift: int = 0
+    ) -> None:
+        stage = ".".join(self._stages) or UNTAGGED
+        if self._next == len(self.records):
+            self.records.append(OperationRecord(kind, stage, count, inputs, results, shift))
+        record = self.records[self._next]
+        if (record.kind, record.stage, record.count) != (kind, stage, count):
+            raise ValueError(f"stage {stage}: the function takes another path for another input")
+        record.inputs, record.results = _hull(record.inputs, inputs), _hull(record.results, results)
+        self._next += 1
+
+
+class _Extremes(NumpyOps):
+    """`NumpyOps` that notes which rows hold the extremes of every lookup's input."""
+
+    def __init__(self):
+        self.rows: set[int] = set()
+
+    def note(self, x: np.ndarray) -> None:
+        for flat in (int(x.argmin()), int(x.argmax())):
+            self.rows.add(int(np.unravel_index(flat, x.shape)[0]))
+
+    def lookup(self, table: LookupTable, x: Any) -> Any:
+        self.note(x)
+        return table(x)
+
+
+def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+    """An input set, out of very many samples, that reaches their extremes.
+
+    function: works on rows that do not meet (leading axis N); inputs: arrays (N, ...).
+
+    Returns samples (1, ...) that hold the least and the greatest of every input, of all that is looked up, and of
+    every result.
+    """
+    inputs = [np.asarray(x, np.int64) for x in inputs]
+    extremes = _Extremes()
+    for array in (*inputs, *function(extremes, params, *inputs)):
+        extremes.note(array)
+    return [tuple(x[row : row + 1] for x in inputs) for row in sorted(extremes.rows)]
+
+
+def _range(x: np.ndarray) -> tuple[int, int]:
+    return int(x.min()), int(x.max())
+
+
+def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return min(a[0], b[0]), max(a[1], b[1])
+
+
+def trace(functions: Mapping[str, Function], params: Any) -> tuple[dict[str, RangeTracer], Signatures]:
+    """Run checked functions on their input sets, as int64: what each costs, the range of every lookup's input, and
+    where its arrays come from.
+
+    Raises ValueError for a wire from a result that does not exist or has another shape than its input.
+    """
+    tracers, shapes = {}, {}
+    for name, function in functions.items():
+        tracers[name] = tracer = RangeTracer()
+        for sample in function.inputset:
+            tracer.start_sample()
+            results = function.run(tracer, params, *(tracer.mark(np.asarray(x, np.int64)) for x in sample))
+        shapes[name] = [np.shape(result) for result in results]
+    for name, function in functions.items():
+        for position, (sources, x) in enumerate(zip(function.sources, function.inputset[0], strict=True)):
+            for source in sources:
+                given = shapes[source.function][source.position : source.position + 1]
+                if given != [x.shape]:
+                    raise ValueError(
+                        f"input {position} of {name} has shape {x.shape}; output {source.position} of"
+                        f" {source.function}, which is wired to it, {f'has {given[0]}' if given else 'does not exist'}"
+                    )
+    signatures = {name: Signature(tuple(map(tuple, f.sources)), len(shapes[name])) for name, f in functions.items()}
+    return tracers, Signatures(signatures)
+
+
+def product_range(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[int, int]:
+    """The range of a + b and a - b, whose squares make a product, of two (least, greatest)."""
+    return int(min(a[0] + b[0], a[0] - b[1])), int(max(a[1] + b[1], a[1] - b[0]))
+
+
+def signed_bits(low: int, high: int) -> int:
+    """Bits of an integer between low and high: two's complement if low is negative, else unsigned; at least 1."""
+    return max(1, (max(high, -low - 1)).bit_length() + (low < 0))
+
+
+def maximum_by_lookups(ops: Any, x: Any, axis: int, keepdims: bool) -> Any:
+    """The largest element along an axis, as a knockout of max(a, b) = b + relu(a - b): one lookup per comparison."""
+    axis %= len(x.shape)
+
+    def part(start: int, stop: int) -> Any:
+        return x[tuple(slice(start, stop) if i == axis else slice(None) for i in range(len(x.shape)))]
+
+    while (size := x.shape[axis]) > 1:
+        first, second, rest = part(0, size // 2), part(size // 2, size // 2 * 2), part(size // 2 * 2, size)
+        winners = second + ops.univariate(_relu, 0, first - second)
+        x = ops.concatenate((winners, rest), axis) if size % 2 else winners
+    return x if keepdims else x.reshape(x.shape[:axis] + x.shape[axis + 1 :])
+
+
+def _relu(x: Any) -> np.ndarray:
+    return np.maximum(np.asarray(x, np.int64), 0)
+
+
+def lookup_slots(low: int, high: int, shift: int, rounding: str) -> tuple[int, int]:
+    """How a lookup of inputs low..high is laid out: (first rounded input, bits), 2**bits entries from the first.
+
+    Rounding approximately leaves half a step free at both ends, because noise that pushed an input past either end
+    would give a wrong result, not a neighbouring one. Entries to spare are shared between both ends.
+
+    Every width in a circuit has evaluation keys of its own, a third of those of a head. A lookup of four bits takes but
+    a twentieth less time than one of five (`MILLISECONDS_PER_LOOKUP`), so it is laid out as one of five.
+    """
+    if rounding == "none":
+        shift = 0
+    step = 1 << shift
+    first = low >> shift
+    last = -(-high >> shift) if rounding == "approximate" else (high + step // 2) >> shift
+    bits = max(1, (last - first).bit_length())
+    bits = 5 if bits == 4 else bits
+    spare = (1 << bits) - 1 - (last - first)
+    return first - spare // 2, bits
+
+
+def count_lookups(records: Iterable[OperationRecord], rounding: str) -> dict[str, dict[int, int]]:
+    """{stage: {bits: lookups}} as Concrete would charge for records; bits are estimates."""
+    stages: dict[str, dict[int, int]] = {}
+
+    def add(stage: str, bits: int, count: int) -> None:
+        widths = stages.setdefault(stage, {})
+        widths[bits] = widths.get(bits, 0) + count
+
+    for record in records:
+        if record.kind == "product":
+            add(record.stage, signed_bits(*record.inputs), 2 * record.count)
+        elif record.kind == "lookup":
+            add(record.stage, lookup_slots(*record.inputs, record.shift, rounding)[1], record.count)
+            if rounding == "exact" and record.shift:
+                add(record.stage, 1, record.count * record.shift)
+    return stages

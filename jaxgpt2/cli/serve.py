@@ -1,0 +1,181 @@
+"""The commands of two machines: `serve` and `token` for the one with the weights, `generate --server` for the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jaxgpt2.cli import options, write_tokens
+from jaxgpt2.errors import InputError
+from jaxgpt2.progress import megabytes, note, sending, step
+from jaxgpt2.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from jaxgpt2.generation import Sampling
+
+EXTRA = "pip install 'jaxgpt2[server]'"
+
+
+def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option for a field of `Limits`, in a module of its own; the default is the field's."""
+    default = getattr(Limits(), name)
+    kwargs.setdefault("type", click.IntRange(1))
+    return click.option(
+        f"--{name.replace('_', '-')}", default=None if default is None else int(default / module), help=help,
+        show_default=default is not None, **kwargs,
+    )  # fmt: skip
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8343, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--tokens",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Clients' names and the SHA-256 of their tokens; see the command token.",
+)
+@click.option("--anybody", is_flag=True, help="Serve whoever can reach the server, on any address, without tokens.")
+@click.option("--tls-cert", "certificate", type=click.Path(path_type=Path), metavar="FILE", help="Certificate (chain).")
+@click.option("--tls-key", "key", type=click.Path(path_type=Path), metavar="FILE", help="Its private key.")
+@click.option(
+    "--tls-client-ca",
+    "client_authority",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Clients must have a certificate of this authority.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Evaluation keys and sessions are kept here.  [default: the user's state directory]",
+)
+@click.option("--workers", type=click.IntRange(0), help="Processes that compute.  [default: one per core]")
+@click.option("--threads", type=click.IntRange(1), help="Cores that each of them uses.  [default: all]")
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="More workers, of the Dask scheduler at this address; they share the paths of bundle and state.",
+)
+@options(
+    _limit("body", "Megabytes of a request.", 1e6),
+    _limit("keys", "Megabytes of evaluation keys on disk; those used longest ago go first.", 1e6),
+    _limit("keys_per_client", "Sets of keys that a client may have here."),
+    _limit("keys_in_memory", "Sets of keys that each worker holds ready."),
+    _limit("sessions", "Sessions open at once."),
+    _limit("sessions_per_client", "Sessions of a client open at once."),
+    _limit("session_size", "Megabytes of ciphertexts of a session.", 1e6),
+    _limit("idle", "Seconds until a session that nobody uses is gone."),
+    _limit("queue", "Batches that may wait for a worker."),
+    _limit("requests", "Requests in flight at once."),
+    _limit("requests_per_client", "Requests of a client in flight at once."),
+    _limit("calls_per_minute", "Functions that a client may run in a minute.  [default: no limit]"),
+    _limit("job", "Seconds that a batch may compute."),
+    _limit("grace", "Seconds that requests have to end when the server stops."),
+)
+def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: bool, certificate: Path | None,
+          key: Path | None, client_authority: Path | None, state: Path | None, workers: int | None,
+          threads: int | None, scheduler: str | None, **limits: Any) -> None:  # fmt: skip
+    """Compute for clients what the server bundle in DIR holds."""
+    try:
+        from jaxgpt2.serving import server
+        from jaxgpt2.serving.bundle import Bundle
+    except ImportError as error:
+        raise InputError(f"serve needs {error.name}: {EXTRA}") from None
+
+    bundle = Bundle.read(directory, "server")
+    if tokens is None and not anybody and not server.is_loopback(host):
+        raise InputError(f"on {host} anybody could use the server: give --tokens FILE, or --anybody if they may")
+    if (certificate is None) != (key is None) or (client_authority is not None and certificate is None):
+        raise InputError("TLS takes --tls-cert and --tls-key, and --tls-client-ca only with both")
+    if workers == 0 and scheduler is None:
+        raise InputError("--workers 0 leaves nobody to compute: give more, or a --scheduler")
+    if state is None:
+        import platformdirs
+
+        state = Path(platformdirs.user_state_dir("jaxgpt2")) / bundle.id[:16]
+    for name in ("body", "keys", "session_size"):
+        limits[name] *= 10**6
+    settings = server.ServerSettings(
+        state=state,
+        host=host,
+        port=port,
+        tokens=None if tokens is None else server.read_tokens(tokens),
+        workers=workers,
+        threads=threads,
+        scheduler=scheduler,
+        certificate=certificate,
+        key=key,
+        client_authority=client_authority,
+        limits=Limits(**limits),
+    )
+    server.serve(bundle, settings)
+
+
+def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None, token: str | None,
+                      authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
+                      max_new_tokens: int, sampling: Sampling, as_json: bool) -> None:  # fmt: skip
+    """`generate` where a server computes the protected heads."""
+    try:
+        from jaxgpt2.serving.client import RemoteGPT2
+    except ImportError as error:
+        raise InputError(f"--server needs {error.name}: pip install 'jaxgpt2[client]'") from None
+    if (certificate is None) != (certificate_key is None):
+        raise InputError("a certificate and its key go together: give --tls-cert and --tls-key")
+    own = None if certificate is None or certificate_key is None else (certificate, certificate_key)
+    with step("asking the server, reading the client bundle, making keys if there are none"):
+        model = RemoteGPT2.connect(
+            server, client, keys, token=token, authority=authority, certificate=own, insecure=insecure
+        )
+    with model:
+        traffic = model.connection.traffic
+        with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
+            model.upload_keys(progress)
+        result: dict[str, Any] = {"prompt": prompt, "mode": "server", "head": ",".join(map(str, model.hybrid.modules))}
+
+        def waiting(number: int) -> str:
+            crossed = f", {megabytes(traffic.sent)} sent, {megabytes(traffic.received)} received" if number > 1 else ""
+            return f"token {number} of {max_new_tokens}{crossed}"
+
+        tokens = model.generate(prompt, max_new_tokens, sampling)
+        write_tokens(model.hybrid.gpt2, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))
+        note(
+            f"{megabytes(traffic.sent)} of ciphertexts sent, {megabytes(traffic.received)} received, in "
+            f"{traffic.requests} requests; evaluation keys "
+            + (f"sent, {megabytes(traffic.keys)}" if traffic.keys else "were there already")
+        )
+
+
+@click.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def token(name: str, file: Path) -> None:
+    """Print a new token for the client NAME, and add its SHA-256 to FILE, which serve --tokens reads.
+
+    The name `metrics` makes a token that may read /metrics and nothing else.
+    """
+    try:
+        from jaxgpt2.serving.server import read_tokens
+    except ImportError as error:
+        raise InputError(f"token needs {error.name}: {EXTRA}") from None
+    from weights.checkpoint import write_atomically
+
+    secret = secrets.token_urlsafe(32)
+    old = file.read_text(encoding="utf-8") if file.exists() else ""
+    line = f"{name} {hashlib.sha256(secret.encode()).hexdigest()}\n"
+
+    def write(path: str) -> None:
+        Path(path).write_text(old + ("\n" if old and not old.endswith("\n") else "") + line, encoding="utf-8")
+        read_tokens(Path(path))  # so that nothing is written that it would not take
+
+    write_atomically(file, write)
+    note(f"added {name} to {file}; the token is shown this once:")
+    click.echo(secret)

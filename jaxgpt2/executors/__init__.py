@@ -1,0 +1,1 @@
+"""Who calls the functions of a compiled circuit."""

@@ -1,0 +1,37 @@
+"""Attention methods: how a head is computed in integers, and the registry that names them.
+
+A method is one pure function `run(ops, params, x)`, a `calibrate` that makes its `params` and a `decode` that reads
+its result. The same function runs in JAX, in NumPy and under an FHE compiler; `docs/adding-a-method.md` walks through
+adding one.
+"""
+
+from jaxgpt2.methods.lowrank import LOWRANK
+from jaxgpt2.methods.method import (
+    HeadWeights,
+    Method,
+    MethodConfig,
+    MethodError,
+    QuantizedFunction,
+    QuantizedModule,
+    get,
+    methods,
+    register,
+)
+from jaxgpt2.methods.polynomial import POLYNOMIAL
+from jaxgpt2.methods.softmax import SOFTMAX
+
+register(SOFTMAX)
+register(LOWRANK)
+register(POLYNOMIAL)
+
+__all__ = [
+    "HeadWeights",
+    "Method",
+    "MethodConfig",
+    "MethodError",
+    "QuantizedFunction",
+    "QuantizedModule",
+    "get",
+    "methods",
+    "register",
+]

@@ -1,0 +1,1 @@
+"""Float models that read tokens and give logits."""

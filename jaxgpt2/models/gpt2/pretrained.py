@@ -1,0 +1,172 @@
+"""GPT-2 for users: weights, tokenizer, logits and text."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+import weights
+from jaxgpt2.errors import InputError
+from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens
+from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
+from jaxgpt2.models.gpt2.model import Cache, Transformer
+from jaxgpt2.models.gpt2.state_dict import assemble, parameter_shapes
+from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
+
+
+class PromptError(InputError):
+    """Text that the model cannot take: nothing at all, or more than fits its context."""
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(tokens)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _extend(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, cache: Cache, count: jax.Array):
+    return nnx.merge(graph, state).extend(tokens, cache, count)
+
+
+def _padded_length(count: int, limit: int) -> int:
+    """The next power of two, so that few lengths are compiled."""
+    return min(limit, 1 << (count - 1).bit_length())
+
+
+def _checked(input_ids: np.ndarray | Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """The ids as an array, where every one of them is a token."""
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise PromptError("the texts of a batch differ in length: pad them to one") from None
+    if ids.size and ids.dtype.kind not in "iu":
+        raise PromptError(f"wanted integer token ids, got {ids.dtype}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise PromptError(f"token ids go from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
+
+
+class GPT2:
+    """A GPT-2 with its tokenizer.
+
+    Args:
+        config: sizes.
+        model: the network; its parameters are read once, here.
+        tokenizer: text to ids and back.
+    """
+
+    def __init__(self, config: GPT2Config, model: Transformer, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.graph, self.state = nnx.split(model)
+        # All blocks share one structure, so that what is compiled for one of them serves every layer.
+        self.block_graph = nnx.split(model.h[0])[0]
+        self.block_states = tuple(nnx.split(block)[1] for block in model.h)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] = "tiny") -> GPT2:
+        """Loads `tiny` (bundled), a directory in Hugging Face's format, or a model of the Hub by its id.
+
+        Raises:
+            weights.CheckpointError, ConfigError, TokenizerError: one line that says what is wrong, and where.
+        """
+        directory = weights.locate(name)
+        try:
+            config = GPT2Config.from_dict(weights.load_config(directory))
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+        tokenizer = load_tokenizer(directory, config.vocab_size)
+        tensors = weights.load_tensors(directory, parameter_shapes(config))
+        model = assemble(config, {name: jnp.asarray(tensor) for name, tensor in tensors.items()})
+        return cls(config, model, tokenizer)
+
+    @property
+    def model(self) -> Transformer:
+        return nnx.merge(self.graph, self.state)
+
+    def __call__(self, input_ids: jax.Array | np.ndarray | Sequence[Sequence[int]]) -> jax.Array:
+        """Logits (B, T, vocab_size) for token ids (B, T).
+
+        Raises:
+            PromptError: no tokens, more than fit the context, or ids that are not tokens (of a `jax.Array`, which may
+                be traced, only the shape is checked).
+        """
+        ids = input_ids if isinstance(input_ids, jax.Array) else _checked(input_ids, self.config.vocab_size)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.n_positions:
+            raise PromptError(
+                f"wanted token ids of shape (batch, 1 to {self.config.n_positions} tokens), got shape {ids.shape}"
+            )
+        return _logits(self.graph, self.state, ids)
+
+    def encode(self, text: str, room: int = 0) -> list[int]:
+        """Token ids of a text that leaves `room` tokens of the context free.
+
+        Raises:
+            PromptError: an empty text, one that is not Unicode, or one that does not fit.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, as bytes that are not UTF-8 become on a command line
+            raise PromptError("the prompt is not valid Unicode text") from None
+        tokens = self.tokenizer.encode(text).ids
+        if not tokens:
+            raise PromptError("the prompt is empty: give at least one character")
+        if len(tokens) + room > self.config.n_positions:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens and {room} more are asked for, but the model's context is "
+                f"{self.config.n_positions}: shorten one of them"
+            )
+        return tokens
+
+    def cached_logits(self, size: int) -> NextLogits:
+        """A function from all tokens so far to the next token's logits that reads each token once.
+
+        Args:
+            size: most tokens that will ever be read.
+        """
+        # Room for padding too: the prompt is read in one padded piece.
+        size = _padded_length(size, self.config.n_positions)
+        cache = self.model.empty_cache(1, size)
+        read = 0
+
+        def next_logits(tokens: list[int]) -> np.ndarray:
+            nonlocal cache, read
+            new = tokens[read:]
+            padded = np.zeros((1, _padded_length(len(new), size - read)), np.int32)
+            padded[0, : len(new)] = new
+            logits, cache = _extend(self.graph, self.state, padded, cache, len(new))
+            read = len(tokens)
+            return np.asarray(logits[0])
+
+        return next_logits
+
+    def generate(self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY) -> Iterator[int]:
+        """Yields the tokens that continue a prompt, one by one; `text` makes text of them.
+
+        Raises:
+            PromptError: an empty prompt, or one that leaves no room for `max_new_tokens`.
+        """
+        if max_new_tokens < 0:
+            raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+        tokens = self.encode(prompt, room=max_new_tokens)
+        logits = self.cached_logits(len(tokens) + max_new_tokens)
+        return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes tokens one by one and gives the text that each completes.
+
+        A character may need several tokens; it comes with its last.
+        """
+        decoder = DecodeStream(skip_special_tokens=False)
+        return lambda token: decoder.step(self.tokenizer, token) or ""
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)

@@ -1,0 +1,1 @@
+"""Grids of configurations: measured, stored, drawn, chosen from."""
