@@ -38,14 +38,14 @@ def compile_cached(
     Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
     """
     functions = check_functions(functions)
-    entry = Path(directory) / fingerprint(backend, functions, params, settings)
+    entry = Path(directory) / fingerprint(backend, functions, params, config)
     if entry.exists():
         try:
             return backend.load(entry)
         except CircuitFormatError as error:
             logger.warning("compiling again: %s", error)
             shutil.rmtree(entry)
-    circuit = backend.compile(functions, params, settings)
+    circuit = backend.compile(functions, params, config)
     entry.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=entry.parent))
     try:
@@ -81,7 +81,7 @@ def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
 def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any, config: FHEConfig) -> str:
     """SHA-256 of everything that a circuit is made from."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return _hash((backend.name, backend.version(), sources, dict(functions), params, settings))
+    return _hash((backend.name, backend.version(), sources, dict(functions), params, config))
 
 
 def _hash(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""GPT-2 in Flax of which chosen attention heads run on encrypted data.
+"""GPT-2 in Flax of which chosen parts run on encrypted data.
 
     from jaxgpt2 import EncryptedGPT2
 
-    model = EncryptedGPT2.from_pretrained("tiny", heads="0.3", bits=4)
+    model = EncryptedGPT2.from_pretrained("tiny", modules="0.3", bits=4)
 
 Importing this package loads nothing heavy: what it names is imported when it is first used.
 """
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GPT2Config": "config",
+    "GPT2Config": "models.gpt2.config",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
     "Sampling": "generation",
-    "GPT2": "gpt2",
-    "EncryptedGPT2": "hybrid",
+    "GPT2": "models.gpt2.pretrained",
+    "EncryptedGPT2": "encrypted",
     "Bits": "quantize",
 }
 
-__all__ = ["GPT2", "Bits", "EncryptedGPT2", "Evaluation", "GPT2Config", "Sampling", "evaluate"]
+__all__ = ["GPT2", "Bits", "EncryptedGPT2", "Evaluation", "GPT2Config", "Sampling", "evaluate", "methods"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "attention":
+    if name == "methods":
         return importlib.import_module("jaxgpt2.methods")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

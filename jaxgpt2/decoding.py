@@ -1,103 +1,91 @@
-"""How a protected head reads a text: the functions that its circuit has, and the order in which they are called.
+"""How a module reads a text: at once, or token by token with a cache of what earlier tokens left.
 
-A `Reading` is one way to do it; a `Reader` does it for one text after the other, with what a client knows and a `Executor`
-that encrypts, runs and decrypts: by simulation, in this process, or on a server. What a reader gets from its party and
-hands back to it may be anything: arrays, ciphertexts, or the names of ciphertexts that stay on the server.
+A strategy is made of a method's pure functions. It runs them in JAX (`whole`, `extend`), says what an engine shall
+compile (`functions`), and calls what was compiled (`read`). The three give the same results, up to the engine's error.
+Caches are values: every call takes one and returns the next.
 
-Shapes: T tokens, C width.
+Shapes: T new tokens, S room for tokens in a cache, C width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import fhe
+from fhe.tfhe.tracer import extreme_samples
 from jaxgpt2.errors import InputError
-from jaxgpt2.quantize import quantize
-
-if TYPE_CHECKING:
-    from jaxgpt2.methods.method import QuantizedFunction, QuantizedModule
+from jaxgpt2.executors import Executor
 
 # A circuit of lookups has room for the values that its input set reaches, and beyond them it is wrong without notice.
 # So the calibration inputs go into it a second time, this much larger.
 STRETCH = 1.1
 
+Body = Callable[..., tuple[Any, ...]]
+
 
 class NotReady(InputError):
-    """A mode that needs `calibrate` or `compile` first, or heads made for longer texts."""
+    """A mode that needs `calibrate` or `compile` first, or modules made for longer texts."""
 
 
-class Executor(Protocol):
-    """Who calls a circuit's functions."""
+class CircuitCache(NamedTuple):
+    """What was read with a circuit so far.
 
-    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        """The client's inputs of a function, in order."""
+    inputs: the client's inputs of all tokens, (T, C): what to read again where a server has lost its state.
+    state: handles of the results that stay on the server; only the strategy looks into it.
+    """
+
+    inputs: np.ndarray
+    state: Any
+
+
+class DecodingStrategy(Protocol):
+    """Hashable: programs are compiled in JAX for each."""
+
+    def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
+        """The results of all rows of a text (T, C), each (T, ...). Row i depends on rows 0 to i alone."""
         ...
 
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        """All results of a function, of the client's inputs and results of other runs."""
+    def empty_cache(self, ops: Any, params: Any, x: jax.Array, size: int) -> Any:
+        """Room for `size` tokens of inputs like x (T, C), in JAX."""
         ...
 
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        """Some results of a function in clear, in the order given."""
+    def extend(
+        self, ops: Any, params: Any, x: jax.Array, cache: Any, start: jax.Array | int
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """Prefill and decode step, in JAX: the results of rows x (T, C), which follow `start` others, and the cache
+        with them."""
         ...
 
+    def functions(self, module: Any, inputs: Sequence[np.ndarray], length: int) -> dict[str, fhe.Function]:
+        """What to compile, by name: the owner's side.
 
-class Reader(Protocol):
-    """Reads texts with one head. What must be remembered of a text is in the reader, so it has one user at a time."""
-
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        """The results of all rows of a text of integers (T, C): integer arrays (T, ...), for `QuantizedFunction.decode`.
-
-        Raises:
-            NotReady: the text is longer than the circuit; fhe.FHEError: decrypted numbers that cannot be right.
+        module: a `QuantizedModule`. inputs: encoded calibration inputs (T, C), T <= length, the longest text that the
+        circuit reads.
         """
         ...
 
-
-class Reading(Protocol):
-    """A way to take texts through a circuit. Hashable: it is part of a program, and programs are compiled in JAX.
-
-    `length` is the longest text that the circuit reads.
-    """
-
-    def functions(
-        self, program: QuantizedFunction, calibrated: QuantizedModule, inputs: Sequence[np.ndarray], length: int
-    ) -> dict[str, fhe.Function]:
-        """What to compile, by name: the owner's side. inputs: calibration inputs (T, C), float64, T <= length."""
-        ...
-
-    def calls(self, client: QuantizedModule, known: int, length: int) -> Mapping[str, int]:
+    def calls(self, client: Any, known: int, length: int) -> Mapping[str, int]:
         """How often each function runs until a text of `length` tokens is read: all at once, or, if `known` of them
-        were read before, the others one by one."""
+        were read before, the others one by one. client: a `QuantizedModule` without its params."""
         ...
 
-    def reader(self, client: QuantizedModule, party: Executor, length: int) -> Reader:
-        """client: without `params`, which only the owner has (`QuantizedModule.client`)."""
+    def read(
+        self, client: Any, executor: Executor, x: np.ndarray, cache: CircuitCache | None, length: int
+    ) -> tuple[list[np.ndarray], CircuitCache]:
+        """The results of rows x (T, C) that follow those in the cache, by a circuit for texts of `length` tokens.
+
+        Raises:
+            NotReady: the text is longer than that; fhe.FHEError: decrypted numbers that cannot be right.
+        """
         ...
-
-
-@jax.jit
-def quantize_input(calibrated: QuantizedModule, x: jax.Array) -> jax.Array:
-    """The input (..., C) as the integers that the client encrypts."""
-    return quantize(x, jnp.asarray(calibrated.input_scale, jnp.float32), calibrated.bits.inputs)
-
-
-def stretched(calibrated: QuantizedModule, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Calibration inputs as integers (T, C), each as it is and STRETCH as large."""
-    client = calibrated.client
-    return [
-        np.asarray(quantize_input(client, jnp.asarray(x * stretch, jnp.float32)), np.int64)
-        for x in inputs
-        for stretch in (1.0, STRETCH)
-    ]
 
 
 def check_length(tokens: int, length: int) -> None:
@@ -106,123 +94,200 @@ def check_length(tokens: int, length: int) -> None:
         raise NotReady(f"compiled for {length} tokens, got {tokens}")
 
 
-# --- whole texts --------------------------------------------------------------------------------
+def appended(cache: CircuitCache | None, x: np.ndarray, length: int) -> np.ndarray:
+    """All inputs so far and the new ones, checked for length."""
+    inputs = x if cache is None else np.concatenate([cache.inputs, x])
+    check_length(len(inputs), length)
+    return inputs
+
+
+def write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """A cache (S, ...) with new rows (T, ...) from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=0)
+
+
+# --- the full sequence --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Whole:
-    """One function, "head", which reads all of a text at once; shorter texts are padded."""
+class FullSequence:
+    """One function, "head", which reads all of a text at once, and all of it again for a token more.
 
-    def functions(
-        self, program: QuantizedFunction, calibrated: QuantizedModule, inputs: Sequence[np.ndarray], length: int
-    ) -> dict[str, fhe.Function]:
-        texts = [(np.pad(x, ((0, length - len(x)), (0, 0))),) for x in stretched(calibrated, inputs)]
-        return {"head": fhe.Function(program.run, texts)}
+    run: run(ops, params, x (T, C)) -> arrays (T, ...), causal, so that a text may be padded at its end.
+    """
 
-    def calls(self, client: QuantizedModule, known: int, length: int) -> Mapping[str, int]:
+    run: Body
+
+    def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
+        return self.run(ops, params, x)
+
+    def empty_cache(self, ops: Any, params: Any, x: jax.Array, size: int) -> jax.Array:
+        return jnp.zeros((size, x.shape[1]), x.dtype)
+
+    def extend(
+        self, ops: Any, params: Any, x: jax.Array, cache: jax.Array, start: jax.Array | int
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        cache = write(cache, x, start)
+        results = self.run(ops, params, cache)
+        return tuple(jax.lax.dynamic_slice_in_dim(part, start, x.shape[0]) for part in results), cache
+
+    def functions(self, module: Any, inputs: Sequence[np.ndarray], length: int) -> dict[str, fhe.Function]:
+        texts = [(np.pad(x, ((0, length - len(x)), (0, 0))),) for x in inputs]
+        return {"head": fhe.Function(self.run, texts)}
+
+    def calls(self, client: Any, known: int, length: int) -> Mapping[str, int]:
         return {"head": length - known if known else 1}
 
-    def reader(self, client: QuantizedModule, party: Executor, length: int) -> Reader:
-        return WholeReader(party, length)
-
-
-@dataclass(frozen=True)
-class WholeReader:
-    party: Executor
-    length: int
-
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        check_length(len(x), self.length)
-        arrays = self.party.encrypt("head", np.pad(x, ((0, self.length - len(x)), (0, 0))))
-        return [part[: len(x)] for part in self.party.decrypt("head", self.party.run("head", arrays))]
+    def read(
+        self, client: Any, executor: Executor, x: np.ndarray, cache: CircuitCache | None, length: int
+    ) -> tuple[list[np.ndarray], CircuitCache]:
+        inputs = appended(cache, x, length)
+        arrays = executor.encrypt("head", np.pad(inputs, ((0, length - len(inputs)), (0, 0))))
+        results = executor.decrypt("head", executor.run("head", arrays))
+        return [part[len(inputs) - len(x) : len(inputs)] for part in results], CircuitCache(inputs, None)
 
 
 # --- token by token -----------------------------------------------------------------------------
 
 
-def common(seen: Sequence[np.ndarray], x: np.ndarray) -> int:
-    """How many rows of a text a reader need not read again: all that it has seen if the text begins so, else none."""
-    same = len(seen) <= len(x) and all(np.array_equal(old, new) for old, new in zip(seen, x, strict=False))
-    return len(seen) if same else 0
-
-
 @dataclass(frozen=True)
-class TokenByToken:
-    """A function for a new token, and functions that add up what earlier ones left, kept encrypted (`fhe.Steps`)."""
+class Cached:
+    """A function for a new token, and one that sums over earlier tokens, whose part of it is kept encrypted.
 
-    steps: fhe.Steps
+    Every function works on rows that do not meet: leading axis N, 1 in a circuit, of all its arrays. Blocks come in a
+    few sizes, so that any length is a sum of blocks and nothing is compiled again for another length.
 
-    def functions(
-        self, program: QuantizedFunction, calibrated: QuantizedModule, inputs: Sequence[np.ndarray], length: int
-    ) -> dict[str, fhe.Function]:
-        return self.steps.functions(calibrated.params, stretched(calibrated, inputs))
+    project: project(ops, params, x (N, C)) -> arrays (N, ...), of which the first `row` are of the new token alone, and
+        the others, its state, are what later tokens read. Each must come straight out of a lookup, or be a sum of
+        results of lookups (see `fhe.tfhe.concrete`).
+    first: first(ops, params, *some) -> results of the first token, which has nobody before it.
+    attend: attend(ops, params, *row, *state, *state, ...) -> a row's sum over a block of tokens. The sums over all
+        blocks up to the token itself, added by who decrypts them, are its results.
+    row: how many of project's results are the row's.
+    alone: which arrays of its state `first` takes.
+    blocks: sizes of blocks, the largest first, ending in 1.
+    """
 
-    def calls(self, client: QuantizedModule, known: int, length: int) -> Mapping[str, int]:
-        before = self.steps.calls(known) if known else {}
-        return {name: times - before.get(name, 0) for name, times in self.steps.calls(length).items()}
+    project: Body
+    first: Body
+    attend: Body
+    row: int
+    alone: tuple[int, ...]
+    blocks: tuple[int, ...] = (4, 2, 1)
 
-    def reader(self, client: QuantizedModule, party: Executor, length: int) -> Reader:
-        return StepReader(party, length, self.steps)
+    # In JAX, and in NumPy.
 
+    def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
+        results = self.project(ops, params, x)
+        positions = np.arange(x.shape[0])
+        return self._rows(ops, params, results[: self.row], results[self.row :], positions[:, None] >= positions)
 
-@dataclass
-class StepReader:
-    """Of a text that begins with the last one, reads the rest only. All calls for new tokens are made before the first
-    result is decrypted."""
+    def empty_cache(self, ops: Any, params: Any, x: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        shapes = jax.eval_shape(lambda p, x: self.project(ops, p, x), params, x)[self.row :]
+        return tuple(jnp.zeros((size, *part.shape[1:]), part.dtype) for part in shapes)
 
-    party: Executor
-    length: int
-    steps: fhe.Steps
-    _seen: list[np.ndarray] = dataclasses.field(default_factory=list)
-    _state: list[Sequence[Any]] = dataclasses.field(default_factory=list)
-    _results: list[list[np.ndarray]] = dataclasses.field(default_factory=list)
+    def extend(
+        self, ops: Any, params: Any, x: jax.Array, cache: tuple[jax.Array, ...], start: jax.Array | int
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        results = self.project(ops, params, x)
+        cache = tuple(write(part, new, start) for part, new in zip(cache, results[self.row :], strict=True))
+        positions = start + jnp.arange(x.shape[0])
+        seen = positions[:, None] >= jnp.arange(cache[0].shape[0])
+        return self._rows(ops, params, results[: self.row], cache, seen), cache
 
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        check_length(len(x), self.length)
-        known = common(self._seen, x)
-        state, results = self._state[:known], self._results[:known]
-        issued = [
-            self.steps.advance(self.party.run, state, self.party.encrypt("project", row[None])) for row in x[known:]
-        ]
+    def _rows(self, ops: Any, params: Any, row: Sequence[Any], state: Sequence[Any], seen: Any) -> tuple[Any, ...]:
+        """The results of rows (T, ...) over a state (S, ...); seen (T, S): which token a row may read."""
+        tokens, room = seen.shape
+        i, j = np.repeat(np.arange(tokens), room), np.tile(np.arange(room), tokens)
+        pairs = self.attend(ops, params, *(part[i] for part in row), *(part[j] for part in state))
+        alone = self.first(ops, params, *(state[part][:1] for part in self.alone))
+        results = []
+        for pair, first in zip(pairs, alone, strict=True):
+            sums = (pair.reshape(tokens, room, -1) * seen[:, :, None]).sum(axis=1)  # (T, ...)
+            # Only the first token of all reads one token alone.
+            only = (seen.sum(axis=1) == 1)[:, None]
+            results.append(sums * (1 - only) + first * only)
+        return tuple(results)
+
+    # In a circuit.
+
+    def _blocks(self, count: int) -> list[int]:
+        """Sizes of blocks that make up `count` tokens."""
+        sizes = []
+        for block in self.blocks:
+            sizes += [block] * (count // block)
+            count %= block
+        return sizes
+
+    def functions(self, module: Any, inputs: Sequence[np.ndarray], length: int) -> dict[str, fhe.Function]:
+        ops, params = fhe.NumpyOps(), module.params
+        every = np.concatenate(inputs)
+        results = self.project(ops, params, every)
+        starts = np.cumsum([0, *map(len, inputs)])
+        sources = [[fhe.Output("project", position)] for position in range(len(results))]
+        row_sources, state_sources = sources[: self.row], sources[self.row :]
+
+        longest = max(map(len, inputs))
+        functions = {
+            "project": fhe.Function(self.project, extreme_samples(self.project, params, [every])),
+            "first": fhe.Function(
+                self.first,
+                extreme_samples(self.first, params, [results[self.row + part] for part in self.alone]),
+                [state_sources[part] for part in self.alone],
+            ),
+        }
+        for size in self.blocks:
+            if longest < max(size, 2):
+                continue
+            rows, tokens = [], []  # of `every`: who attends, and the first of the block that it attends to
+            for start, end in itertools.pairwise(starts):
+                for index in range(1, end - start):
+                    # A text of another length has its blocks elsewhere: every aligned place counts.
+                    at = np.arange(0, index + 2 - size, size)
+                    rows.append(np.full(len(at), start + index))
+                    tokens.append(start + at)
+            i, j = np.concatenate(rows), np.concatenate(tokens)
+            arrays = [array[i] for array in results[: self.row]]
+            arrays += [array[j + offset] for offset in range(size) for array in results[self.row :]]
+            functions[f"attend_{size}"] = fhe.Function(
+                self.attend, extreme_samples(self.attend, params, arrays), [*row_sources, *state_sources * size]
+            )
+        return functions
+
+    def calls(self, client: Any, known: int, length: int) -> Mapping[str, int]:
+        counts = Counter(project=length - known)
+        for count in range(known + 1, length + 1):
+            counts.update(f"attend_{size}" for size in self._blocks(count)) if count > 1 else counts.update(["first"])
+        return counts
+
+    def read(
+        self, client: Any, executor: Executor, x: np.ndarray, cache: CircuitCache | None, length: int
+    ) -> tuple[list[np.ndarray], CircuitCache]:
+        """All calls for new tokens are made before the first result is decrypted."""
+        inputs = appended(cache, x, length)
+        state = () if cache is None else cache.state
+        issued = []
+        for row in x:
+            sums, state = self._decode_step(executor, executor.encrypt("project", row[None]), state)
+            issued.append(sums)
+        results = []
         for sums in issued:
-            decrypted = [self.party.decrypt(name, arrays) for name, arrays in sums]
+            decrypted = [executor.decrypt(name, arrays) for name, arrays in sums]
             results.append([np.sum(parts, axis=0) for parts in zip(*decrypted, strict=True)])
-        # Only now: where something fails, the last text is still the one that was read.
-        self._seen, self._state, self._results = list(x), state, results
-        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+        return [np.concatenate(parts) for parts in zip(*results, strict=True)], CircuitCache(inputs, state)
 
-
-# --- parties ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SimulatedExecutor:
-    """A circuit's functions on clear numbers."""
-
-    circuit: fhe.Circuit
-
-    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        return arrays
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        return self.circuit.simulate(name, *arrays)
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        return results
-
-
-@dataclass(frozen=True)
-class LocalExecutor:
-    """A circuit's functions on ciphertexts: client and server in one process."""
-
-    circuit: fhe.Circuit
-    keys: fhe.Keys
-
-    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        return self.circuit.encrypt(self.keys, name, *arrays)
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        return self.circuit.run(name, arrays, self.keys.evaluation)
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        return self.circuit.decrypt(self.keys, name, results)
+    def _decode_step(
+        self, executor: Executor, inputs: Sequence[Any], state: tuple[Sequence[Any], ...]
+    ) -> tuple[list[tuple[str, Sequence[Any]]], tuple[Sequence[Any], ...]]:
+        """One more token: functions with their results, whose sums are the token's results, and the state with it."""
+        results = executor.run("project", inputs)
+        row, own = results[: self.row], results[self.row :]
+        state = (*state, own)
+        if len(state) == 1:
+            return [("first", executor.run("first", [own[part] for part in self.alone]))], state
+        sums, start = [], 0
+        for size in self._blocks(len(state)):
+            block = [array for one in state[start : start + size] for array in one]
+            sums.append((f"attend_{size}", executor.run(f"attend_{size}", [*row, *block])))
+            start += size
+        return sums, state

@@ -1,5 +1,16 @@
-"""The base of every error that a wrong input causes."""
+"""The base of every error that a wrong input causes, and those that several parts share."""
 
 
 class InputError(ValueError):
     """Something a person gave cannot be used. The message is one line: what was wanted, what came, what to do."""
+
+
+class PromptError(InputError):
+    """Text that the model cannot take: nothing at all, or more than fits its context."""
+
+
+class MissingExtra(InputError):
+    """A library that an optional extra installs."""
+
+    def __init__(self, error: ImportError, what: str, extra: str):
+        super().__init__(f"{what} needs {error.name}; install it with: pip install 'jaxgpt2[{extra}]'")

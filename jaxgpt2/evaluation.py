@@ -10,14 +10,17 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt2.encrypted import Baseline, EncryptedGPT2, Engine, token_batches
-from jaxgpt2.errors import InputError
-from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
+from jaxgpt2.calibration import token_batches
+from jaxgpt2.encrypted import Baseline, EncryptedGPT2, Runner
+from jaxgpt2.errors import InputError, PromptError
+from jaxgpt2.models import Decoder
+from weights.checkpoint import TINY
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ def read_passages(path: str | Path) -> list[str]:
     return lines
 
 
+def bundled_passages(name: Literal["calibration", "eval"]) -> list[str]:
+    """The bundled model's own text to calibrate or to evaluate on."""
+    return read_passages(TINY / f"{name}.txt")
+
+
 def check_disjoint(calibration: Sequence[str], evaluation: Sequence[str]) -> None:
     """Refuses to evaluate on what was calibrated on.
 
@@ -105,27 +113,27 @@ def _distance(contributions: jax.Array, reference: jax.Array, mask: jax.Array):
 
 
 def evaluate(
-    hybrid: EncryptedGPT2,
+    encrypted: EncryptedGPT2,
     passages: Sequence[str],
-    engine: Engine | Baseline,
+    runner: Runner | Baseline,
     ks: Sequence[int] = (1, 5, 10),
     max_tokens: int | None = None,
 ) -> Evaluation:
-    """Compares a hybrid model with its float model on every token of every passage, in one pass.
+    """Compares a encrypted model with its float model on every token of every passage, in one pass.
 
     Args:
-        hybrid: calibrated, on other text.
+        encrypted: calibrated, on other text.
         passages: each at most as long as the heads were made for.
-        engine: computes the protected heads; from `hybrid.engine(mode)`.
+        runner: computes the encrypted modules; from `encrypted.runner(mode)`.
         ks: 1 or more each.
         max_tokens: longer passages are cut to so many; None refuses those that are too long.
 
     Raises:
         PromptError: a passage that is empty or too long; InputError: a k below 1.
     """
-    ks = check_ks(ks, hybrid.gpt2.config.vocab_size)
-    limit = min(calibrated.max_tokens for calibrated in hybrid.calibrated.values())
-    longest = longest_passage(hybrid.gpt2, passages)
+    ks = check_ks(ks, encrypted.model.config.vocab_size)
+    limit = min(quantized.max_tokens for quantized in encrypted.quantized.values())
+    longest = longest_passage(encrypted.model, passages)
     if max_tokens is not None:
         longest = min(longest, max_tokens)
     if longest > limit:
@@ -133,14 +141,14 @@ def evaluate(
     kl = kl_ablated = error = norm = 0.0
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0
-    for tokens, lengths in token_batches(hybrid.gpt2, passages, longest):
-        if hybrid.seq_len is not None:  # texts take their time one by one, rows of filling too
+    for tokens, lengths in token_batches(encrypted.model, passages, longest):
+        if encrypted.seq_len is not None:  # texts take their time one by one, rows of padding too
             count = np.count_nonzero(lengths)
             tokens, lengths = tokens[:count], lengths[:count]
         mask = jnp.asarray(np.arange(tokens.shape[1]) < lengths[:, None])
-        reference = hybrid.trace(tokens, "float")
-        ablated = hybrid.trace(tokens, "ablated")
-        quantized = hybrid.trace(tokens, engine, lengths)
+        reference = encrypted.forward(tokens, "float")
+        ablated = encrypted.forward(tokens, "ablated")
+        quantized = encrypted.forward(tokens, runner, lengths=lengths)
         some, agree = _compare(ablated.logits, reference.logits, mask, ks)
         kl_ablated, agreement_ablated = kl_ablated + float(some), agreement_ablated + np.asarray(agree)
         some, agree = _compare(quantized.logits, reference.logits, mask, ks)
@@ -170,7 +178,7 @@ def check_ks(ks: Sequence[int], vocabulary: int) -> tuple[int, ...]:
     return tuple(ks)
 
 
-def longest_passage(gpt2: GPT2, passages: Sequence[str]) -> int:
+def longest_passage(model: Decoder, passages: Sequence[str]) -> int:
     """Tokens of the longest passage.
 
     Raises:
@@ -178,4 +186,4 @@ def longest_passage(gpt2: GPT2, passages: Sequence[str]) -> int:
     """
     if not passages:
         raise PromptError("there are no passages to evaluate on")
-    return max(len(gpt2.encode(passage)) for passage in passages)
+    return max(len(model.encode(passage)) for passage in passages)

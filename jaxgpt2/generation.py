@@ -59,6 +59,33 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     return int(random.choice(order, p=probabilities))
 
 
+def padded_length(count: int, limit: int) -> int:
+    """The next power of two, so that few lengths are compiled."""
+    return min(limit, 1 << (count - 1).bit_length())
+
+
+def read_once(read: Callable[[np.ndarray, int], np.ndarray], size: int) -> NextLogits:
+    """A function from all tokens so far to the next token's logits that reads each token once.
+
+    Args:
+        read: takes new tokens (1, T), of which the first `count` are text and the rest padding; gives logits (V,) after
+            the last token of text. It remembers what it has read.
+        size: room for tokens and padding.
+    """
+    known = 0
+
+    def next_logits(tokens: list[int]) -> np.ndarray:
+        nonlocal known
+        new = tokens[known:]
+        padded = np.zeros((1, padded_length(len(new), size - known)), np.int32)
+        padded[0, : len(new)] = new
+        logits = read(padded, len(new))
+        known = len(tokens)
+        return logits
+
+    return next_logits
+
+
 def generate_tokens(
     next_logits: NextLogits,
     prompt: list[int],

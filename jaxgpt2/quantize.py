@@ -31,30 +31,30 @@ class Bits:
         inputs: of the head's input, as encrypted by the client.
         weights: of the projection matrices.
         activations: of queries, keys, values, scores, attention weights and outputs.
-        lookup: top bits of an accumulator that a lookup sees; the bits below are rounded away before it. None lets
-            every lookup see all of its accumulator.
+        rounding_threshold: top bits of an accumulator that a lookup sees; the bits below are rounded away before it.
+            None lets every lookup see all of its accumulator.
 
     Raises:
-        InputError: a width outside 2 to 12 (lookup: 2 to 16).
+        InputError: a width outside 2 to 12 (rounding_threshold: 2 to 16).
     """
 
     inputs: int
     weights: int
     activations: int
-    lookup: int | None = None
+    rounding_threshold: int | None = None
 
     def __post_init__(self) -> None:
-        for name, largest in (("inputs", 12), ("weights", 12), ("activations", 12), ("lookup", 16)):
+        for name, largest in (("inputs", 12), ("weights", 12), ("activations", 12), ("rounding_threshold", 16)):
             value = getattr(self, name)
-            if name == "lookup" and value is None:
+            if name == "rounding_threshold" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= largest:
                 raise InputError(f"bits of {name} must be a whole number from 2 to {largest}, got {value!r}")
 
     @classmethod
-    def of(cls, n_bits: int, lookup: int | None = None) -> Bits:
+    def of(cls, n_bits: int, rounding_threshold: int | None = None) -> Bits:
         """The same width for inputs, weights and activations."""
-        return cls(n_bits, n_bits, n_bits, lookup)
+        return cls(n_bits, n_bits, n_bits, rounding_threshold)
 
 
 def largest_level(bits: Any) -> Any:

@@ -422,11 +422,11 @@ class ConcreteBackend:
                 raise
             except RuntimeError as error:
                 records = [record for tracer in tracers.values() for record in tracer.records]
-                raise CompilationError(_explain(error, records, settings)) from error
+                raise CompilationError(_explain(error, records, config)) from error
             finally:
                 Tracer._is_tracing = False  # stays set when a trace fails
         _check_wires(wires, compiled.server.client_specs)
-        report = _report(compiled, settings, tracers, time.perf_counter() - start)
+        report = _report(compiled, config, tracers, time.perf_counter() - start)
         return ConcreteCircuit.of(_Program(compiled.server, compiled.mlir, configuration), signatures, report)
 
     def load(self, directory: str | Path, server: bool = True) -> ConcreteCircuit:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli import options, write_tokens
+from jaxgpt2.cli.generate import write_tokens
+from jaxgpt2.cli.options import options
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
@@ -123,7 +124,7 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
 def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None, token: str | None,
                       authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
                       max_new_tokens: int, sampling: Sampling, as_json: bool) -> None:  # fmt: skip
-    """`generate` where a server computes the protected heads."""
+    """`generate` where a server computes the encrypted modules."""
     try:
         from jaxgpt2.serving.client import RemoteGPT2
     except ImportError as error:
@@ -139,14 +140,18 @@ def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None,
         traffic = model.connection.traffic
         with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
             model.upload_keys(progress)
-        result: dict[str, Any] = {"prompt": prompt, "mode": "server", "head": ",".join(map(str, model.hybrid.modules))}
+        result: dict[str, Any] = {
+            "prompt": prompt,
+            "mode": "server",
+            "modules": ",".join(map(str, model.encrypted.modules)),
+        }
 
         def waiting(number: int) -> str:
             crossed = f", {megabytes(traffic.sent)} sent, {megabytes(traffic.received)} received" if number > 1 else ""
             return f"token {number} of {max_new_tokens}{crossed}"
 
         tokens = model.generate(prompt, max_new_tokens, sampling)
-        write_tokens(model.hybrid.gpt2, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))
+        write_tokens(model.encrypted.model, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))
         note(
             f"{megabytes(traffic.sent)} of ciphertexts sent, {megabytes(traffic.received)} received, in "
             f"{traffic.requests} requests; evaluation keys "

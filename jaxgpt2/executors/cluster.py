@@ -1,44 +1,23 @@
-"""Sweeps and encrypted heads on other machines, through Dask. Tasks may run twice without harm.
+"""Encrypted modules on the workers of a Dask cluster. Tasks may run twice without harm.
 
-A task of a sweep is a batch of configurations: every worker process loads the model by its name and reads the passages
-itself, once; rows come back as they are ready. A task of an encrypted head is one call of its circuit: every worker
-gets the circuit and the evaluation keys, once, and no secret key. A worker that dies has its tasks done by another one.
+A task is one call of a circuit: every worker gets the circuit and the evaluation keys, once, and no secret key. A
+worker that dies has its tasks done by another one.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fhe import Circuit, Keys
-from jaxgpt2.decoding import LocalExecutor
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, MissingExtra
+from jaxgpt2.executors import LocalExecutor
 from jaxgpt2.executors.processes import Parts, compute, parts_of
-from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner, batches
-from jaxgpt2.sweeps.store import Row, need_extra
-
-# Configurations of a task where the experiment leaves it open: what one worker's death costs.
-TASK = 16
-
-_busy = threading.Lock()
 
 
 class ClusterError(InputError):
     """A scheduler that does not answer, or a task that no worker survives."""
-
-
-@functools.lru_cache(maxsize=1)
-def _workbench(experiment: Experiment) -> SweepRunner:
-    return SweepRunner(experiment)
-
-
-def measure(experiment: Experiment, configurations: Sequence[Configuration]) -> list[Row]:
-    """On a worker: the rows of one batch. One batch at a time, for it uses all cores and devices."""
-    with _busy:
-        return [row for rows in _workbench(experiment).run(configurations) for row in rows]
 
 
 def connect(address: str) -> Any:
@@ -50,44 +29,12 @@ def connect(address: str) -> Any:
     try:
         from distributed import Client
     except ImportError as error:
-        raise need_extra(error, "--scheduler", "cluster") from None
+        raise MissingExtra(error, "--scheduler", "cluster") from None
     try:
         return Client(address, timeout=10)
     except (OSError, ValueError, TypeError) as error:
         raise ClusterError(f"no Dask scheduler answers at {address}: {error}") from None
 
-
-# --- sweeps -------------------------------------------------------------------------------------
-
-
-def run(address: str, experiment: Experiment, configurations: Sequence[Configuration]) -> Iterator[list[Row]]:
-    """Rows of configurations, in the order in which workers finish them.
-
-    Args:
-        address: see `connect`; its workers have the model too.
-
-    Raises:
-        MissingExtra, ClusterError: see `connect`; ClusterError too for a batch that killed several workers.
-    """
-    client = connect(address)
-    from distributed import KilledWorker, as_completed
-
-    with client:
-        tasks = [
-            client.submit(measure, experiment, batch, pure=False)
-            for _, batch in batches(configurations, experiment.batch or TASK)
-        ]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-                task.release()
-        except KilledWorker as error:
-            raise ClusterError(f"several workers died over one batch, see their logs: {error}") from None
-        finally:
-            client.cancel(tasks)
-
-
-# --- encrypted heads ----------------------------------------------------------------------------
 
 # How often what a call needs may be lost with a worker before the call is given up.
 LOSSES = 3

@@ -1,4 +1,4 @@
-"""LocalExecutor heads in other processes: what one needs to compute with a circuit, and processes of this machine.
+"""Encrypted modules in other processes: what one needs to compute with a circuit, and processes of this machine.
 
 An engine that computes on one core, and holds Python's lock while it does, computes the heads of a layer one after the
 other in one process. In several, each head has a core.
@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fhe import Circuit, Keys, get_backend
-from jaxgpt2.decoding import LocalExecutor
 from jaxgpt2.errors import InputError
+from jaxgpt2.executors import LocalExecutor
 
 K = TypeVar("K")
 
@@ -82,7 +82,7 @@ def _compute(identity: str, name: str, arrays: Sequence[bytes]) -> list[bytes]:
 class ProcessPoolExecutor(LocalExecutor):
     """A circuit whose functions run in another process of this machine; the secret key stays here."""
 
-    pool: ProcessPoolExecutor
+    pool: futures.ProcessPoolExecutor
 
     def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
         try:
@@ -117,7 +117,9 @@ def over_cores(circuits: Mapping[K, Circuit], keys: Mapping[K, Keys], at_once: i
             parts = [parts_of(circuits[name], keys[name]) for name in names[first::number]]
             pools.append(
                 stack.enter_context(
-                    ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_start, initargs=(parts,))
+                    futures.ProcessPoolExecutor(
+                        1, multiprocessing.get_context("spawn"), initializer=_start, initargs=(parts,)
+                    )
                 )
             )
         yield {

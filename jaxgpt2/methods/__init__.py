@@ -1,8 +1,8 @@
 """Attention methods: how a head is computed in integers, and the registry that names them.
 
-A method is one pure function `run(ops, params, x)`, a `calibrate` that makes its `params` and a `decode` that reads
-its result. The same function runs in JAX, in NumPy and under an FHE compiler; `docs/adding-a-method.md` walks through
-adding one.
+A method is a few pure functions `f(ops, params, *inputs)`, a `calibrate` that makes their `params`, and a `decode` that
+reads their results. The same functions run in JAX, in NumPy and under an FHE compiler; `docs/adding-a-method.md` walks
+through adding one.
 """
 
 from jaxgpt2.methods.lowrank import LOWRANK
@@ -14,7 +14,7 @@ from jaxgpt2.methods.method import (
     QuantizedFunction,
     QuantizedModule,
     get,
-    methods,
+    names,
     register,
 )
 from jaxgpt2.methods.polynomial import POLYNOMIAL
@@ -32,6 +32,6 @@ __all__ = [
     "QuantizedFunction",
     "QuantizedModule",
     "get",
-    "methods",
+    "names",
     "register",
 ]

@@ -17,7 +17,7 @@ What it does differently from the post's method, each exact or fitted on calibra
   lookup needs to see one bit more than the level has.
 - All of these numbers are then trained together (`refine`), through the rounding, for the least harm to the model.
 
-A text is read token by token: `project` once, `attend` to blocks of earlier tokens (see `fhe.Steps`).
+A text is read token by token: `project_token` once, `attend` to blocks of earlier tokens (see `decoding.Cached`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fhe import FHEConfig, LookupTable, Ops, Steps
-from jaxgpt2.decoding import STRETCH, TokenByToken
+from fhe import FHEConfig, LookupTable, Ops
+from jaxgpt2.decoding import STRETCH, Cached
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule, float_head
 from jaxgpt2.methods.requantize import Projection, build_table, project
 from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
@@ -61,29 +61,12 @@ class LowRankParams:
     mixed_square: LookupTable  # attention weight + level -> a quarter of its square
 
 
-class LowRankDecoding(NamedTuple):
+class LowRankDequantization(NamedTuple):
     basis: np.ndarray  # (S, D): of one unit of sum_j e_ij v_j / sum_j e_ij
     mean: np.ndarray  # (D,): the mean value
 
 
-def run_head(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, Any]:
-    """(T, C) input integers -> sum_j e_ij v_j / 2 (T, S) and sum_j e_ij (T, 1), all rows at once."""
-    q, shift, k, term, v, v_squares = run_project(ops, params, x)
-    tokens, rank, width = x.shape[0], q.shape[1], v.shape[1]
-    causal = np.tri(tokens, dtype=np.int64)
-    first = (np.arange(tokens) == 0).astype(np.int64)[:, None]  # (T, 1)
-    sums = q.reshape((tokens, 1, rank)) + k.reshape((1, tokens, rank))  # (T, T, R)
-    scores = ops.lookup(params.sum_square, sums).sum(axis=2) + term.reshape((1, tokens))
-    e = ops.lookup(params.exponential, scores - shift) * causal  # (T, T)
-    mixed = ops.lookup(params.mixed_square, e.reshape((tokens, tokens, 1)) + v.reshape((1, tokens, width)))
-    products = mixed - ops.lookup(params.weight_square, e).reshape((tokens, tokens, 1))
-    products = products - v_squares.reshape((1, tokens, width))  # (T, T, S): e v / 2
-    numerators = (products * causal.reshape((tokens, tokens, 1))).sum(axis=1)  # (T, S)
-    denominators = e.sum(axis=1).reshape((tokens, 1))
-    return numerators * (1 - first) + v * first, denominators * (1 - first) + 2 * first
-
-
-def run_project(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
+def project_token(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
     """(N, C) integers -> query (N, R), shift (N, 1); key (N, R), term (N, 1), value (N, S), its squares (N, S)."""
     with ops.tag("query"):
         q = project(ops, params.query, x)
@@ -98,12 +81,12 @@ def run_project(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
     return q, shift, k, term, v, v_squares
 
 
-def run_first(ops: Ops, params: LowRankParams, v: Any) -> tuple[Any, Any]:
+def first_token(ops: Ops, params: LowRankParams, v: Any) -> tuple[Any, Any]:
     """The first token attends to itself."""
     return v, v[:, :1] * 0 + 2
 
 
-def run_attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any) -> tuple[Any, Any]:
+def attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any) -> tuple[Any, Any]:
     """A row's (N, ...) sums over a block of B tokens: numerators (N, S), denominators (N, 1)."""
     keys, terms, values, squares = (state[part::4] for part in range(4))
     block, rank, width = len(keys), q.shape[1], values[0].shape[1]
@@ -460,7 +443,7 @@ def calibrate(
         widths = widths_of(ranges)
 
     scaled = input_scale[:, None]
-    seen = bits.activations + 1 if bits.lookup is None else bits.lookup
+    seen = bits.activations + 1 if bits.rounding_threshold is None else bits.rounding_threshold
     unit = 2 * float(reals.nats)
 
     def added(stage: str, weight: np.ndarray, bias: np.ndarray, step: int) -> Projection:
@@ -487,7 +470,7 @@ def calibrate(
         weight_square=LookupTable.build(quarter_square, 0, largest_weight),
         mixed_square=LookupTable.build(quarter_square, -levels, levels + largest_weight),
     )
-    return QuantizedModule(params, input_scale, LowRankDecoding(reals.basis, reals.mean), bits, max_tokens)
+    return QuantizedModule(params, input_scale, LowRankDequantization(reals.basis, reals.mean), bits, max_tokens)
 
 
 def quarter_square(x: np.ndarray) -> np.ndarray:
@@ -535,26 +518,24 @@ def pad(weights: HeadWeights, inputs: Sequence[np.ndarray], x: np.ndarray) -> tu
     return padded, wanted, mask
 
 
-def decode(decoding: LowRankDecoding, outputs: tuple[jax.Array, ...]) -> jax.Array:
+def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]) -> jax.Array:
     """Numerators (T, S) and denominators (T, 1) to the head's output (T, D).
 
     A row whose weights all rounded to zero says nothing; it is decoded as the mean value.
     """
     numerators, denominators = (output.astype(jnp.float32) for output in outputs)
-    basis, mean = (jnp.asarray(part, jnp.float32) for part in decoding)
+    basis, mean = (jnp.asarray(part, jnp.float32) for part in dequantization)
     return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
 
 
 LOWRANK = Method(
     "lowrank",
-    head=QuantizedFunction(
-        run_head, calibrate, decode, TokenByToken(Steps(run_project, run_first, run_attend, row=2, alone=(2,)))
-    ),
+    head=QuantizedFunction(Cached(project_token, first_token, attend, row=2, alone=(2,)), calibrate, decode),
     options={"score_rank": 16, "value_rank": 24, "exponential_bits": 0, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
     # Found by tune for all heads of the bundled model: a lookup that is one step off now and then is little beside the
     # rounding of 4 bits.
-    settings=FHEConfig(3e-2, "approximate"),
+    fhe_config=FHEConfig(3e-2, "approximate"),
     search={"score_rank": (4, 8, 16, 24), "value_rank": (4, 16, 24, 32, 48)},
 )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fhe import FHEConfig, Ops, get_backend
-from jaxgpt2.decoding import Reading, Whole
+from fhe import FHEConfig, get_backend
+from jaxgpt2.decoding import STRETCH, DecodingStrategy
 from jaxgpt2.errors import InputError
-from jaxgpt2.quantize import Bits
+from jaxgpt2.quantize import Bits, quantize
 
 
 class MethodError(InputError):
@@ -35,19 +36,20 @@ class HeadWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class QuantizedModule:
-    """A head, or a whole attention block, in integers.
+    """A head, or a layer's whole attention, made ready for encryption.
 
     Args:
-        params: the program's pytree of arrays and tables: the server's secret, and all that it needs. None at a client.
+        params: the quantized function's pytree of arrays and tables: the server's secret, and all that it needs. None
+            at a client.
         input_scale: real value of one step of the input, () or (C,): the client's.
-        decoding: what the program's `decode` needs to make reals of the decrypted integers: the client's.
+        dequantization: what `decode` needs to make reals of the decrypted results, a pytree of arrays: the client's.
         bits: the widths it was made with.
-        max_tokens: longest text that the tables are made for.
+        max_tokens: longest text that it is made for.
     """
 
     params: Any
     input_scale: np.ndarray
-    decoding: Any
+    dequantization: Any
     bits: Bits
     max_tokens: int
 
@@ -58,31 +60,45 @@ class QuantizedModule:
 
 
 jax.tree_util.register_dataclass(
-    QuantizedModule, data_fields=["params", "input_scale", "decoding"], meta_fields=["bits", "max_tokens"]
+    QuantizedModule, data_fields=["params", "input_scale", "dequantization"], meta_fields=["bits", "max_tokens"]
 )
+
+
+def quantize_input(module: QuantizedModule, x: jax.Array) -> jax.Array:
+    """The input (..., C) as the integers that the client encrypts, int32."""
+    # In a sweep that runs many widths at once, bits are arrays.
+    return quantize(x, jnp.asarray(module.input_scale, jnp.float32), module.bits.inputs)
 
 
 @dataclass(frozen=True)
 class QuantizedFunction:
-    """An integer function with what surrounds it on the client.
+    """What a method does with a head, or with a layer's whole attention.
 
     Args:
-        run: `run(ops, params, x)`: integers (T, C) to a tuple of integer arrays, causal: row i of every result
-            depends on rows 0 to i of x alone, so that a text may be padded at its end. Uses operators, methods and
-            `ops` (see `fhe.Ops`) only, and never asks which namespace it got.
+        strategy: the pure functions that the server computes, and how a text goes through them.
         calibrate: `calibrate(weights, inputs, bits, max_tokens, **options)`: a QuantizedModule from float weights and
             calibration inputs, a sequence of (T, C) float64 arrays of at most max_tokens rows, one for each passage.
-            `weights` is a HeadWeights for a head, a tuple of them for a block; `options` are all of the method's.
-        decode: `decode(decoding, outputs)`: the decrypted integers to reals, in JAX: the head's output (T, D), or
-            for a block what it adds to the residual stream less the bias of its projection, (T, C).
-        reading: the functions of its circuit, and how a text goes through them. All texts give the results of `run`,
-            up to the engine's error.
+            `weights` is a HeadWeights for a head, a tuple of them for a layer; `options` are all of the method's.
+        decode: `decode(dequantization, results)`: results (T, ...) to reals, in JAX: the head's output (T, D), or for a
+            layer what it adds to the residual stream less the bias of its projection, (T, C).
+        encode: `encode(module, x)`: the float input (..., C) to what the functions take, in JAX.
     """
 
-    run: Callable[[Ops, Any, Any], tuple[Any, ...]]
+    strategy: DecodingStrategy
     calibrate: Callable[..., QuantizedModule]
     decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
-    reading: Reading = Whole()
+    encode: Callable[[QuantizedModule, jax.Array], jax.Array] = quantize_input
+
+    def samples(self, module: QuantizedModule, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Calibration inputs (T, C), encoded: of integers, each as it is and `STRETCH` as large."""
+        factors = (1.0, STRETCH) if self.encode is quantize_input else (1.0,)
+        stretched = [np.asarray(x * factor, np.float32) for x in inputs for factor in factors]
+        encoded = [np.asarray(self.encode(module.client, jnp.asarray(x))) for x in stretched]
+        return [x.astype(np.int64) if x.dtype.kind == "i" else x.astype(np.float64) for x in encoded]
+
+    def whole(self, ops: Any, module: QuantizedModule, x: jax.Array) -> jax.Array:
+        """A text's float inputs (T, C) to the output (T, ...), in JAX."""
+        return self.decode(module.dequantization, self.strategy.whole(ops, module.params, self.encode(module, x)))
 
 
 @dataclass(frozen=True)
@@ -92,24 +108,24 @@ class Method:
     Args:
         name: how users call it.
         head: computes one head.
-        block: computes all heads of a layer and their output projection; None if the method has no such program.
+        layer: computes all heads of a layer and their output projection; None if the method cannot.
         needs: what a backend must offer to run it (see `fhe.Backend.offers`).
         backend: the one that it is made for, taken where none is named.
         options: what else may be chosen, such as ranks: names and default values.
         bits: the widths that go with activations of so many bits.
-        search: values of options that are worth trying when the cheapest config is looked for.
-        settings: error probability and rounding that it fhe_config, for engines of lookups.
+        search: values of options that are worth trying when the cheapest configuration is looked for.
+        fhe_config: error probability and rounding that it tolerates, for engines of lookups.
     """
 
     name: str
     head: QuantizedFunction
-    block: QuantizedFunction | None = None
+    layer: QuantizedFunction | None = None
     needs: frozenset[str] = frozenset({"integers", "lookup"})
     backend: str = "concrete"
     options: Mapping[str, int] = field(default_factory=dict)
-    bits: Callable[[int], Bits] = lambda n: Bits.of(n, lookup=n + 2)
+    bits: Callable[[int], Bits] = lambda n: Bits.of(n, rounding_threshold=n + 2)
     search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    settings: FHEConfig = FHEConfig(rounding="approximate")
+    fhe_config: FHEConfig = FHEConfig(rounding="approximate")
 
     @property
     def by_lookups(self) -> bool:
@@ -120,13 +136,13 @@ class Method:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """How a head is computed: everything that may be chosen before calibration.
+    """How a module is computed: everything that may be chosen before calibration.
 
     Args:
         method: name of the attention method.
         bits: widths of its integers.
-        options: the method's options that differ from its defaults, in order of their names.
-        encryption: error probability and rounding of encrypted lookups; None for what the method fhe_config.
+        changes: the method's options that differ from its defaults, in order of their names.
+        encryption: error probability and rounding of encrypted lookups; None for what the method tolerates.
 
     Raises:
         MethodError: no such method, or an option that it does not have.
@@ -134,12 +150,12 @@ class MethodConfig:
 
     method: str
     bits: Bits
-    options: tuple[tuple[str, int], ...] = ()
+    changes: tuple[tuple[str, int], ...] = ()
     encryption: FHEConfig | None = None
 
     def __post_init__(self) -> None:
         known = get(self.method).options
-        for name, _ in self.options:
+        for name, _ in self.changes:
             if name not in known:
                 there = f"it has: {', '.join(known)}" if known else "it has none"
                 raise MethodError(f"method {self.method!r} has no option {name!r}; {there}")
@@ -152,23 +168,23 @@ class MethodConfig:
         return cls(method, widths, tuple(sorted((options or {}).items())), encryption)
 
     @property
-    def settings(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """All options of the method, defaults included."""
-        return {**get(self.method).options, **dict(self.options)}
+        return {**get(self.method).options, **dict(self.changes)}
 
     @property
     def fhe_config(self) -> FHEConfig:
-        """Error probability and rounding, the method's where the config says nothing."""
-        return self.encryption or get(self.method).settings
+        """Error probability and rounding, the method's where nothing is said here."""
+        return self.encryption or get(self.method).fhe_config
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes and `from_json` reads."""
         encryption = {} if self.encryption is None else {"encryption": asdict(self.encryption)}
-        return {"attention": self.method, "bits": asdict(self.bits), "options": self.settings} | encryption
+        return {"attention": self.method, "bits": asdict(self.bits), "options": self.options} | encryption
 
     @classmethod
     def from_json(cls, data: Any) -> MethodConfig:
-        """The config that `to_json` wrote.
+        """The configuration that `to_json` wrote.
 
         Raises:
             MethodError: it is not of that form; InputError: a method, an option or a width that does not exist.
@@ -179,12 +195,12 @@ class MethodConfig:
         except InputError:
             raise
         except (TypeError, KeyError, AttributeError) as error:
-            raise MethodError(f"wanted a config with attention, bits and options, got {data!r:.80}") from error
+            raise MethodError(f"wanted a configuration with attention, bits and options, got {data!r:.80}") from error
         except ValueError as error:
-            raise MethodError(f"a config's encryption cannot be: {error}") from error
+            raise MethodError(f"a configuration's encryption cannot be: {error}") from error
 
 
-_FORMULAS: dict[str, Method] = {}
+_METHODS: dict[str, Method] = {}
 
 
 def register(method: Method, *, replace: bool = False) -> None:
@@ -193,14 +209,14 @@ def register(method: Method, *, replace: bool = False) -> None:
     Raises:
         MethodError: the name is taken, and `replace` is not set.
     """
-    if method.name in _FORMULAS and not replace:
+    if method.name in _METHODS and not replace:
         raise MethodError(f"attention method {method.name!r} exists already")
-    _FORMULAS[method.name] = method
+    _METHODS[method.name] = method
 
 
-def methods() -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
     """Names of all registered methods."""
-    return tuple(sorted(_FORMULAS))
+    return tuple(sorted(_METHODS))
 
 
 def get(name: str) -> Method:
@@ -209,9 +225,9 @@ def get(name: str) -> Method:
     Raises:
         MethodError: there is none.
     """
-    if name not in _FORMULAS:
-        raise MethodError(f"no attention method {name!r}, there are: {', '.join(methods())}")
-    return _FORMULAS[name]
+    if name not in _METHODS:
+        raise MethodError(f"no attention method {name!r}, there are: {', '.join(names())}")
+    return _METHODS[name]
 
 
 def float_head(weights: HeadWeights, x: np.ndarray) -> np.ndarray:

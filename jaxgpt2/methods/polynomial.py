@@ -10,10 +10,10 @@ What it does differently from GPT-2's own, each exact or fitted on calibration a
   predicted by a linear regression on the row's input (`predict_row_maxima`): one more dimension of queries and keys.
 - The client divides: the server returns sum_j e_ij v_j and sum_j e_ij.
 - Queries and keys are rotated at random, so that a sum over half of their dimensions is about half of the whole: such
-  sums appear in slots that nobody reads, and must not overflow (`fhe.ckks.slots.scores`).
+  sums appear in slots that nobody reads, and must not overflow (`packed.scores`).
 
-`run_head` is the head in floating point, rounded to the engine's precision: what sweeps use. `prompt` and `step` are
-the same head as slot functions, which engines run on ciphertexts, and `Slots` calls them.
+`attention_weights` is the one statement of its mathematics. On arrays (`DenseOps`) it is what JAX runs, with a cache of
+keys and values; on slots (`PackedOps`) it is part of `prefill` and `decode_step`, which engines run on ciphertexts.
 
 Shapes: T tokens, C width, D head_dim, R slots for the outputs of a projection, S slots.
 """
@@ -22,49 +22,35 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fhe.ckks.slots import (
-    CleartextSimulator,
-    Layout,
-    SlotOps,
-    V,
-    split_real_imaginary,
-    power_of_two,
-    mask_pairs,
-    project,
-    evaluate_polynomial,
-    scores,
-    broadcast_tokens,
-    weighted_sum,
-    weighted_sum_by_lane,
-)
 from scipy.optimize import minimize
 
 from fhe import Function, Output
+from fhe.ckks.linalg import Layout, evaluate_polynomial, power_of_two, project, split_real_imaginary
+from fhe.ckks.slots import CleartextSimulator, SlotOps, V
 from fhe.errors import FHEError
-from jaxgpt2.decoding import Executor, Reader, check_length, common
+from jaxgpt2.decoding import CircuitCache, appended, write
+from jaxgpt2.executors import Executor
 from jaxgpt2.methods.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule
-from jaxgpt2.quantize import Bits, CalibrationError, scale_for
+from jaxgpt2.methods.packed import broadcast_tokens, mask_pairs, scores, weighted_sum, weighted_sum_by_lane
+from jaxgpt2.quantize import Bits, CalibrationError
 
 # What the polynomial alone may change, relative to the head's output, and the squarings tried to get there.
 POLYNOMIAL_ERROR = 0.01
 SQUARINGS = (3, 4, 5)
 
-# The client rounds its input to so many bits of the largest that calibration saw; in CKKS that costs nothing.
-INPUT_BITS = 12
-BITS = Bits.of(INPUT_BITS)
-
-# Binary digits of numerators and denominators: rounding to them is of the size of the engine's noise on small ones.
-RESULT_BITS = 18
+# Numbers are approximate, of whatever precision the engine has: widths say nothing here.
+BITS = Bits.of(12)
 
 # Calibration scales the polynomial so that the largest denominator is this. SLACK times as much must fit what the
-# engine can hold (`fhe.ckks.circuit.CKKSBackend.headroom_bits`), and 2**(31 - RESULT_BITS).
+# engine can hold (`fhe.ckks.circuit.CKKSBackend.headroom_bits`).
 LARGEST_DENOMINATOR = 128.0
 
 # Texts that tell how large the numbers in the functions become, for which there is room to spare (SLACK): functions of
@@ -94,7 +80,6 @@ class OutOfRange(FHEError):
 class PolynomialParams:
     """The head's weights; what the server knows. n: squarings."""
 
-    input_step: np.ndarray  # (C,): real value of one step of the input, for `run_head` only
     query: np.ndarray  # (C, R): with the score's scale and the row's shift
     query_bias: np.ndarray  # (R,)
     key: np.ndarray  # (C, R)
@@ -105,7 +90,7 @@ class PolynomialParams:
     constants: np.ndarray  # (n,): g; the last is 0
 
 
-class PolynomialDecoding(NamedTuple):
+class PolynomialDequantization(NamedTuple):
     """What a client needs to know, beside the input's scale, to lay out a text and to read results."""
 
     basis: np.ndarray  # (W, D)
@@ -115,41 +100,58 @@ class PolynomialDecoding(NamedTuple):
     outputs: np.ndarray  # (): R
 
 
-# --- in floating point --------------------------------------------------------------------------
+# --- one statement, two kinds of operations -----------------------------------------------------
 
 
-def attend(params: PolynomialParams, x: Any) -> tuple[Any, Any]:
-    """The head's numerators (T, W) and denominators (T, 1) from its input (T, C), unrounded, in NumPy or JAX."""
-    q, k = x @ params.query + params.query_bias, x @ params.key + params.key_bias
-    e = q @ k.T + params.start
-    for i in range(params.constants.shape[0]):
-        e = e * e + params.constants[i]
-    e = e * np.tri(x.shape[0], dtype=np.float32)
-    return e @ (x @ params.value + params.value_bias), e.sum(axis=1)[:, None]
+class DenseOps:
+    """The operations on arrays, in NumPy or JAX."""
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        return jax.named_scope(name)
+
+    def scores(self, q: Any, k: Any) -> Any:
+        """Queries (T, R) and keys (S, R) -> (T, S)."""
+        return q @ k.T
+
+    def evaluate_polynomial(self, x: Any, start: Any, constants: Sequence[Any]) -> Any:
+        """(x + start)**2 + constants[0], squared + constants[1], ..."""
+        x = x + start
+        for constant in constants:
+            x = x * x + constant
+        return x
 
 
-def run_head(ops: Any, params: PolynomialParams, x: Any) -> tuple[Any, Any]:
-    """(T, C) input integers -> numerators (T, W) and denominators (T, 1), in steps of 2**-RESULT_BITS.
+@dataclass(frozen=True)
+class PackedOps(Generic[V]):
+    """The operations on slot vectors of a layout."""
 
-    Computed in float32, whose error is below one such step.
-    """
-    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-    with jax.default_matmul_precision("highest"), ops.tag("attention"):
-        numerators, denominators = attend(params, x * params.input_step)
-    return in_steps(numerators), in_steps(denominators)
+    ops: SlotOps[V]
+    layout: Layout
+
+    def tag(self, name: str) -> AbstractContextManager[Any]:
+        return self.ops.tag(name)
+
+    def scores(self, q: V, k: V) -> V:
+        return scores(self.ops, self.layout, q, k)
+
+    def evaluate_polynomial(self, x: V, start: Any, constants: Sequence[Any]) -> V:
+        return evaluate_polynomial(self.ops, x, float(start), [float(constant) for constant in constants])
 
 
-def in_steps(x: Any) -> Any:
-    """Numbers as int32, in steps of 2**-RESULT_BITS."""
-    limit = 2.0**30
-    return ((x * 2.0**RESULT_BITS).clip(-limit, limit) + 0.5).__floordiv__(1).astype(np.int32)
+def attention_weights(ops: DenseOps | PackedOps[Any], params: PolynomialParams, q: Any, k: Any) -> Any:
+    """What every query makes of every key that stands beside it, unnormalized."""
+    with ops.tag("scores"):
+        s = ops.scores(q, k)
+    with ops.tag("exponential"):
+        return ops.evaluate_polynomial(s, params.start, [params.constants[i] for i in range(params.constants.shape[0])])
 
 
-def decode(decoding: PolynomialDecoding, outputs: tuple[jax.Array, ...]) -> jax.Array:
-    """Numerators (T, W) and denominators (T, 1), in steps of 2**-RESULT_BITS, to the head's output (T, D)."""
-    numerators, denominators = (jnp.asarray(output, jnp.float32) for output in outputs)
-    ratios = numerators / jnp.maximum(denominators, 1.0)
-    return ratios @ jnp.asarray(decoding.basis, jnp.float32) + jnp.asarray(decoding.mean, jnp.float32)
+def decode(dequantization: PolynomialDequantization, results: tuple[jax.Array, ...]) -> jax.Array:
+    """Numerators (T, W) and denominators (T, 1) to the head's output (T, D)."""
+    numerators, denominators = (jnp.asarray(part, jnp.float32) for part in results)
+    basis, mean = (jnp.asarray(part, jnp.float32) for part in (dequantization.basis, dequantization.mean))
+    # Padding has a denominator of zero, and nobody reads it.
+    return numerators / jnp.maximum(denominators, LEAST_DENOMINATOR / 2) @ basis + mean
 
 
 # --- the polynomial -----------------------------------------------------------------------------
@@ -285,9 +287,7 @@ def calibrate(
     balance = np.sqrt(
         np.linalg.norm(real @ query + query_bias) / max(np.linalg.norm(real @ key + key_bias), 1e-9) + 1e-9
     )
-    input_step = np.array([scale_for(feature, INPUT_BITS) for feature in real.T])
     params = PolynomialParams(
-        input_step=input_step,
         query=query / balance,
         query_bias=query_bias / balance,
         key=key * balance,
@@ -297,14 +297,14 @@ def calibrate(
         start=np.asarray(start * factor),
         constants=constants,
     )
-    decoding = PolynomialDecoding(
+    dequantization = PolynomialDequantization(
         basis * v_scale,
         v_mean + weights.value_bias,
         denominators.min(),
         denominators.max(),
         np.asarray(slots),
     )
-    return QuantizedModule(params, input_step, decoding, BITS, max_tokens)
+    return QuantizedModule(params, np.ones(real.shape[1]), dequantization, BITS, max_tokens)
 
 
 # --- on slots -----------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def calibrate(
 
 def layout_for(client: QuantizedModule, slots: int) -> Layout:
     """The layout with the largest tiles."""
-    return Layout.fit(slots, len(client.input_scale), int(client.decoding.outputs))
+    return Layout.fit(slots, len(client.input_scale), int(client.dequantization.outputs))
 
 
 def _joined(layout: Layout, key: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -330,27 +330,20 @@ def _biases(layout: Layout, params: PolynomialParams) -> tuple[np.ndarray, np.nd
 
 
 def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) -> tuple[V, V]:
-    """Of a tile: queries, halved as keys will come doubled, at the depth of `broadcast_tokens`; and keys + i * values, without
-    their biases."""
+    """Of a tile: queries, halved as keys will come doubled, at the depth of `broadcast_tokens`; and keys + i * values,
+    without their biases."""
     bias, _ = _biases(layout, params)
     with ops.tag("projection"):
         q, z = project(ops, layout, x, [params.query / 2, _joined(layout, params.key, params.value)])
         return ops.add_plain(ops.level_drop(q, SPREAD_DEPTH), layout.fill(bias)), z
 
 
-def _weights(ops: SlotOps[V], params: PolynomialParams, layout: Layout, q: V, k: V) -> V:
-    with ops.tag("scores"):
-        s = scores(ops, layout, q, k)
-    with ops.tag("exponential"):
-        return evaluate_polynomial(ops, s, float(params.start), [float(constant) for constant in params.constants])
-
-
-def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
+def prefill(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
     """The head on a text in tiles of T tokens: a slot function, bound to its layout.
 
     Returns:
         for each tile, in every block, and in the first copy of outputs: numerators + i * denominators; then the caches
-        of the text's keys and values (see `step`).
+        of the text's keys and values (see `decode_step`).
     """
     block, _, lane = layout.axes
     causal = layout.mask((block <= lane) & (block < layout.tokens))
@@ -379,16 +372,18 @@ def prompt(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V)
     results = []
     for number, q in enumerate(queries):
         seen = [*earlier[:number], own[number]]
-        weights = [_weights(ops, params, layout, q, k) for k, _ in seen]
+        weights = [attention_weights(PackedOps(ops, layout), params, q, k) for k, _ in seen]
         with ops.tag("output"):
             results.append(weighted_sum(ops, layout, weights, [v for _, v in seen]))
     return *results, *caches
 
 
-def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, x: V, *caches: V) -> tuple[V, ...]:
+def decode_step(
+    layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, x: V, *caches: V
+) -> tuple[V, ...]:
     """One more token, with the keys and values of the `count` tokens before it in caches: a slot function.
 
-    Token j's keys + i * values lie in lane j mod T of block (j // T) mod B of cache j // (T * B); the input fhe_config in
+    Token j's keys + i * values lie in lane j mod T of block (j // T) mod B of cache j // (T * B); the input stands in
     every lane, so that query and new key are everywhere, and joining the cache takes a mask and no rotation. Caches
     hold keys and values without their biases, which leaves zero where no token is: weights there must not be large, as
     they multiply the noise of zero values.
@@ -409,7 +404,7 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
         there = place <= count - number * layout.capacity
         with ops.tag("pairs"):
             k, v = split_real_imaginary(ops, ops.add_plain(cache, layout.mask(there) * bias))
-        weights = _weights(ops, params, layout, q, k)
+        weights = attention_weights(PackedOps(ops, layout), params, q, k)
         with ops.tag("output"):
             v = ops.level_drop(v, ops.depth(weights) - 1)
             for at, pairs in enumerate(lanes):
@@ -423,54 +418,106 @@ def step(layout: Layout, count: int, ops: SlotOps[V], params: PolynomialParams, 
 
 
 @dataclass(frozen=True)
-class Slots:
+class PackedSequence:
     """A text in tiles at once, and each later token by itself, with all keys and values before it kept encrypted.
 
-    The functions are "prompt_M" for a text of M tiles, and "step_N" for one more token after N, which takes caches
-    from the prompt before it or from the step before it.
+    The functions are "prefill_M" for a text of M tiles, and "decode_N" for one more token after N, which takes caches
+    from the prefill before it or from the decode step before it.
 
-    slots: of a ciphertext, half the ring's degree.
+    slots: of a ciphertext, half of poly_modulus_degree.
     """
 
     slots: int = 8192
 
-    def functions(
-        self, program: QuantizedFunction, calibrated: QuantizedModule, inputs: Sequence[np.ndarray], length: int
-    ) -> dict[str, Function]:
+    # In JAX: numerators (T, W) and denominators (T, 1), in float32.
+
+    def whole(self, ops: Any, params: PolynomialParams, x: Any) -> tuple[Any, ...]:
+        return self.extend(ops, params, x, self.empty_cache(ops, params, x, x.shape[0]), 0)[0]
+
+    def empty_cache(self, ops: Any, params: PolynomialParams, x: Any, size: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((size, params.key.shape[1])), jnp.zeros((size, params.value.shape[1]))
+
+    def extend(
+        self, ops: Any, params: PolynomialParams, x: jax.Array, cache: tuple[jax.Array, jax.Array],
+        start: jax.Array | int,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:  # fmt: skip
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        with jax.default_matmul_precision("highest"):
+            q = x @ params.query + params.query_bias
+            keys = write(cache[0], x @ params.key + params.key_bias, start)
+            values = write(cache[1], x @ params.value + params.value_bias, start)
+            e = attention_weights(DenseOps(), params, q, keys)
+            e = e * (start + jnp.arange(x.shape[0])[:, None] >= jnp.arange(keys.shape[0]))
+            return (e @ values, e.sum(axis=1, keepdims=True)), (keys, values)
+
+    # In a circuit.
+
+    def functions(self, module: QuantizedModule, inputs: Sequence[np.ndarray], length: int) -> dict[str, Function]:
         """The numbers in the circuit follow from texts of all its tokens.
 
         Raises:
             CalibrationError: all inputs together have fewer.
         """
         texts = of_length(inputs, length)[:PROMPT_TEXTS]
-        layout, params = layout_for(calibrated, self.slots), calibrated.params
-        run = functools.partial(prompt, layout)
+        layout, params = layout_for(module, self.slots), module.params
+        run = functools.partial(prefill, layout)
         tiled = [tuple(pack(layout, x)) for x in texts]
-        made = {f"prompt_{count}": Function(run, [x[:count] for x in tiled]) for count in range(1, len(tiled[0]) + 1)}
+        made = {f"prefill_{count}": Function(run, [x[:count] for x in tiled]) for count in range(1, len(tiled[0]) + 1)}
         # The caches that a step takes are what the steps before it make.
-        machine, some = CleartextSimulator(self.slots), texts[:STEP_TEXTS]
-        caches = [run(machine, params, machine.load(layout.pack(x[:1])))[1:] for x in some]
+        simulator, some = CleartextSimulator(self.slots), texts[:STEP_TEXTS]
+        caches = [run(simulator, params, simulator.load(layout.pack(x[:1])))[1:] for x in some]
         for count in range(1, length):
-            body = functools.partial(step, layout, count)
+            body = functools.partial(decode_step, layout, count)
             new = [layout.pack_one(x[count]) for x in some]
             inputset = [(x, *(vector.values for vector in kept)) for x, kept in zip(new, caches, strict=True)]
             before = -(-count // layout.tokens)  # tiles of a prompt of so many tokens
-            sources = [[Output(f"prompt_{before}", before + i)] for i in range(len(caches[0]))]
+            sources = [[Output(f"prefill_{before}", before + i)] for i in range(len(caches[0]))]
             if count > 1:
                 earlier = -(-(count - 1) // layout.capacity) + (count % layout.capacity == 1)
                 for number in range(min(earlier, len(sources))):
-                    sources[number].append(Output(f"step_{count - 1}", 1 + number))
-            made[f"step_{count}"] = Function(body, inputset, [[], *sources])
-            caches = [body(machine, params, machine.load(x), *kept)[1:] for x, kept in zip(new, caches, strict=True)]
+                    sources[number].append(Output(f"decode_{count - 1}", 1 + number))
+            made[f"decode_{count}"] = Function(body, inputset, [[], *sources])
+            caches = [
+                body(simulator, params, simulator.load(x), *kept)[1:] for x, kept in zip(new, caches, strict=True)
+            ]
         return made
 
     def calls(self, client: QuantizedModule, known: int, length: int) -> Mapping[str, int]:
         if known:
-            return {f"step_{count}": 1 for count in range(known, length)}
-        return {f"prompt_{-(-length // layout_for(client, self.slots).tokens)}": 1}
+            return {f"decode_{count}": 1 for count in range(known, length)}
+        return {f"prefill_{-(-length // layout_for(client, self.slots).tokens)}": 1}
 
-    def reader(self, client: QuantizedModule, party: Executor, length: int) -> Reader:
-        return SlotReader(client, party, length, layout_for(client, self.slots))
+    def read(
+        self, client: QuantizedModule, executor: Executor, x: np.ndarray, cache: CircuitCache | None, length: int
+    ) -> tuple[list[np.ndarray], CircuitCache]:
+        """All calls are made before the first result is decrypted.
+
+        Raises:
+            OutOfRange: see `check`.
+        """
+        inputs, layout = appended(cache, x, length), layout_for(client, self.slots)
+        state: Sequence[Any] = () if cache is None else cache.state
+        issued: list[tuple[str, Sequence[Any]]] = []
+        if cache is None:
+            packed = pack(layout, x)
+            name = f"prefill_{len(packed)}"
+            made = executor.run(name, executor.encrypt(name, *packed))
+            issued.append((name, made[: len(packed)]))
+            state = made[len(packed) :]
+        else:
+            for count in range(len(cache.inputs), len(inputs)):
+                name = f"decode_{count}"
+                result, *state = executor.run(name, [*executor.encrypt(name, layout.pack_one(inputs[count])), *state])
+                issued.append((name, [result]))
+        width, client_side = len(client.dequantization.basis), client.dequantization
+        results = []
+        for name, arrays in issued:
+            decrypted = executor.decrypt(name, arrays)
+            if cache is None:
+                results.append(unpack(layout, width, client_side, decrypted, len(x)))
+            else:
+                results.append(unpack_step(layout, width, client_side, decrypted[0]))
+        return [np.concatenate(parts) for parts in zip(*results, strict=True)], CircuitCache(inputs, tuple(state))
 
 
 def of_length(inputs: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
@@ -487,60 +534,13 @@ def of_length(inputs: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
     return texts
 
 
-@dataclass
-class SlotReader:
-    """Of a text that begins with the last one, reads the rest only, token by token; any other in one call.
-
-    All calls are made before the first result is decrypted.
-    """
-
-    client: QuantizedModule
-    party: Executor
-    length: int
-    layout: Layout
-    _seen: list[np.ndarray] = field(default_factory=list)
-    _caches: list[Any] = field(default_factory=list)
-    _results: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    def read(self, x: np.ndarray) -> list[np.ndarray]:
-        """Numerators (T, W) and denominators (T, 1), in steps of 2**-RESULT_BITS.
-
-        Raises:
-            NotReady: the text is longer than the circuit; OutOfRange: see `check`.
-        """
-        check_length(len(x), self.length)
-        known, real = common(self._seen, x), x * self.client.input_scale
-        caches, results, tiles = self._caches, list(self._results), []
-        if not known:
-            packed = pack(self.layout, real)
-            name = f"prompt_{len(packed)}"
-            made = self.party.run(name, self.party.encrypt(name, *packed))
-            tiles, caches = made[: len(packed)], list(made[len(packed) :])
-        steps = []
-        for count in range(known or len(x), len(x)):
-            inputs = self.party.encrypt(f"step_{count}", self.layout.pack_one(real[count]))
-            result, *caches = self.party.run(f"step_{count}", [*inputs, *caches])
-            steps.append(result)
-
-        width, decoding = len(self.client.decoding.basis), self.client.decoding
-        if tiles:
-            decrypted = self.party.decrypt(f"prompt_{len(tiles)}", tiles)
-            results = [unpack(self.layout, width, decoding, decrypted, len(x))]
-        for count, result in enumerate(steps, known):
-            (decrypted,) = self.party.decrypt(f"step_{count}", [result])
-            results.append(unpack_step(self.layout, width, decoding, decrypted))
-        # Only now: where a number is out of range, the last text is still the one that was read.
-        self._seen, self._caches, self._results = list(x), caches, results
-        return [in_steps(np.concatenate(parts)) for parts in zip(*results, strict=True)]
-
-
 def pack(layout: Layout, x: np.ndarray) -> list[np.ndarray]:
     """A text (T, C), real, in tiles, each a slot vector (S,)."""
     return [layout.pack(x[start : start + layout.tokens]) for start in range(0, len(x), layout.tokens)]
 
 
 def unpack(
-    layout: Layout, width: int, decoding: PolynomialDecoding, results: Sequence[np.ndarray], tokens: int
+    layout: Layout, width: int, dequantization: PolynomialDequantization, results: Sequence[np.ndarray], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decrypted results of `head` to checked numerators (T, W) and denominators (T, 1).
 
@@ -549,23 +549,23 @@ def unpack(
     parts = []
     for number, values in enumerate(results):
         count = min(layout.tokens, tokens - number * layout.tokens)
-        parts.append(_read(layout, decoding, layout.unpack(values)[:, :, :count]))
+        parts.append(_read(layout, dequantization, layout.unpack(values)[:, :, :count]))
     return _split(np.concatenate(parts), width)
 
 
 def unpack_step(
-    layout: Layout, width: int, decoding: PolynomialDecoding, result: np.ndarray
+    layout: Layout, width: int, dequantization: PolynomialDequantization, result: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The decrypted result of `step` to checked numerators (1, W) and denominators (1, 1). Raises OutOfRange."""
-    return _split(_read(layout, decoding, layout.unpack(result)[:, :, -1:]), width)
+    return _split(_read(layout, dequantization, layout.unpack(result)[:, :, -1:]), width)
 
 
-def _read(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> np.ndarray:
+def _read(layout: Layout, dequantization: PolynomialDequantization, part: np.ndarray) -> np.ndarray:
     """A checked result (B, 2R, n) to (n, R).
 
     Of each number the median over all blocks: SEAL's errors are largest in a few slots, slot 0 above all.
     """
-    check(layout, decoding, part)
+    check(layout, dequantization, part)
     first = part[:, : layout.outputs]
     return (np.median(first.real, axis=0) + 1j * np.median(first.imag, axis=(0, 1))).T
 
@@ -574,7 +574,7 @@ def _split(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     return values[:, :width].real, values[:, :1].imag
 
 
-def check(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> None:
+def check(layout: Layout, dequantization: PolynomialDequantization, part: np.ndarray) -> None:
     """OutOfRange unless a decrypted result (B, 2R, n) has its redundancy, and denominators like calibration's.
 
     Every block holds the same, every output of the first copy the same denominator, and the second copy is zero. An
@@ -598,17 +598,17 @@ def check(layout: Layout, decoding: PolynomialDecoding, part: np.ndarray) -> Non
             f"decrypted copies of one number differ by {differences[worst]:.3g}, and noise by {allowed[worst]:.3g} at "
             f"most: the input is far outside what the head was calibrated for"
         )
-    least, largest = max(float(decoding.least) / SLACK, LEAST_DENOMINATOR), float(decoding.largest) * SLACK
+    least, largest = max(float(dequantization.least) / SLACK, LEAST_DENOMINATOR), float(dequantization.largest) * SLACK
     if denominators.min() < least or denominators.max() > largest:
         raise OutOfRange(
             f"sums of attention weights are {denominators.min():.3g} to {denominators.max():.3g}, calibration saw "
-            f"{decoding.least:.3g} to {decoding.largest:.3g}: calibrate on text more like this"
+            f"{dequantization.least:.3g} to {dequantization.largest:.3g}: calibrate on text more like this"
         )
 
 
 POLYNOMIAL = Method(
     "polynomial",
-    head=QuantizedFunction(run_head, calibrate, decode, Slots()),
+    head=QuantizedFunction(PackedSequence(), calibrate, decode, encode=lambda _, x: x),
     needs=frozenset({"slots"}),
     backend="ckks",
     options={"score_rank": 0, "value_rank": 0, "squarings": 0},

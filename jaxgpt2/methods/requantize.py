@@ -106,5 +106,7 @@ def calibrate_projection(
     sums = x @ integers + integer_bias
     step = choose_scale(sums * scale, bits.activations)
     bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
-    table = requantization(stage, scale, step, bits.activations, int(np.abs(sums).max()), bound, bits.lookup)
+    table = requantization(
+        stage, scale, step, bits.activations, int(np.abs(sums).max()), bound, bits.rounding_threshold
+    )
     return Projection(integers, integer_bias, table), NumpyOps().lookup(table, sums), step

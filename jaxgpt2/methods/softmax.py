@@ -1,4 +1,4 @@
-"""The attention of "Towards LocalExecutor Large Language Models with FHE" (Zama and Hugging Face, 2023), in integers.
+"""The attention of "Towards Encrypted Large Language Models with FHE" (Zama and Hugging Face, 2023), in integers.
 
 Every step of softmax(q k^T / sqrt(D)) v is done under encryption: row maximum, subtraction, exponential, sum,
 reciprocal, product. Every operation's result is requantized by a lookup, also where the levels stay what they
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fhe import LookupTable, Ops
-from fhe.clear import NumpyOps
+from fhe import LookupTable, NumpyOps, Ops
+from jaxgpt2.decoding import FullSequence
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule
 from jaxgpt2.methods.requantize import (
     Projection,
@@ -122,15 +122,15 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
         bits.activations,
         max(int(np.abs(product).max()) for product in products),
         head_dim * levels**2,
-        bits.lookup,
+        bits.rounding_threshold,
     )
     exponential = LookupTable.build(lambda below: unsigned * np.exp(below * score_scale), -2 * levels, 0)
     # The row's maximum contributes `unsigned` to its sum, so that sum / unsigned is 1 to max_tokens.
     largest_sum = check_accumulator("softmax", unsigned * max_tokens)
     reciprocal = unsigned_table(
-        lambda total: np.rint(unsigned * unsigned / np.maximum(total, unsigned)), largest_sum, bits.lookup
+        lambda total: np.rint(unsigned * unsigned / np.maximum(total, unsigned)), largest_sum, bits.rounding_threshold
     )
-    normalize = unsigned_table(lambda product: product / unsigned, unsigned * unsigned, bits.lookup)
+    normalize = unsigned_table(lambda product: product / unsigned, unsigned * unsigned, bits.rounding_threshold)
 
     attention = WeightsParams(
         scores=scores,
@@ -150,30 +150,30 @@ def calibrate_head(weights: HeadWeights, inputs: Sequence[np.ndarray], bits: Bit
         bits.activations,
         int(np.abs(sums).max()),
         unsigned * max_tokens * levels,
-        bits.lookup,
+        bits.rounding_threshold,
     )
     return QuantizedModule(
         params=SoftmaxParams(query, key, value, attention, output),
         input_scale=np.asarray(input_scale),
-        decoding=Scale(np.asarray(output_scale)),
+        dequantization=Scale(np.asarray(output_scale)),
         bits=bits,
         max_tokens=max_tokens,
     )
 
 
-def decode(decoding: Scale, outputs: tuple[jax.Array, ...]) -> jax.Array:
+def decode(dequantization: Scale, outputs: tuple[jax.Array, ...]) -> jax.Array:
     """Output integers (..., T, D or C) to reals."""
-    return outputs[0].astype(jnp.float32) * jnp.asarray(decoding.scale, jnp.float32)
+    return outputs[0].astype(jnp.float32) * jnp.asarray(dequantization.scale, jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class BlockParams:
+class LayerParams:
     heads: tuple[SoftmaxParams, ...]
     projections: tuple[np.ndarray, ...]  # (D, C) a head
 
 
-def run_block(ops: Ops, params: BlockParams, x: Any) -> tuple[Any]:
+def run_layer(ops: Ops, params: LayerParams, x: Any) -> tuple[Any]:
     """(T, C) input integers -> what the block adds to the residual stream, (T, C): the post's multi-head model."""
     outputs = [run_head(ops, head, x)[0] for head in params.heads]
     with ops.tag("projection"):
@@ -183,20 +183,22 @@ def run_block(ops: Ops, params: BlockParams, x: Any) -> tuple[Any]:
     return (total,)
 
 
-def calibrate_block(
+def calibrate_layer(
     weights: Sequence[HeadWeights], inputs: Sequence[np.ndarray], bits: Bits, max_tokens: int
 ) -> QuantizedModule:
     """Each head as alone; the scales of their outputs go into the projection, so that its sum has one scale."""
     heads = [calibrate_head(head, inputs, bits, max_tokens) for head in weights]
-    projections = [head.output * calibrated.decoding.scale for head, calibrated in zip(weights, heads, strict=True)]
+    projections = [
+        head.output * calibrated.dequantization.scale for head, calibrated in zip(weights, heads, strict=True)
+    ]
     scale = scale_for(np.concatenate(projections), bits.weights)
     integers = tuple(np.rint(projection / scale).astype(np.int64) for projection in projections)
     largest = largest_level(bits.activations)
     check_accumulator("projection", sum(int(np.abs(integer).sum(axis=0).max()) * largest for integer in integers))
     return QuantizedModule(
-        params=BlockParams(tuple(head.params for head in heads), integers),
+        params=LayerParams(tuple(head.params for head in heads), integers),
         input_scale=heads[0].input_scale,
-        decoding=Scale(np.asarray(scale)),
+        dequantization=Scale(np.asarray(scale)),
         bits=bits,
         max_tokens=max_tokens,
     )
@@ -204,6 +206,6 @@ def calibrate_block(
 
 SOFTMAX = Method(
     "softmax",
-    head=QuantizedFunction(run_head, calibrate_head, decode),
-    block=QuantizedFunction(run_block, calibrate_block, decode),
+    head=QuantizedFunction(FullSequence(run_head), calibrate_head, decode),
+    layer=QuantizedFunction(FullSequence(run_layer), calibrate_layer, decode),
 )

@@ -141,6 +141,9 @@ def _digest(path: Path) -> str:
 
 
 def _check_files(directory: Path, files: Mapping[str, str]) -> None:
+    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    if unknown := sorted(there - {*files, MANIFEST}):
+        raise BundleError(f"{directory / unknown[0]} is not part of the bundle: remove it, or get the bundle again")
     for name, digest in files.items():
         path = directory / name
         if not path.is_file():

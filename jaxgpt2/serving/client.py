@@ -1,4 +1,4 @@
-"""The model of a client, whose protected heads a server computes.
+"""The model of a client, whose encrypted modules a server computes.
 
 from jaxgpt2.serving import RemoteGPT2
 
@@ -14,28 +14,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-import numpy as np
-
 import fhe
-from jaxgpt2.encrypted import EncryptedGPT2, Engine, Module
+from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.generation import GREEDY, Sampling
+from jaxgpt2.modules import Module
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.models import read_client
-from jaxgpt2.serving.remote import Connection, Refused, Remote
+from jaxgpt2.serving.remote import Connection, Remote
 
 
 class RemoteGPT2:
-    """A GPT-2 whose protected heads are computed by a server, which sees neither text nor keys. Use it in a `with`.
+    """A GPT-2 whose encrypted modules are computed by a server, which sees neither text nor keys. Use it in a `with`.
 
     Args:
-        hybrid: of a client bundle.
+        encrypted: of a client bundle.
         connection: to a server that has been asked what it serves (`Connection.check`).
-        keys: of every protected head; they stay here.
+        keys: of every encrypted module; they stay here.
     """
 
-    def __init__(self, hybrid: EncryptedGPT2, connection: Connection, keys: Mapping[Module, fhe.Keys]):
-        self.hybrid, self.connection, self.keys = hybrid, connection, keys
+    def __init__(self, encrypted: EncryptedGPT2, connection: Connection, keys: Mapping[Module, fhe.Keys]):
+        self.encrypted, self.connection, self.keys = encrypted, connection, keys
 
     @classmethod
     def connect(cls, url: str, client: str | os.PathLike[str], keys: Path | None = None, **options: Any) -> Self:
@@ -57,15 +55,15 @@ class RemoteGPT2:
         connection = Connection(url, **options)
         try:
             connection.check(bundle.id, [entry.id for entry in bundle.circuits])
-            hybrid = read_client(bundle)
-            return cls(hybrid, connection, hybrid.make_keys(keys or key_directory()))
+            encrypted = read_client(bundle)
+            return cls(encrypted, connection, encrypted.make_keys(keys or key_directory()))
         except BaseException:
             connection.close()
             raise
 
     @property
     def evaluation_key_bytes(self) -> int:
-        """Of all protected heads together."""
+        """Of all encrypted modules together."""
         return sum(len(keys.evaluation) for keys in self.keys.values())
 
     def upload_keys(self, progress: Callable[[int], None] = lambda count: None) -> None:
@@ -87,38 +85,22 @@ class RemoteGPT2:
             NotReady: the text would be longer than the circuits; ServerError: the server refuses, or is gone;
             fhe.FHEError: decrypted numbers that cannot be right.
         """
-        parties: dict[Module, Remote] = {}
-        engines: dict[Module, Engine] = {}
-
-        def begin(module: Module) -> None:
-            """The text is read from its beginning."""
-            parties[module] = Remote(self.connection, self.hybrid.circuits[module], self.keys[module])
-            engines[module] = self.hybrid.engine_of({module: parties[module]})
-
-        def engine(module: Module, x: jax.Array, lengths: np.ndarray) -> tuple[np.ndarray, ...]:
-            try:
-                return engines[module](module, x, lengths)
-            except Refused as error:
-                if error.code != "no_session":
-                    raise
-            begin(module)  # the session has expired: what it held is computed again in another
-            return engines[module](module, x, lengths)
-
-        for module in self.hybrid.circuits:
-            begin(module)
-        tokens = self.hybrid.continue_text(prompt, max_new_tokens, engine, sampling)
+        executors = {
+            m: Remote(self.connection, circuit, self.keys[m]) for m, circuit in self.encrypted.circuits.items()
+        }
+        tokens = self.encrypted.continue_text(prompt, max_new_tokens, self.encrypted.run_by(executors), sampling)
 
         def until_closed() -> Iterator[int]:
             try:
                 yield from tokens
             finally:
-                for party in parties.values():
-                    party.close()
+                for executor in executors.values():
+                    executor.close()
 
         return until_closed()
 
     def text(self, tokens: list[int]) -> str:
-        return self.hybrid.gpt2.text(tokens)
+        return self.encrypted.model.text(tokens)
 
     def close(self) -> None:
         self.connection.close()

@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fhe.envelope import write_whole
 from jaxgpt2.serving.protocol import Result
 
 PARTIAL = ".partial"
@@ -38,17 +39,6 @@ class APIError(Exception):
     def __init__(self, status: int, code: str, detail: str, retry_after: float | None = None):
         super().__init__(detail)
         self.status, self.code, self.detail, self.retry_after = status, code, detail, retry_after
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file appears under its name with all of its bytes, or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class KeyStore:
@@ -193,7 +183,7 @@ class Session:
         """Calls up to this number are done with, in this process and in the next."""
         self.next_call = max(self.next_call, next_call)
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            write_whole(self.path / "next_call", str(self.next_call).encode())
+            write_whole(self.path / "next_call", str(self.next_call).encode(), durable=False)
 
     def measure(self) -> None:
         self.size = sum(path.stat().st_size for path in self.path.iterdir())
@@ -232,7 +222,7 @@ class SessionStore:
         session.path = self.directory / session.id
         session.path.mkdir()
         facts = {"client": client, "circuit": circuit, "keys": keys}
-        write_whole(session.path / "session.json", json.dumps(facts).encode())
+        write_whole(session.path / "session.json", json.dumps(facts).encode(), durable=False)
         self.sessions[session.id] = session
         return session
 

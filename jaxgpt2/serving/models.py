@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,35 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import fhe
-from jaxgpt2.encrypted import EncryptedGPT2, Module, NotReady, parse_modules
+from jaxgpt2.decoding import NotReady
+from jaxgpt2.encrypted import EncryptedGPT2, get_backend
+from jaxgpt2.errors import InputError
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.methods.method import QuantizedModule
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import disassemble
+from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.quantize import Bits
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from weights import save_checkpoint
 
 
-def without_heads(hybrid: EncryptedGPT2) -> dict[str, np.ndarray]:
-    """The float model's tensors, with zeros for the protected heads' query, key and value weights and biases.
+def _gpt2(encrypted: EncryptedGPT2) -> GPT2:
+    """Bundles hold a model in the format of its checkpoint, and there is one."""
+    assert isinstance(encrypted.model, GPT2)
+    return encrypted.model
+
+
+def without_heads(encrypted: EncryptedGPT2) -> dict[str, np.ndarray]:
+    """The float model's tensors, with zeros for the encrypted modules' query, key and value weights and biases.
 
     Of a whole block all of them, and the output projection, which its circuit computes as well. A single head's rows of
     the output projection stay: with them the client adds what the head gives to the residual stream.
     """
-    config = hybrid.gpt2.config
-    tensors = {name: np.array(tensor, np.float32) for name, tensor in disassemble(hybrid.gpt2.model).items()}
-    for module in hybrid.modules:
+    config = encrypted.model.config
+    tensors = {name: np.array(tensor, np.float32) for name, tensor in disassemble(_gpt2(encrypted).model).items()}
+    for module in encrypted.modules:
         own = f"h.{module.layer}.attn"
         if module.head is None:
             columns = slice(None)
@@ -50,7 +59,7 @@ def without_heads(hybrid: EncryptedGPT2) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_bundles(hybrid: EncryptedGPT2, directory: Path, report: Mapping[str, Any]) -> str:
+def write_bundles(encrypted: EncryptedGPT2, directory: Path, report: Mapping[str, Any]) -> str:
     """`server/`, `client/` and `report.json` in a directory that appears whole or not at all.
 
     Returns:
@@ -59,7 +68,7 @@ def write_bundles(hybrid: EncryptedGPT2, directory: Path, report: Mapping[str, A
     Raises:
         NotReady: the model is not compiled; BundleError: the directory exists and is not empty.
     """
-    if hybrid.seq_len is None:
+    if encrypted.seq_len is None:
         raise NotReady("a bundle is made of compiled heads: call compile first")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise BundleError(f"{directory} exists and is not an empty directory")
@@ -67,7 +76,7 @@ def write_bundles(hybrid: EncryptedGPT2, directory: Path, report: Mapping[str, A
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         temporary.chmod(0o755)
-        identity = _write(hybrid, hybrid.seq_len, temporary)
+        identity = _write(encrypted, encrypted.seq_len, temporary)
         (temporary / "report.json").write_text(
             json.dumps({**report, "bundle": identity}, indent=2) + "\n", encoding="utf-8"
         )
@@ -77,22 +86,22 @@ def write_bundles(hybrid: EncryptedGPT2, directory: Path, report: Mapping[str, A
     return identity
 
 
-def _write(hybrid: EncryptedGPT2, seq_len: int, directory: Path) -> str:
-    circuits = {str(module): circuit for module, circuit in hybrid.circuits.items()}
+def _write(encrypted: EncryptedGPT2, seq_len: int, directory: Path) -> str:
+    circuits = {str(module): circuit for module, circuit in encrypted.circuits.items()}
     client = directory / "client"
-    save_checkpoint(client / "model", dataclasses.asdict(hybrid.gpt2.config), without_heads(hybrid))
-    hybrid.gpt2.tokenizer.save(str(client / "model" / "tokenizer.json"))
+    save_checkpoint(client / "model", dataclasses.asdict(encrypted.model.config), without_heads(encrypted))
+    encrypted.model.tokenizer.save(str(client / "model" / "tokenizer.json"))
     (client / "heads").mkdir()
     heads = {}
-    for module, calibrated in hybrid.calibrated.items():
-        arrays = {"input_scale": calibrated.input_scale}
-        arrays |= {f"decoding.{name}": value for name, value in calibrated.decoding._asdict().items()}
+    for module, quantized in encrypted.quantized.items():
+        names, values = _named(quantized.dequantization)
+        arrays = {"input_scale": quantized.input_scale, **dict(zip(names, values, strict=True))}
         save_file({name: np.array(value) for name, value in arrays.items()}, client / "heads" / f"{module}.safetensors")
         heads[str(module)] = {
-            "config": hybrid.configs[module].to_json(),
-            "bits": dataclasses.asdict(calibrated.bits),
-            "max_tokens": calibrated.max_tokens,
-            "decoding": list(calibrated.decoding._fields),
+            "config": encrypted.configs[module].to_json(),
+            "bits": dataclasses.asdict(quantized.bits),
+            "max_tokens": quantized.max_tokens,
+            "dequantization": names,
         }
     contents = bundles.hashes(client), seq_len, heads, {module: circuit.id for module, circuit in circuits.items()}
     identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
@@ -102,28 +111,48 @@ def _write(hybrid: EncryptedGPT2, seq_len: int, directory: Path) -> str:
 
 
 def read_client(bundle: Bundle) -> EncryptedGPT2:
-    """The model of a client bundle: it encrypts and decrypts for its protected heads, and cannot compute them.
+    """The model of a client bundle: it encrypts and decrypts for its encrypted modules, and cannot compute them.
 
     Raises:
         BundleError: it is damaged; what `GPT2.from_pretrained` raises.
     """
     gpt2 = GPT2.from_pretrained(bundle.directory / "model")
     configs: dict[Module, MethodConfig] = {}
-    calibrated: dict[Module, QuantizedModule] = {}
+    quantized: dict[Module, QuantizedModule] = {}
     circuits: dict[Module, fhe.Circuit] = {}
     try:
         for entry in bundle.circuits:
             (module,) = parse_modules(entry.module, gpt2.config)
             facts: Mapping[str, Any] = bundle.content["heads"][entry.module]
             arrays = load_file(bundle.directory / "heads" / f"{entry.module}.safetensors")
-            # As JAX and `decode` take it, which go by its fields.
-            decoding = collections.namedtuple("Decoding", facts["decoding"])
-            values = [arrays[f"decoding.{name}"] for name in facts["decoding"]]
+            values = [arrays[name] for name in facts["dequantization"]]
             configs[module] = MethodConfig.from_json(facts["config"])
-            calibrated[module] = QuantizedModule(
-                None, arrays["input_scale"], decoding(*values), Bits(**facts["bits"]), facts["max_tokens"]
+            quantized[module] = QuantizedModule(
+                None,
+                arrays["input_scale"],
+                _unnamed(facts["dequantization"], values),
+                Bits(**facts["bits"]),
+                facts["max_tokens"],
             )
-            circuits[module] = fhe.get_backend(entry.backend).load(bundle.circuit_directory(entry.module))
-        return EncryptedGPT2(gpt2, configs, calibrated, circuits, bundle.content["seq_len"])
-    except (KeyError, TypeError, OSError, SafetensorError) as error:
+            # Never a server's file: it would be code of whoever made the bundle.
+            directory = bundle.circuit_directory(entry.module)
+            circuits[module] = get_backend(entry.backend).load(directory, server=False)
+        return EncryptedGPT2(gpt2, configs, quantized, circuits, bundle.content["seq_len"])
+    except (KeyError, TypeError, AttributeError, OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise BundleError(f"{bundle.directory} is damaged: {error!r}") from None
+
+
+def _named(dequantization: Any) -> tuple[list[str], list[np.ndarray]]:
+    """A pytree of arrays, an array or a NamedTuple of them, by names."""
+    if hasattr(dequantization, "_fields"):
+        return [f"dequantization.{name}" for name in dequantization._fields], list(dequantization)
+    return ["dequantization"], [dequantization]
+
+
+def _unnamed(names: Sequence[str], values: Sequence[np.ndarray]) -> Any:
+    """As JAX and `decode` take it, which go by its fields."""
+    if list(names) == ["dequantization"]:
+        return values[0]
+    return collections.namedtuple("Dequantization", [name.removeprefix("dequantization.") for name in names])(*values)

@@ -26,6 +26,7 @@ import tenacity
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
+from jaxgpt2.executors import StateLost
 from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.protocol import (
     MAX_CALLS,
@@ -78,6 +79,10 @@ class Refused(ServerError):
     def __init__(self, status: int, code: str, detail: str):
         super().__init__(f"the server refused: {detail} ({status} {code})")
         self.status, self.code = status, code
+
+
+class SessionLost(Refused, StateLost):
+    """The server does not know the session, or not any more."""
 
 
 class _Unknown(Refused):
@@ -194,7 +199,7 @@ class Connection:
             return response
         try:
             problem = Problem.model_validate(response.json())
-            kind = _Unknown if problem.code == "no_batch" else Refused
+            kind = {"no_batch": _Unknown, "no_session": SessionLost}.get(problem.code, Refused)
             reason = kind(response.status_code, problem.code, problem.detail)
         except ValueError:
             reason = ServerError(f"{self.url} answers {response.status_code} and no reason: is it a jaxgpt2 server?")
@@ -357,7 +362,7 @@ class Remote:
         for output in range(self.circuit.signatures[name].outputs):
             result = Result(call=call.id, output=output)
             handles.append(handle := Handle(result))
-            if fhe.Output(name, output) in self.circuit.signatures.kept:
+            if fhe.Output(name, output) in self.circuit.signatures.server_state:
                 weakref.finalize(handle, self._forgotten.append, result).atexit = False
             else:
                 self._wanted.append(result)
@@ -415,6 +420,11 @@ class Remote:
                     return unpack(Answer, response.content)
             except BadRequest as error:
                 raise ServerError(f"{self.connection.url} answers with what is no answer: {error}") from None
+            except SessionLost:
+                self._session = None
+                self._results.clear()
+                self._forgotten.clear()
+                raise
             except Refused as error:
                 sent = False
                 if error.code == "keys_missing":  # evicted since

@@ -243,7 +243,10 @@ class Server:
         for result in batch.results:
             known(result)
             # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
-            if result.call not in functions or fhe.Output(functions[result.call], result.output) in signatures.kept:
+            if (
+                result.call not in functions
+                or fhe.Output(functions[result.call], result.output) in signatures.server_state
+            ):
                 raise APIError(403, "kept", f"result {result.output} of call {result.call} stays on the server")
 
     def begin(self, session: Session, batch: Batch) -> None:

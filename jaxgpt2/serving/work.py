@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fhe
-from jaxgpt2.serving.files import APIError, write_whole
+from fhe.envelope import write_whole
+from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.protocol import Answer, Batch, Result, pack
 
 
@@ -90,7 +91,7 @@ def perform(job: Job) -> Done:
 
 def _perform(job: Job) -> list[tuple[str, float]]:
     circuit, keys = _circuit(job)
-    kept, forgotten = circuit.signatures.kept, set(job.batch.forget)
+    kept, forgotten = circuit.signatures.server_state, set(job.batch.forget)
     fresh: dict[Result, bytes] = {}
     stored: dict[Result, bytes] = {}
     shown: dict[Result, bytes] = {}  # the client's: nothing else can get into an answer, whatever is asked for
@@ -120,10 +121,10 @@ def _perform(job: Job) -> list[tuple[str, float]]:
         if size > job.room:
             raise APIError(413, "session_full", "the session would hold more bytes than this server allows")
     for result, data in stored.items():
-        write_whole(job.session / f"{result.call}.{result.output}", data)
+        write_whole(job.session / f"{result.call}.{result.output}", data, durable=False)
     try:
         answer = Answer(results=[shown[result] for result in job.batch.results])
     except KeyError:
         raise APIError(403, "kept", "a result that was asked for stays on the server") from None
-    write_whole(job.session / f"answer.{job.batch.request}", pack(answer))
+    write_whole(job.session / f"answer.{job.batch.request}", pack(answer), durable=False)
     return seconds

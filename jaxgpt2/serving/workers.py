@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pebble import ProcessExpired, ProcessPool
 
 from jaxgpt2.errors import InputError
+from jaxgpt2.executors.cluster import connect
 from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.work import Done, Job, perform, start_worker
 
@@ -108,15 +109,8 @@ def dask_workers(address: str, timeout: float) -> list[Worker]:
     Raises:
         InputError: Dask is not installed, or no scheduler with workers answers.
     """
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise InputError(f"--scheduler needs Dask ({error}); install it with: pip install jaxgpt2[cluster]") from None
-    try:
-        client = Client(address, timeout=10)
-        addresses = list(client.scheduler_info(n_workers=-1)["workers"])
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
+    client = connect(address)
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
     if not addresses:
         client.close()
         raise InputError(f"the Dask scheduler at {address} has no workers")

@@ -4,7 +4,7 @@ A configuration is a head and its config. The float model reads the passages onc
 configurations of its heads are calibrated, their parameters are stacked, and one compiled program runs the whole stack:
 the integer heads, what is left of the model after that layer, and every metric. It is compiled once for all layers.
 
-The head's input comes out of the very programs that `EncryptedGPT2.trace` runs, so the integers are those of the mode
+The head's input comes out of the very programs that `EncryptedGPT2.forward` runs, so the integers are those of the mode
 `quantized`, and a row's metrics are those of `evaluate` up to float32 rounding.
 
 Shapes: K configurations of a stack, B passages, T tokens of the longest, N real tokens of all of them, C width,
@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,29 +33,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fhe
 from jaxgpt2 import methods
-from jaxgpt2.encrypted import (
-    CalibrationData,
-    EncryptedGPT2,
-    HiddenStates,
-    Module,
-    advance,
-    attend,
-    contribution,
-    leave,
-    read,
-    sample,
-    stream_inputs,
-)
+from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import check_disjoint, check_ks, longest_passage
 from jaxgpt2.methods.jax_ops import JaxOps
 from jaxgpt2.methods.method import MethodConfig, QuantizedFunction, QuantizedModule
+from jaxgpt2.models.gpt2.branches import contribution, leave
 from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import causal_attention
 from jaxgpt2.models.gpt2.pretrained import GPT2
-from jaxgpt2.models.gpt2.state_dict import disassemble
-from jaxgpt2.quantize import Bits, CalibrationError, quantize
-from jaxgpt2.sweeps.store import Row, SweepDirectory, require_extra
+from jaxgpt2.modules import Module
+from jaxgpt2.quantize import Bits, CalibrationError
+from jaxgpt2.sweeps.store import Row
 
 # Tokens that go through the model together; more passages go in several packs of one shape.
 PACK_TOKENS = 2048
@@ -95,7 +84,7 @@ class Configuration:
             "head": self.module.head,
             "attention": self.config.method,
             **{f"{name.removesuffix('s')}_bits": value for name, value in bits.items()},
-            **self.config.settings,
+            **self.config.options,
         }
 
 
@@ -148,7 +137,7 @@ def check(experiment: Experiment, gpt2: GPT2) -> int:
 
 def grid(
     modules: Iterable[Module],
-    methods: Iterable[str],
+    names: Iterable[str],
     widths: Iterable[Bits | int],
     options: Mapping[str, Iterable[int]],
     apart: Iterable[Mapping[str, int | None]] = ({},),
@@ -156,21 +145,22 @@ def grid(
     """All combinations; an option concerns the methods that have it.
 
     Args:
+        names: of methods.
         widths: a number means activations of so many bits, and what the method has with them.
         apart: fields of `Bits` that are changed after that.
 
     Raises:
         SweepError: there are none, or an option that none of the methods has; MethodError: an unknown method.
     """
-    methods, widths, apart = tuple(methods), tuple(widths), tuple(apart)
-    for name in options:
-        if not any(name in methods.get(method).options for method in methods):
-            raise SweepError(f"none of the methods {', '.join(methods)} has an option {name!r}")
+    names, widths, apart = tuple(names), tuple(widths), tuple(apart)
+    for option in options:
+        if not any(option in methods.get(name).options for name in names):
+            raise SweepError(f"none of the methods {', '.join(names)} has an option {option!r}")
     configs = []
-    for method in methods:
-        own = {name: tuple(values) for name, values in options.items() if name in methods.get(method).options}
+    for name in names:
+        own = {option: tuple(values) for option, values in options.items() if option in methods.get(name).options}
         for bits, changes, chosen in itertools.product(widths, apart, itertools.product(*own.values())):
-            config = MethodConfig.of(method, bits, dict(zip(own, chosen, strict=True)))
+            config = MethodConfig.of(name, bits, dict(zip(own, chosen, strict=True)))
             configs.append(dataclasses.replace(config, bits=dataclasses.replace(config.bits, **changes)))
     # A default that is also named is the same configuration.
     found = {each.key: each for each in (Configuration(module, config) for module in modules for config in configs)}
@@ -220,20 +210,26 @@ def group(count: int, lengths: Sequence[np.ndarray]) -> list[tuple[int, int]]:
 # --- stacking -----------------------------------------------------------------------------------
 
 
+class StackedBits(NamedTuple):
+    """What `encode` asks of a module's bits, as an array."""
+
+    inputs: np.ndarray
+
+
 class Stackable(NamedTuple):
     """A QuantizedModule whose every leaf is an array, the number of bits of its input too."""
 
     params: Any
     input_scale: np.ndarray
-    input_bits: np.ndarray
-    decoding: Any
+    bits: StackedBits
+    dequantization: Any
 
 
 def is_table(leaf: Any) -> bool:
     return isinstance(leaf, fhe.LookupTable)
 
 
-def stackable(calibrated: QuantizedModule) -> Stackable:
+def stackable(module: QuantizedModule) -> Stackable:
     """Tables saturate at their ends, so repeating the last entry changes none; scalars become arrays."""
 
     def padded(leaf: Any) -> Any:
@@ -245,10 +241,11 @@ def stackable(calibrated: QuantizedModule) -> Stackable:
         shift: Any = np.asarray(leaf.shift)
         return fhe.LookupTable(values, low, shift)
 
-    params, decoding = (
-        jax.tree.map(padded, part, is_leaf=is_table) for part in (calibrated.params, calibrated.decoding)
+    params, dequantization = (
+        jax.tree.map(padded, part, is_leaf=is_table) for part in (module.params, module.dequantization)
     )
-    return Stackable(params, np.asarray(calibrated.input_scale), np.asarray(calibrated.bits.inputs), decoding)
+    bits = StackedBits(np.asarray(module.bits.inputs))
+    return Stackable(params, np.asarray(module.input_scale), bits, dequantization)
 
 
 def shapes(stack: Stackable) -> tuple[Any, ...]:
@@ -258,14 +255,14 @@ def shapes(stack: Stackable) -> tuple[Any, ...]:
 
 
 def stacks(members: Sequence[tuple[QuantizedFunction, Stackable]], largest: int, devices: int) -> list[list[int]]:
-    """Indices of members that run together: equal programs and shapes, at most `largest`.
+    """Indices of members that run together: equal functions and shapes, at most `largest`.
 
     Sizes are powers of two times the number of devices, so that few are compiled and none runs half empty; where
     there are fewer members than devices, the last one is repeated.
     """
     alike: dict[Any, list[int]] = {}
-    for index, (program, stack) in enumerate(members):
-        alike.setdefault((program, shapes(stack)), []).append(index)
+    for index, (function, stack) in enumerate(members):
+        alike.setdefault((function, shapes(stack)), []).append(index)
     found = []
     for indices in alike.values():
         while indices:
@@ -296,9 +293,9 @@ def stack_size(config: GPT2Config, tokens: int) -> int:
 # --- the programs -------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("program", "graph"))
+@functools.partial(jax.jit, static_argnames=("function", "graph", "layer"))
 def _enter(
-    program: QuantizedFunction,
+    function: QuantizedFunction,
     graph: nnx.GraphDef,
     state: nnx.State,
     stack: Stackable,
@@ -307,11 +304,13 @@ def _enter(
     base: jax.Array,
     in_float: jax.Array,
     packed: Pack,
+    layer: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The integer heads of a stack.
+    """The quantized modules of a stack.
 
     Args:
-        stack: with K in front of every leaf; heads: (K,).
+        stack: with K in front of every leaf; heads: (K,), which play no part where `layer` says that whole layers are
+            computed.
         x: (B, T, C), the layer's head input.
         base: (K, N, C), the residual stream without the head; in_float: (K, N, C), what the float head adds to it.
 
@@ -320,10 +319,10 @@ def _enter(
     """
 
     def one(stack: Stackable, head: jax.Array, base: jax.Array, in_float: jax.Array):
-        levels = quantize(x, jnp.asarray(stack.input_scale, jnp.float32), stack.input_bits)  # (B, T, C)
-        outputs = jax.vmap(lambda row: program.run(JaxOps(), stack.params, row))(levels)
-        output = jax.vmap(lambda *row: program.decode(stack.decoding, row))(*outputs)  # (B, T, D)
-        added = contribution(graph, state, output[packed.row, packed.column], head)  # (N, C)
+        module: Any = stack
+        output = jax.vmap(lambda x: function.whole(JaxOps(), module, x))(x)  # (B, T, D), of a layer (B, T, C)
+        output = output[packed.row, packed.column]
+        added = output if layer else contribution(graph, state, output, head)  # (N, C)
         weight = packed.mask[:, None]
         return base + added, jnp.sum((added - in_float) ** 2 * weight), jnp.sum(in_float**2 * weight)
 
@@ -448,14 +447,14 @@ class Layer:
 
     Args:
         index: which layer.
-        stream: the evaluation's passages.
-        sample: what its heads are calibrated on; cost_inputs: calibration inputs (T, C) of the length whose cost
+        states: the evaluation's passages.
+        data: what its heads are calibrated on; cost_inputs: calibration inputs (T, C) of the length whose cost
             counts.
     """
 
     index: int
-    stream: HiddenStates
-    sample: CalibrationData
+    states: HiddenStates
+    data: CalibrationData
     cost_inputs: list[np.ndarray]
 
 
@@ -471,7 +470,7 @@ class Sums(NamedTuple):
 class Prepared(NamedTuple):
     """A configuration in integers, and its cost's part of the row."""
 
-    program: QuantizedFunction
+    function: QuantizedFunction
     stackable: Stackable
     cost: Row
 
@@ -493,13 +492,13 @@ class SweepRunner:
         longest = check(experiment, self.gpt2)
         self.max_tokens = max(longest, experiment.seq_len)
         self._start = (
-            read(self.gpt2, experiment.passages, longest),
-            read(self.gpt2, experiment.calibration, self.max_tokens),
-            read(self.gpt2, experiment.calibration, experiment.seq_len),
+            HiddenStates.read(self.gpt2, experiment.passages, longest),
+            HiddenStates.read(self.gpt2, experiment.calibration, self.max_tokens),
+            HiddenStates.read(self.gpt2, experiment.calibration, experiment.seq_len),
         )
         self._reached = self._start
         self._ablated: dict[Module, Sums] = {}
-        self._heads: dict[tuple[int, int, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
+        self._heads: dict[tuple[int, int | None, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         lengths = self._start[0].lengths
         self._groups = group(PACK_TOKENS, lengths)
         tokens = max(sum(int(n.sum()) for n in lengths[start:stop]) for start, stop in self._groups)
@@ -518,7 +517,7 @@ class SweepRunner:
         self._split = NamedSharding(self._mesh, PartitionSpec("configurations"))
         self._state = jax.device_put(self.gpt2.state, self._whole)
         self._blocks = [nnx.split(block)[1] for block in nnx.merge(self.gpt2.graph, self._state).h]
-        final = advance(self.gpt2, self._start[0], self.gpt2.config.n_layer)
+        final = self._start[0].at(self.gpt2, self.gpt2.config.n_layer)
         self._reference = [
             _refer(self.gpt2.graph, self._state, self._flat(final.hidden[start:stop], i), self._chunk)
             for i, (start, stop) in enumerate(self._groups)
@@ -547,9 +546,9 @@ class SweepRunner:
         """The passages at a layer."""
         if index < self._reached[0].layer:
             self._reached = self._start
-        self._reached = tuple(advance(self.gpt2, stream, index) for stream in self._reached)
-        stream, calibration, cost = self._reached
-        return Layer(index, stream, sample(self.gpt2, calibration), stream_inputs(self.gpt2, cost))
+        self._reached = tuple(states.at(self.gpt2, index) for states in self._reached)
+        states, calibration, cost = self._reached
+        return Layer(index, states, CalibrationData.of(self.gpt2, calibration), cost.inputs(self.gpt2))
 
     # One configuration ---------------------------------------------------------------------------
 
@@ -560,13 +559,13 @@ class SweepRunner:
             CalibrationError: it cannot be had, as where a sum would leave int32.
         """
         module = configuration.module
-        hybrid = EncryptedGPT2(self.gpt2, {module: configuration.config})
-        hybrid = hybrid.calibrate_on({layer.index: layer.sample}, self.max_tokens)
-        settings = fhe.FHEConfig(rounding=self.experiment.rounding)
+        encrypted = EncryptedGPT2(self.gpt2, {module: configuration.config})
+        encrypted = encrypted.calibrate_on({layer.index: layer.data}, self.max_tokens)
+        fhe_config = fhe.FHEConfig(rounding=self.experiment.rounding)
         method = methods.get(configuration.config.method)
         # Lookups are counted on plain integers; another engine says what it would do when it compiles.
         length, backend = self.experiment.seq_len, "clear" if method.by_lookups else method.backend
-        compiled = hybrid.compile_on({layer.index: layer.cost_inputs}, length, settings, backend)
+        compiled = encrypted.compile_on({layer.index: layer.cost_inputs}, length, fhe_config, backend)
         whole = compiled.costs(length)[module]
         last = compiled.costs(length, length - 1)[module]
         spent: Row = {
@@ -577,48 +576,55 @@ class SweepRunner:
             "estimated_seconds_per_token": last.estimated_run_seconds,
             **whole.counts,
         }
-        return Prepared(method.head, stackable(hybrid.calibrated[module]), spent)
+        return Prepared(encrypted.function(module), stackable(encrypted.quantized[module]), spent)
 
     # Stacks of them ------------------------------------------------------------------------------
 
-    def _head(self, layer: Layer, head: int, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A pack at one head: the layer's head input (B, T, C), the residual stream without the head, what it adds."""
+    def _head(self, layer: Layer, head: int | None, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A pack at one head, or (None) at all of a layer's: the heads' input (B, T, C), the residual stream without
+        the head, what it adds."""
         key = (layer.index, head, index)
         if key not in self._heads:
             while len(self._heads) >= HEADS:
                 del self._heads[next(iter(self._heads))]
             start, stop = self._groups[index]
-            block = self.gpt2.block_graph, self.gpt2.block_states[layer.index]
-            # A head at a time, as `trace` does it: the same program, so the same integers.
-            each = [attend(*block, h, np.array([head])) for h in layer.stream.hidden[start:stop]]
-            x, base, in_float = zip(*each, strict=True)
+            heads = np.arange(self.gpt2.config.n_head) if head is None else np.array([head])
+            # One module at a time, as `forward` does it: the same program, so the same integers.
+            each = [self.gpt2.attend(layer.index, h, heads) for h in layer.states.hidden[start:stop]]
+            x, base, in_float, _ = zip(*each, strict=True)
             self._heads[key] = (
                 self._passages(x, index),
                 self._flat(base, index),
-                self._flat([part[0] for part in in_float], index),
+                self._flat([part.sum(axis=0) for part in in_float], index),
             )
         return self._heads[key]
 
-    def _inputs(self, layer: Layer, heads: Sequence[int], index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _inputs(self, layer: Layer, heads: Sequence[int | None], index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A pack's head inputs (B, T, C), and the residual stream without each head and what each adds: (K, N, C)."""
         parts = [self._head(layer, head, index) for head in heads]
         base, in_float = (jnp.stack([part[which] for part in parts]) for which in (1, 2))
         return parts[0][0], jax.device_put(base, self._split), jax.device_put(in_float, self._split)
 
     def _measure(
-        self, layer: Layer, program: QuantizedFunction | None, members: Sequence[Stackable], heads: Sequence[int]
+        self,
+        layer: Layer,
+        function: QuantizedFunction | None,
+        members: Sequence[Stackable],
+        heads: Sequence[int | None],
     ) -> Sums:
-        """A stack of configurations of one layer; without a program, its heads are left out."""
+        """A stack of configurations of one layer; without a function, its heads are left out."""
         graph, state = self.gpt2.block_graph, self._blocks[layer.index]
-        numbers = jax.device_put(np.asarray(heads, np.int32), self._split)
-        if program is not None:
+        numbers = jax.device_put(np.asarray([head or 0 for head in heads], np.int32), self._split)
+        if function is not None:
             stack = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *members), self._split)
         total: Sums | None = None
         for index, packed in enumerate(self._packs):
             x, h, in_float = self._inputs(layer, heads, index)
             error = norm = np.zeros(len(heads))
-            if program is not None:
-                h, error, norm = _enter(program, graph, state, stack, numbers, x, h, in_float, packed)
+            if function is not None:
+                h, error, norm = _enter(
+                    function, graph, state, stack, numbers, x, h, in_float, packed, layer=heads[0] is None
+                )
             h = _leave(graph, state, self._mesh, h)
             for later in self._blocks[layer.index + 1 :]:
                 h = _block(graph, later, self._mesh, h, packed)
@@ -642,7 +648,7 @@ class SweepRunner:
         self._ablated.clear()
         self._heads.clear()
 
-    def _ablate(self, layer: Layer, heads: Iterable[int]) -> None:
+    def _ablate(self, layer: Layer, heads: Iterable[int | None]) -> None:
         """Measures the model without each of these heads, once."""
         missing = [head for head in dict.fromkeys(heads) if Module(layer.index, head) not in self._ablated]
         nothing: Any = (None, ())
@@ -661,14 +667,14 @@ class SweepRunner:
                 rows[configuration.key] = self._row(configuration) | {"error": str(member)}
             else:
                 working.append((configuration, member))
-        self._ablate(layer, (configuration.module.head or 0 for configuration, _ in working))
+        self._ablate(layer, (configuration.module.head for configuration, _ in working))
         for indices in stacks([member[:2] for _, member in working], self.batch, len(jax.local_devices())):
             chosen = [working[index] for index in indices]
             sums = self._measure(
                 layer,
-                chosen[0][1].program,
+                chosen[0][1].function,
                 [member.stackable for _, member in chosen],
-                [configuration.module.head or 0 for configuration, _ in chosen],
+                [configuration.module.head for configuration, _ in chosen],
             )
             for position, (configuration, member) in enumerate(chosen):
                 measured = self._metrics(
@@ -729,7 +735,7 @@ def batches(configurations: Iterable[Configuration], size: int) -> Iterator[tupl
 
     def order(configuration: Configuration) -> tuple[Any, ...]:
         config = configuration.config
-        return configuration.module.layer, config.method, tuple(config.settings.items())
+        return configuration.module.layer, config.method, tuple(config.options.items())
 
     alike = sorted(configurations, key=order)
     while alike:
@@ -737,69 +743,3 @@ def batches(configurations: Iterable[Configuration], size: int) -> Iterator[tupl
         batch = [each for each in alike[:size] if each.module.layer == layer]
         yield layer, batch
         alike = alike[len(batch) :]
-
-
-# --- into a directory ---------------------------------------------------------------------------
-
-
-def fingerprint(gpt2: GPT2) -> str:
-    """A hash of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(disassemble(gpt2.model).items()):
-        digest.update(name.encode())
-        digest.update(np.asarray(tensor).tobytes())
-    return digest.hexdigest()
-
-
-def measured(
-    experiment: Experiment, configurations: Sequence[Configuration], gpt2: GPT2, scheduler: str | None = None
-) -> Iterator[list[Row]]:
-    """Rows of configurations, here or (by the address of a Dask scheduler) on other machines, as they come."""
-    if scheduler is None:
-        return SweepRunner(experiment, gpt2).run(configurations)
-    from jaxgpt2 import distribute
-
-    return distribute.run(scheduler, experiment, configurations)
-
-
-def sweep(
-    experiment: Experiment,
-    configurations: Sequence[Configuration],
-    path: Path,
-    resume: bool = False,
-    scheduler: str | None = None,
-    progress: Callable[[int], object] = lambda count: None,
-) -> Any:
-    """Measures configurations into a directory; when all are there, writes the table and figures.
-
-    Args:
-        path: a new directory, or with `resume` the one of this very sweep: rows that are there are not measured again.
-        progress: is told how many rows more there are, first how many there were.
-
-    Returns:
-        the table, a pandas DataFrame.
-
-    Raises:
-        InputError: something given cannot be used; one line says what.
-    """
-    from jaxgpt2 import figures
-
-    require_extra()
-    gpt2 = GPT2.from_pretrained(experiment.model)
-    check(experiment, gpt2)
-    keys = [each.key for each in configurations]
-    identity = experiment.identity() | {
-        "weights": fingerprint(gpt2),
-        "configurations": len(keys),
-        "grid": hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest(),
-    }
-    directory = SweepDirectory.open(path, identity, resume)
-    progress(len(directory.rows))
-    missing = [each for each in configurations if each.key not in directory.rows]
-    if missing:
-        for rows in measured(experiment, missing, gpt2, scheduler):
-            directory.append(rows)
-            progress(len(rows))
-    frame = directory.finish(keys)
-    figures.draw(frame, path)
-    return frame

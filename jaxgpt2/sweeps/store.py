@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, MissingExtra
 from weights.checkpoint import write_atomically
 
 Row = dict[str, Any]
@@ -22,14 +22,6 @@ Row = dict[str, Any]
 
 class DirectoryError(InputError):
     """A directory that is not this sweep's."""
-
-
-class MissingExtra(InputError):
-    """A library that an optional extra installs."""
-
-
-def need_extra(error: ImportError, what: str, extra: str) -> MissingExtra:
-    return MissingExtra(f"{what} needs {error.name}; install it with: pip install 'jaxgpt2[{extra}]'")
 
 
 def require_extra() -> None:
@@ -43,7 +35,7 @@ def require_extra() -> None:
         import pandas  # noqa: F401
         import pyarrow  # noqa: F401  # what pandas writes Parquet with
     except ImportError as error:
-        raise need_extra(error, "a sweep's table", "sweep") from None
+        raise MissingExtra(error, "a sweep's table", "sweep") from None
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,14 @@ class Encryption:
     """What a way to encrypt lookups costs some heads, and what it loses of them.
 
     Args:
-        settings: error probability and rounding.
+        fhe_config: error probability and rounding.
         complexity: of a text of the length that was asked for, all heads, in the engine's own module.
         kl: KL(float || simulated) in nats, summed over heads, each alone; quantized_kl: the same without encryption;
             kl_ablated: the same without the head.
         error: why one of the heads cannot be compiled with it; then the numbers are those of the heads before.
     """
 
-    settings: fhe.FHEConfig
+    fhe_config: fhe.FHEConfig
     complexity: float = 0.0
     kl: float = 0.0
     quantized_kl: float = 0.0
@@ -82,7 +82,7 @@ class Encryption:
     def __add__(self, other: Encryption) -> Encryption:
         """Of both one's heads; with errors, the first."""
         return Encryption(
-            self.settings,
+            self.fhe_config,
             self.complexity + other.complexity,
             self.kl + other.kl,
             self.quantized_kl + other.quantized_kl,
@@ -115,27 +115,26 @@ def measure_encryption(
         configs: of methods that are made for the same engine of lookups.
         progress: is told after every head and candidate that one more is done.
     """
-    hybrid = EncryptedGPT2(gpt2, configs).calibrate(calibration, seq_len)
-    inputs = hybrid.head_inputs(calibration, seq_len)
+    calibrated = EncryptedGPT2(gpt2, configs).calibrate(calibration, seq_len)
 
-    def simulated(alone: EncryptedGPT2, settings: fhe.FHEConfig, quantized_kl: float) -> Encryption:
+    def simulated(alone: EncryptedGPT2, fhe_config: fhe.FHEConfig, quantized_kl: float) -> Encryption:
         (module,) = alone.modules
         try:
-            compiled = alone.compile_on(inputs, seq_len, settings)
+            compiled = alone.compile(calibration, seq_len, fhe_config)
         except fhe.CompilationError as error:
-            return Encryption(settings, error=f"head {module}: {error}")
+            return Encryption(fhe_config, error=f"head {module}: {error}")
         report = compiled.circuits[module].report
         share = compiled.costs(seq_len)[module].counts["pbs_count"] / report.pbs_count
-        measured = evaluate(compiled, passages, compiled.engine("simulate"), (1,), seq_len)
-        return Encryption(settings, report.complexity * share, measured.kl, quantized_kl, measured.kl_ablated)
+        measured = evaluate(compiled, passages, compiled.runner("simulate"), (1,), seq_len)
+        return Encryption(fhe_config, report.complexity * share, measured.kl, quantized_kl, measured.kl_ablated)
 
-    found = {settings: Encryption(settings) for settings in candidates}
+    found = {fhe_config: Encryption(fhe_config) for fhe_config in candidates}
     for module, config in configs.items():
-        alone = EncryptedGPT2(gpt2, {module: config}, {module: hybrid.calibrated[module]})
-        quantized = evaluate(alone, passages, alone.engine("quantized"), (1,), seq_len)
-        for settings, sums in found.items():
+        alone = EncryptedGPT2(gpt2, {module: config}, {module: calibrated.quantized[module]})
+        quantized = evaluate(alone, passages, alone.runner("quantized"), (1,), seq_len)
+        for fhe_config, sums in found.items():
             if sums.error is None:
-                found[settings] = sums + simulated(alone, settings, quantized.kl)
+                found[fhe_config] = sums + simulated(alone, fhe_config, quantized.kl)
             progress(1)
     return list(found.values())
 
@@ -154,7 +153,7 @@ def cheapest_encryption(measured: Sequence[Encryption], allowed: float) -> Encry
         best = min(working, key=lambda each: each.lost)
         raise InputError(
             f"every error probability and rounding that was tried costs more than {allowed:g} of the KL, the best "
-            f"({best.settings.p_error:g}, {best.settings.rounding}) {best.lost:.4f}: allow more --noise, or give a "
+            f"({best.fhe_config.p_error:g}, {best.fhe_config.rounding}) {best.lost:.4f}: allow more --noise, or give a "
             "smaller --p-error"
         )
     return min(enough, key=lambda each: each.complexity)

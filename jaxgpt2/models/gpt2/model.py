@@ -121,11 +121,10 @@ class Block(nnx.Module):
     def __call__(self, h: jax.Array, cache: LayerCache | None = None, first: jax.Array | int = 0):
         """(B, T, C) -> (B, T, C) and the new cache."""
         heads, cache = self.attn.heads(self.ln_1(h), cache, first)
-        return self.finish(h, heads), cache
+        return self.leave(h + self.attn.project(heads)), cache
 
-    def finish(self, h: jax.Array, heads: jax.Array) -> jax.Array:
-        """The block's output from its input h (B, T, C) and its heads' outputs (B, H, T, D)."""
-        h = h + self.attn.project(heads)
+    def leave(self, h: jax.Array) -> jax.Array:
+        """The second half, after attention was added to h: (..., C) -> (..., C)."""
         return h + self.mlp(self.ln_2(h))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 import weights
-from jaxgpt2.errors import InputError
-from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens
+from jaxgpt2.errors import PromptError
+from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens, padded_length, read_once
+from jaxgpt2.models.gpt2 import branches
 from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
-from jaxgpt2.models.gpt2.model import Cache, Transformer
-from jaxgpt2.models.gpt2.state_dict import assemble, parameter_shapes
+from jaxgpt2.models.gpt2.model import Cache, LayerCache, Transformer
+from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
 from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
-
-
-class PromptError(InputError):
-    """Text that the model cannot take: nothing at all, or more than fits its context."""
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -34,11 +32,6 @@ def _logits(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> jax.Arr
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _extend(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, cache: Cache, count: jax.Array):
     return nnx.merge(graph, state).extend(tokens, cache, count)
-
-
-def _padded_length(count: int, limit: int) -> int:
-    """The next power of two, so that few lengths are compiled."""
-    return min(limit, 1 << (count - 1).bit_length())
 
 
 def _checked(input_ids: np.ndarray | Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
@@ -106,6 +99,47 @@ class GPT2:
             )
         return _logits(self.graph, self.state, ids)
 
+    # Cut into pieces: see `jaxgpt2.models.Decoder`.
+
+    def empty_layers(self, batch: int, size: int) -> tuple[LayerCache, ...]:
+        return self.model.empty_cache(batch, size).layers
+
+    def embed(self, tokens: Any, start: jax.Array | int = 0) -> jax.Array:
+        return branches.embed(self.graph, self.state, tokens, start)
+
+    def block(
+        self, layer: int, h: jax.Array, cache: LayerCache | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, LayerCache | None]:
+        return branches.block(self.block_graph, self.block_states[layer], h, cache, start)
+
+    def attend(
+        self, layer: int, h: jax.Array, heads: np.ndarray, cache: LayerCache | None = None, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, jax.Array, jax.Array, LayerCache | None]:
+        return branches.attend(self.block_graph, self.block_states[layer], h, jnp.asarray(heads), cache, start)
+
+    def contribution(self, layer: int, output: jax.Array, head: int) -> jax.Array:
+        return branches.contribution(self.block_graph, self.block_states[layer], output, head)
+
+    def leave(self, layer: int, h: jax.Array) -> jax.Array:
+        return branches.leave(self.block_graph, self.block_states[layer], h)
+
+    def unembed(self, h: jax.Array) -> jax.Array:
+        return branches.unembed(self.graph, self.state, h)
+
+    def likelihood_gradients(self, layer: int, h: jax.Array, mask: np.ndarray) -> jax.Array:
+        return branches.likelihood_gradients(self.graph, self.state, h, jnp.asarray(mask), layer)
+
+    def head_weights(self, layer: int, head: int) -> dict[str, np.ndarray]:
+        tensors, width, size = disassemble(self.model), self.config.n_embd, self.config.head_dim
+        kernel, bias, output = (
+            np.asarray(tensors[f"h.{layer}.attn.{name}"], np.float64)
+            for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight")
+        )
+        own = [slice(start, start + size) for start in range(head * size, 3 * width, width)]
+        parts = {name: kernel[:, part] for name, part in zip(("query", "key", "value"), own, strict=True)}
+        biases = {f"{name}_bias": bias[part] for name, part in zip(parts, own, strict=True)}
+        return parts | biases | {"output": output[own[0]]}
+
     def encode(self, text: str, room: int = 0) -> list[int]:
         """Token ids of a text that leaves `room` tokens of the context free.
 
@@ -130,23 +164,16 @@ class GPT2:
         """A function from all tokens so far to the next token's logits that reads each token once.
 
         Args:
-            size: most tokens that will ever be read.
+            size: room for tokens and padding, see `generation.padded_length`.
         """
-        # Room for padding too: the prompt is read in one padded piece.
-        size = _padded_length(size, self.config.n_positions)
         cache = self.model.empty_cache(1, size)
-        read = 0
 
-        def next_logits(tokens: list[int]) -> np.ndarray:
-            nonlocal cache, read
-            new = tokens[read:]
-            padded = np.zeros((1, _padded_length(len(new), size - read)), np.int32)
-            padded[0, : len(new)] = new
-            logits, cache = _extend(self.graph, self.state, padded, cache, len(new))
-            read = len(tokens)
+        def read(tokens: np.ndarray, count: int) -> np.ndarray:
+            nonlocal cache
+            logits, cache = _extend(self.graph, self.state, tokens, cache, count)
             return np.asarray(logits[0])
 
-        return next_logits
+        return read_once(read, size)
 
     def generate(self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yields the tokens that continue a prompt, one by one; `text` makes text of them.
@@ -157,7 +184,7 @@ class GPT2:
         if max_new_tokens < 0:
             raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         tokens = self.encode(prompt, room=max_new_tokens)
-        logits = self.cached_logits(len(tokens) + max_new_tokens)
+        logits = self.cached_logits(padded_length(len(tokens) + max_new_tokens, self.config.n_positions))
         return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
 
     def stream(self) -> Callable[[int], str]:

@@ -1,0 +1,105 @@
+"""What calibration knows of a layer: the inputs that reach it in the float model, and what its errors cost.
+
+Shapes: B batch, T tokens, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxgpt2.errors import PromptError
+from jaxgpt2.models import Decoder
+
+# Fisher information settles with few gradients, and those of a large model are dear.
+FISHER_TOKENS = 4096
+
+
+def token_batches(
+    model: Decoder, passages: Sequence[str], max_tokens: int, size: int = 16
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Passages as padded token ids (size, T), all of one shape, with their lengths (size,), 0 for a row of padding.
+
+    Each is cut to max_tokens.
+
+    Raises:
+        PromptError: no passages, or an empty one.
+    """
+    texts = [model.tokenizer.encode(passage).ids[:max_tokens] for passage in passages]
+    if not texts or not all(texts):
+        raise PromptError("there are no passages, or one is empty: give a text file with one passage a line")
+    longest = max(map(len, texts))
+    for start in range(0, len(texts), size):
+        group = texts[start : start + size]
+        padded, lengths = np.zeros((size, longest), np.int32), np.zeros(size, np.int32)
+        for index, text in enumerate(group):
+            padded[index, : len(text)], lengths[index] = text, len(text)
+        yield padded, lengths
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Passages that the float model has read up to a layer.
+
+    Args:
+        layer: the block that they reach next.
+        hidden: the residual stream, (B, T, C) for each batch of `token_batches`.
+        lengths: tokens of each row, (B,) for each batch; 0 for a row of padding.
+    """
+
+    layer: int
+    hidden: tuple[jax.Array, ...]
+    lengths: tuple[np.ndarray, ...]
+
+    @classmethod
+    def read(cls, model: Decoder, passages: Sequence[str], max_tokens: int) -> HiddenStates:
+        """Embeds passages, each cut to max_tokens."""
+        batches = list(token_batches(model, passages, max_tokens))
+        hidden = tuple(model.embed(tokens) for tokens, _ in batches)
+        return cls(0, hidden, tuple(lengths for _, lengths in batches))
+
+    def at(self, model: Decoder, layer: int) -> HiddenStates:
+        """The same passages at a later layer."""
+        hidden = self.hidden
+        for index in range(self.layer, layer):
+            hidden = tuple(model.block(index, h)[0] for h in hidden)
+        return HiddenStates(layer, hidden, self.lengths)
+
+    def inputs(self, model: Decoder) -> list[np.ndarray]:
+        """What reaches the heads of the layer: (T, C) float64, an array for every passage."""
+        inputs = []
+        for h, lengths in zip(self.hidden, self.lengths, strict=True):
+            x, _, _, _ = model.attend(self.layer, h, np.array([0]))
+            inputs += [np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True) if n]
+        return inputs
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Of a layer.
+
+    Args:
+        inputs: what reaches its heads in the float model, (T, C) float64, an array for every passage.
+        fisher: (C, C): error @ fisher @ error is KL(float || model with that error of the residual stream after the
+            layer's attention at one position) to second order, in nats and averaged over positions.
+    """
+
+    inputs: list[np.ndarray]
+    fisher: np.ndarray
+
+    @classmethod
+    def of(cls, model: Decoder, states: HiddenStates) -> CalibrationData:
+        """Half the Fisher information (Amari, "Natural gradient works efficiently in learning", 1998), from the
+        gradients of tokens drawn from the model's own predictions. Errors at different positions are taken as
+        independent."""
+        total, count = np.zeros((model.config.n_embd,) * 2), 0
+        for h, lengths in zip(states.hidden, states.lengths, strict=True):
+            mask = np.arange(h.shape[1]) < lengths[:, None]
+            gradients = np.asarray(model.likelihood_gradients(states.layer, h, mask), np.float64)[mask]
+            total, count = total + gradients.T @ gradients, count + len(gradients)
+            if count >= FISHER_TOKENS:
+                break
+        return cls(states.inputs(model), total / (2 * count))

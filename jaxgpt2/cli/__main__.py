@@ -1,0 +1,3 @@
+from jaxgpt2.cli import main
+
+main()
