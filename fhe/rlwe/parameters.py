@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import CompilationError, InsecureParameters
 
-# (poly_modulus_degree, coeff_modulus) -> bits of security, the smallest figure of security.md.
+# (poly_modulus_degree, coeff_modulus) -> bits of security that security.md, beside this file, has the reasons for.
 SECURITY_BITS = {(2048, 2**52 - 4095): 128}
 
 # A batch may fail with this probability at most, as a power of two.

@@ -1,7 +1,7 @@
 """A client's check of a server's products: with a secret random u, <u, W^T x> = <W u, x> modulo a prime.
 
-Source: Freivalds, "Probabilistic machines can use less running time", 1977. It needs the matrix once, and then as little
-as two vectors. A wrong product passes with a probability of 1 / p, below 2**-60.
+Source: Freivalds, "Probabilistic machines can use less running time", 1977. It needs the matrix once, and then two
+vectors only. A wrong product passes with a probability of 1 / p, below 2**-60.
 """
 
 import secrets
