@@ -140,7 +140,7 @@ def failure_log2(
     certain = l1.astype(np.float64) * 2.0 ** -(parameters.plain_bits + 1) + half_steps[0]
     room = np.maximum(parameters.most_noise - certain, 0.0)
     exponents = 1 - room**2 / (2 * proxy) * math.log2(math.e)
-    return math.log2(degree) + float(np.logaddexp2.reduce(exponents))
+    return min(0.0, math.log2(degree) + float(np.logaddexp2.reduce(exponents)))
 
 
 def check_matrix(

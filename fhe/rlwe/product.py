@@ -6,6 +6,7 @@ and fused", CRYPTO 2024, ePrint 2024/1284; Mishra and others, "Delphi", USENIX S
 Both are float64 matmuls of integers whose sums stay below 2**53, whatever the order of summation: exact everywhere.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
@@ -176,7 +177,9 @@ def _jax_namespace() -> Namespace:
     return jnp
 
 
+@functools.cache
 def _jax_multiply() -> Any:
+    """As `_multiply`; one function for all matrices, as JAX compiles it for every shape once."""
     import jax
     import jax.numpy as jnp
 
