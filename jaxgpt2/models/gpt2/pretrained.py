@@ -21,6 +21,7 @@ from jaxgpt2.models.gpt2 import branches
 from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
 from jaxgpt2.models.gpt2.model import Cache, LayerCache, Transformer
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
+from jaxgpt2.models.gpt2.text import encode as text_ids
 from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
 
 
@@ -146,19 +147,7 @@ class GPT2:
         Raises:
             PromptError: an empty text, one that is not Unicode, or one that does not fit.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, as bytes that are not UTF-8 become on a command line
-            raise PromptError("the prompt is not valid Unicode text") from None
-        tokens = self.tokenizer.encode(text).ids
-        if not tokens:
-            raise PromptError("the prompt is empty: give at least one character")
-        if len(tokens) + room > self.config.n_positions:
-            raise PromptError(
-                f"the prompt has {len(tokens)} tokens and {room} more are asked for, but the model's context is "
-                f"{self.config.n_positions}: shorten one of them"
-            )
-        return tokens
+        return text_ids(self.tokenizer, text, self.config.n_positions, room)
 
     def cached_logits(self, size: int) -> NextLogits:
         """A function from all tokens so far to the next token's logits that reads each token once.
