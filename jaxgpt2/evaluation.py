@@ -19,7 +19,9 @@ import numpy as np
 from jaxgpt2.calibration import token_batches
 from jaxgpt2.encrypted import Baseline, EncryptedGPT2, Runner
 from jaxgpt2.errors import InputError, PromptError
+from jaxgpt2.linear import LinearClient, Products
 from jaxgpt2.models import Decoder
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from weights.checkpoint import TINY
 
 
@@ -162,6 +164,62 @@ def evaluate(
         kl=kl / positions,
         kl_ablated=kl_ablated / positions,
         head_error=float(np.sqrt(error / norm)) if norm else float("nan"),
+        positions=positions,
+        passages=len(passages),
+    )
+
+
+@dataclass(frozen=True)
+class LinearEvaluation:
+    """Means over all positions of all passages, of a model with quantized linear layers beside the float model.
+
+    Args:
+        top_k: for each k, how often the float model's most likely token is among the k most likely of the other.
+        kl: KL(float || quantized) in nats.
+        perplexity, perplexity_float: exp of the mean negative log probability of the next token, of both.
+    """
+
+    top_k: dict[int, float]
+    kl: float
+    perplexity: float
+    perplexity_float: float
+    positions: int
+    passages: int
+
+
+@jax.jit
+def _surprise(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """The sum of negative log probabilities of next tokens, where both are text."""
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.sum(own * mask[:, 1:])
+
+
+def evaluate_linear(
+    gpt2: GPT2, client: LinearClient, products: Products, passages: Sequence[str], ks: Sequence[int] = (1, 5, 10)
+) -> LinearEvaluation:
+    """Compares a model with quantized linear layers with its float model on every token of every passage.
+
+    Raises:
+        PromptError: a passage that is empty or too long; InputError: a k below 1.
+    """
+    ks = check_ks(ks, gpt2.config.vocab_size)
+    longest = longest_passage(gpt2, passages)
+    kl = surprise = surprise_float = 0.0
+    agreement, positions, predicted = np.zeros(len(ks)), 0, 0
+    for tokens, lengths in token_batches(gpt2, passages, longest):
+        mask = jnp.asarray(np.arange(tokens.shape[1]) < lengths[:, None])
+        reference, (logits, _) = gpt2(tokens), client.forward(tokens, products)
+        some, agree = _compare(logits, reference, mask, ks)
+        kl, agreement = kl + float(some), agreement + np.asarray(agree)
+        surprise += float(_surprise(logits, tokens, mask))
+        surprise_float += float(_surprise(reference, tokens, mask))
+        positions += int(lengths.sum())
+        predicted += int(np.maximum(lengths - 1, 0).sum())
+    return LinearEvaluation(
+        top_k={k: float(value) / positions for k, value in zip(ks, agreement, strict=True)},
+        kl=max(kl, 0.0) / positions,
+        perplexity=float(np.exp(surprise / max(predicted, 1))),
+        perplexity_float=float(np.exp(surprise_float / max(predicted, 1))),
         positions=positions,
         passages=len(passages),
     )

@@ -59,7 +59,7 @@ def step(text: str, expected: float | None = None, lasting: bool = True) -> Iter
         note(f"{text}: {seconds(took)}")
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """Bytes for people: `0.12 MB`, `148 MB`."""
     return f"{count / 1e6:.3g} MB"
 

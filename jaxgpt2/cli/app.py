@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate_command"),
     "generate": ("generate", "generate"),
     "info": ("info", "info"),
+    "prepare": ("linear", "prepare"),
     "serve": ("serve", "serve"),
     "sweep": ("sweep", "sweep"),
     "token": ("serve", "token"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     calibration_passages,
     compile_options,
@@ -42,6 +43,10 @@ def compile_command(calibration: Path | None, backend: str | None, p_error: floa
     """Compile the encrypted modules, and say what they cost."""
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty directory: give another --out, or remove it")
+    if chosen["modules"] == linear.LINEAR:
+        linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
+        linear.compile_linear(out, as_json, chosen | {"calibration": calibration})
+        return
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)

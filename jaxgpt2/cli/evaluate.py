@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     MODES,
     announce_run,
@@ -57,6 +58,11 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     passages = (evaluation.bundled_passages("eval") if text is None else evaluation.read_passages(text))[:limit]
     calibrating = calibration_passages(calibration)
     evaluation.check_disjoint(calibrating, passages)
+    if chosen["modules"] == linear.LINEAR:
+        linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
+        numbers = [int(part) for part in ks.split(",")]
+        linear.evaluate(passages, numbers, mode, as_json, chosen | {"calibration": calibration})
+        return
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     announce_run,
     calibration_passages,
@@ -35,8 +36,15 @@ from jaxgpt2.progress import console, step
 if TYPE_CHECKING:
     import fhe
     from jaxgpt2.encrypted import Mode
-    from jaxgpt2.models import Decoder
     from jaxgpt2.modules import Module
+
+
+class Speaker(Protocol):
+    """What makes text of tokens."""
+
+    def text(self, tokens: Sequence[int]) -> str: ...
+
+    def stream(self) -> Callable[[int], str]: ...
 
 
 @click.command()
@@ -50,13 +58,13 @@ if TYPE_CHECKING:
 @click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers run encrypted heads.")
 @json_option
 @click.pass_context
-def generate(context: click.Context, prompt: str, calibration: Path | None, mode: Mode, backend: str | None,
-             p_error: float | None, rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float,
-             top_k: int | None, top_p: float | None, seed: int, scheduler: str | None, as_json: bool,
-             server: str | None, client: Path | None, secret_keys: Path | None, token: str | None,
+def generate(context: click.Context, prompt: str, mode: Mode, backend: str | None, p_error: float | None,
+             rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None,
+             top_p: float | None, seed: int, scheduler: str | None, as_json: bool, server: str | None,
+             client: Path | None, secret_keys: Path | None, masks: Path | None, verify: str | None, token: str | None,
              authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
              **chosen: Any) -> None:  # fmt: skip
-    """Continue PROMPT; with --server and --client, a server computes the encrypted modules, and never sees the text."""
+    """Continue PROMPT; with --server and --client, a server computes what is encrypted, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
@@ -65,11 +73,18 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
 
         if server is None or client is None:
             raise InputError("a server needs a client bundle, and a client bundle a server: give --server and --client")
-        refuse_given(context, "the client bundle says what the model is", chosen, "calibration", "mode", "backend",
-                     "p_error", "rounding", "cache", "scheduler")  # fmt: skip
-        generate_remotely(prompt, server, client, secret_keys, token, authority, certificate, certificate_key, insecure,
-                          max_new_tokens, sampling, as_json)  # fmt: skip
+        refuse_given(context, "the client bundle says what the model is", chosen, "mode", "backend", "p_error",
+                     "rounding", "cache", "scheduler")  # fmt: skip
+        connecting = {"token": token, "authority": authority, "certificate": certificate,
+                      "certificate_key": certificate_key, "insecure": insecure}  # fmt: skip
+        generate_remotely(prompt, server, client, secret_keys, masks, verify, connecting, max_new_tokens, sampling,
+                          as_json)  # fmt: skip
         return
+    if chosen["modules"] == linear.LINEAR:
+        linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache, scheduler=scheduler)
+        linear.generate_here(prompt, mode, max_new_tokens, sampling, as_json, chosen)
+        return
+    calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
         raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
     with step("loading the model"):
@@ -107,7 +122,7 @@ def generate(context: click.Context, prompt: str, calibration: Path | None, mode
 
 
 def write_tokens(
-    model: Decoder, result: dict[str, Any], iterator: Iterator[int], as_json: bool,
+    model: Speaker, result: dict[str, Any], iterator: Iterator[int], as_json: bool,
     waiting: Callable[[int], str] | None = None, facts: Callable[[], dict[str, Any]] = dict,
 ) -> None:  # fmt: skip
     """Writes tokens as they come, then the result with what became of its prompt.

@@ -43,8 +43,8 @@ model_options = options(
 
 module_options = options(
     click.option("--encrypt", "modules", metavar="MODULES",
-                 help="What is encrypted: heads, as 0.1,2.3 (layer.head, from 0), or a layer's whole attention, as "
-                      "0.attn.  [default: 0.0]"),
+                 help="What is encrypted: heads, as 0.1,2.3 (layer.head, from 0), a layer's whole attention, as 0.attn, "
+                      "or linear: every linear layer of every block.  [default: 0.0]"),
     click.option("--configs", type=click.Path(path_type=Path), metavar="FILE",
                  help="Method, bits and options of every module, as tune writes them; instead of the options below."),
     click.option("--attention", "method",
@@ -74,12 +74,10 @@ compile_options = options(
 )  # fmt: skip
 
 
-server_options = options(
+connection_options = options(
     click.option("--server", metavar="URL", help="Compute encrypted modules on this server; needs --client."),
     click.option("--client", type=click.Path(path_type=Path), metavar="DIR",
                  help="Client bundle, from compile; it is used instead of --model and all of its options."),
-    click.option("--keys", "secret_keys", type=click.Path(path_type=Path), metavar="DIR",
-                 help="Secret keys for a server are kept here.  [default: the user's data directory]"),
     click.option("--token", envvar="JAXGPT2_TOKEN", show_envvar=True,
                  help="For the server. On the command line, unlike in the environment, others can see it."),
     click.option("--tls-ca", "authority", type=click.Path(path_type=Path), metavar="FILE",
@@ -89,6 +87,17 @@ server_options = options(
     click.option("--tls-key", "certificate_key", type=click.Path(path_type=Path), metavar="FILE",
                  help="The key of it."),
     click.option("--insecure", is_flag=True, help="Allow a server without TLS on another machine."),
+)  # fmt: skip
+
+
+server_options = options(
+    connection_options,
+    click.option("--keys", "secret_keys", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Secret keys for a server of circuits are kept here.  [default: the user's data directory]"),
+    click.option("--masks", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Masks for a server of linear layers, from prepare.  [default: the user's data directory]"),
+    click.option("--verify", metavar="tiny|DIR|HUB_ID",
+                 help="Check every product of a server of linear layers against these public weights."),
 )  # fmt: skip
 
 

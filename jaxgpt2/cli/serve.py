@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -11,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jaxgpt2.cli import linear
 from jaxgpt2.cli.generate import write_tokens
 from jaxgpt2.cli.options import options
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
 
 if TYPE_CHECKING:
     from jaxgpt2.generation import Sampling
-
-EXTRA = "pip install 'jaxgpt2[server]'"
+    from jaxgpt2.serving.remote import Connection
 
 
 def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
@@ -66,6 +67,13 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
     metavar="ADDRESS",
     help="More workers, of the Dask scheduler at this address; they share the paths of bundle and state.",
 )
+@click.option(
+    "--array",
+    type=click.Choice(["numpy", "jax"]),
+    default="numpy",
+    show_default=True,
+    help="Whose arrays compute products of linear layers ahead; jax uses its default device.",
+)
 @options(
     _limit("body", "Megabytes of a request.", 1e6),
     _limit("keys", "Megabytes of evaluation keys on disk; those used longest ago go first.", 1e6),
@@ -84,13 +92,15 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
 )
 def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: bool, certificate: Path | None,
           key: Path | None, client_authority: Path | None, state: Path | None, workers: int | None,
-          threads: int | None, scheduler: str | None, **limits: Any) -> None:  # fmt: skip
+          threads: int | None, scheduler: str | None, array: str, **limits: Any) -> None:  # fmt: skip
     """Compute for clients what the server bundle in DIR holds."""
     try:
         from jaxgpt2.serving import server
         from jaxgpt2.serving.bundle import Bundle
+        from jaxgpt2.serving.linear_bundle import is_linear
+        from jaxgpt2.serving.linear_server import serve_linear
     except ImportError as error:
-        raise InputError(f"serve needs {error.name}: {EXTRA}") from None
+        raise MissingExtra(error, "serve", "server") from None
 
     bundle = Bundle.read(directory, "server")
     if tokens is None and not anybody and not server.is_loopback(host):
@@ -118,26 +128,61 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         client_authority=client_authority,
         limits=Limits(**limits),
     )
-    server.serve(bundle, settings)
+    if is_linear(bundle):
+        serve_linear(bundle, settings, array)
+    else:
+        server.serve(bundle, settings)
 
 
-def generate_remotely(prompt: str, server: str, client: Path, keys: Path | None, token: str | None,
-                      authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
-                      max_new_tokens: int, sampling: Sampling, as_json: bool) -> None:  # fmt: skip
-    """`generate` where a server computes the encrypted modules."""
+def connect(
+    server: str,
+    token: str | None,
+    authority: Path | None,
+    certificate: Path | None,
+    certificate_key: Path | None,
+    insecure: bool,
+) -> Connection:
+    """A connection as the options say."""
     try:
-        from jaxgpt2.serving.client import RemoteGPT2
+        from jaxgpt2.serving.remote import Connection
     except ImportError as error:
-        raise InputError(f"--server needs {error.name}: pip install 'jaxgpt2[client]'") from None
+        raise MissingExtra(error, "--server", "client") from None
     if (certificate is None) != (certificate_key is None):
         raise InputError("a certificate and its key go together: give --tls-cert and --tls-key")
     own = None if certificate is None or certificate_key is None else (certificate, certificate_key)
-    with step("asking the server, reading the client bundle, making keys if there are none"):
-        model = RemoteGPT2.connect(
-            server, client, keys, token=token, authority=authority, certificate=own, insecure=insecure
-        )
-    with model:
-        traffic = model.connection.traffic
+    return Connection(server, token, authority, own, insecure)
+
+
+def generate_remotely(
+    prompt: str,
+    server: str,
+    client: Path,
+    keys: Path | None,
+    masks: Path | None,
+    verify: str | None,
+    connecting: dict[str, Any],
+    max_new_tokens: int,
+    sampling: Sampling,
+    as_json: bool,
+) -> None:
+    """`generate` where a server computes what is encrypted."""
+    with contextlib.closing(connect(server, **connecting)) as connection:
+        from jaxgpt2.serving.bundle import Bundle
+        from jaxgpt2.serving.client import RemoteGPT2
+        from jaxgpt2.serving.linear_bundle import is_linear, read_client
+
+        bundle = Bundle.read(client, "client")
+        if is_linear(bundle):
+            linear.refuse_unused(keys=keys)
+            linear.generate_remotely(
+                prompt, read_client(bundle), connection, masks, verify, max_new_tokens, sampling, as_json
+            )
+            return
+        if masks is not None or verify is not None:
+            raise InputError("--masks and --verify are for client bundles of linear layers: leave them out")
+        with step("asking the server, reading the client bundle, making keys if there are none"):
+            model = RemoteGPT2.open(bundle, connection, keys)
+        traffic = connection.traffic
         with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
             model.upload_keys(progress)
         result: dict[str, Any] = {
@@ -170,7 +215,7 @@ def token(name: str, file: Path) -> None:
     try:
         from jaxgpt2.serving.server import read_tokens
     except ImportError as error:
-        raise InputError(f"token needs {error.name}: {EXTRA}") from None
+        raise MissingExtra(error, "token", "server") from None
     from weights.checkpoint import write_atomically
 
     secret = secrets.token_urlsafe(32)

@@ -152,7 +152,8 @@ def read_config(model: str) -> Any:
 def sweep(model: str, layers: str, heads: str, methods: str, bits: str, input_bits: str | None,
           weight_bits: str | None, activation_bits: str | None, rounding_threshold_bits: str | None,
           changes: tuple[str, ...], text: Path | None, limit: int | None, calibration: Path | None, ks: str,
-          rounding: str, seq_len: int, batch: int, scheduler: str | None, out: Path, resume: bool, as_json: bool) -> None:  # fmt: skip
+          rounding: str, seq_len: int, batch: int, scheduler: str | None, out: Path, resume: bool,
+          as_json: bool) -> None:  # fmt: skip
     """Measure a grid of heads, bit widths and methods, and what each would cost encrypted."""
     from jaxgpt2.modules import Module
     from jaxgpt2.sweeps import runner

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,15 @@ def quantize(
 # --- the product, where the weights are at hand ---------------------------------------------------
 
 
+def _float64() -> AbstractContextManager[Any]:
+    """JAX has no float64 unless asked."""
+    if hasattr(jax, "enable_x64"):  # JAX 0.8 and later
+        return jax.enable_x64(True)  # pyright: ignore[reportAttributeAccessIssue]
+    from jax.experimental import enable_x64
+
+    return enable_x64()
+
+
 @jax.jit
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(jnp.float64), weight).astype(jnp.int32)
@@ -160,13 +170,13 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Integers x (..., d) times a matrix (d, m) of integers in float64: int32 (..., m), exact where they fit int32."""
-    with jax.experimental.enable_x64():
+    with _float64():
         return _product(x, weight)
 
 
 def prepared(weight: np.ndarray) -> jax.Array:
     """A matrix of integers as `product` takes it."""
-    with jax.experimental.enable_x64():
+    with _float64():
         return jnp.asarray(weight, jnp.float64)
 
 

@@ -51,15 +51,19 @@ class RemoteGPT2:
             BundleError: the directory is no client bundle; ServerError: the server does not answer or belongs to
             another bundle.
         """
-        bundle = Bundle.read(Path(client), "client")
         connection = Connection(url, **options)
         try:
-            connection.check(bundle.id, [entry.id for entry in bundle.circuits])
-            encrypted = read_client(bundle)
-            return cls(encrypted, connection, encrypted.make_keys(keys or key_directory()))
+            return cls.open(Bundle.read(Path(client), "client"), connection, keys)
         except BaseException:
             connection.close()
             raise
+
+    @classmethod
+    def open(cls, bundle: Bundle, connection: Connection, keys: Path | None = None) -> Self:
+        """`connect`, with a bundle and a connection that are there already."""
+        connection.check(bundle.id, [entry.id for entry in bundle.circuits])
+        encrypted = read_client(bundle)
+        return cls(encrypted, connection, encrypted.make_keys(keys or key_directory()))
 
     @property
     def evaluation_key_bytes(self) -> int:

@@ -14,7 +14,7 @@ import ssl
 import threading
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import tenacity
 
 import fhe
 import jaxgpt2
+from fhe.rlwe import Parameters
 from jaxgpt2.errors import InputError
 from jaxgpt2.executors import StateLost
 from jaxgpt2.serving import FORMAT
@@ -214,14 +215,24 @@ class Connection:
             for name, number in more.items():
                 setattr(self.traffic, name, getattr(self.traffic, name) + number)
 
+    def specification(self) -> dict[str, Any]:
+        """What the server says that it serves. Raises ServerError."""
+        try:
+            found = self.request("GET", "/specification").json()
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url} does not say what it serves: is it a jaxgpt2 server?")
+        return found
+
     def check(self, bundle: str, circuits: Sequence[str]) -> None:
         """Asks what the server serves.
 
         Raises:
             Mismatch: it is not the bundle with these circuits.
         """
+        found = self.specification()
         try:
-            found = self.request("GET", "/specification").json()
             theirs = {entry["id"] for entry in found["circuits"].values()}
             version, heads = found["version"], ", ".join(found["circuits"])
             if found["format"] != FORMAT:
@@ -441,3 +452,50 @@ class Remote:
             self._session = SessionOpened.model_validate_json(response.content).session
         except ValueError:
             raise ServerError(f"{self.connection.url} opens no session: is it a jaxgpt2 server?") from None
+
+
+class RemoteOwner:
+    """Matrices behind HTTP: a `masked.MatrixOwner`. Every request is stored bytes, which a retry sends again.
+
+    shapes: (d, m) of every matrix by name, in order.
+    """
+
+    def __init__(self, connection: Connection, shapes: Mapping[str, tuple[int, int]]):
+        self.connection, self.shapes = connection, shapes
+        self._numbers = {name: number for number, name in enumerate(shapes)}
+
+    def check(self, identity: str) -> None:
+        """Asks what the server serves.
+
+        Raises:
+            Mismatch: other matrices than the client's.
+        """
+        found = self.connection.specification()
+        if found.get("bundle") != identity or found.get("linear") != {n: list(s) for n, s in self.shapes.items()}:
+            raise Mismatch(
+                f"the server has other matrices ({found.get('bundle', '')!s:.12}) than this client "
+                f"({identity[:12]}): use the client bundle that was compiled with the server's"
+            )
+
+    def ahead(self, name: str, request: Iterable[bytes], size: int) -> bytes:
+        content = b"".join(request)
+        assert len(content) == size
+        answer = self._post(name, "ahead", content, self.shapes[name][1] * Parameters().output_bytes)
+        self.connection.count(keys=len(content))
+        return answer
+
+    def online(self, name: str, masked: np.ndarray) -> np.ndarray:
+        content, outputs = masked.astype("<u4", copy=False).tobytes(), self.shapes[name][1]
+        answer = self._post(name, "online", content, 4 * len(masked) * outputs)
+        self.connection.count(sent=len(content))
+        return np.frombuffer(answer, "<u4").reshape(len(masked), outputs).astype(np.uint32, copy=False)
+
+    def _post(self, name: str, phase: str, content: bytes, wanted: int) -> bytes:
+        path = f"/matrices/{self._numbers[name]}/{phase}"
+        answer = self.connection.request("POST", path, content=content).content
+        if len(answer) != wanted:
+            raise ServerError(
+                f"{self.connection.url} answers with {len(answer):,} bytes for {name}, wanted {wanted:,}: is it a "
+                "jaxgpt2 server of the same version?"
+            )
+        return answer

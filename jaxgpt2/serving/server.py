@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -12,13 +11,11 @@ import ssl
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import limits as rates
 import prometheus_client
 import structlog
 import uvicorn
@@ -27,8 +24,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from filelock import FileLock, Timeout
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -36,6 +31,7 @@ import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
 from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.accounts import Accounts
 from jaxgpt2.serving.bundle import Bundle, CircuitEntry
 from jaxgpt2.serving.files import APIError, KeyStore, Session, SessionStore
 from jaxgpt2.serving.limits import Limits
@@ -58,9 +54,6 @@ from jaxgpt2.serving.work import Job
 from jaxgpt2.serving.workers import LocalWorker, Scheduler, TookTooLong, Worker, WorkerDied, dask_workers
 
 log = structlog.get_logger()
-
-# Whoever has no token is this client, where the server asks for none.
-ANYBODY = "anybody"
 
 # The client of this name may read /metrics, which tell of all clients, and nothing else.
 METRICS = "metrics"
@@ -156,11 +149,12 @@ class Metrics:
         self.died = prometheus_client.Counter("jaxgpt2_worker_deaths", "Workers that died at work.", registry=registry)
 
 
-class Server:
+class Server(Accounts):
     """A bundle's state and workers; `make_app` gives it a face."""
 
     def __init__(self, bundle: Bundle, settings: ServerSettings, workers: Sequence[Worker]):
-        self.bundle, self.settings, self.limits = bundle, settings, settings.limits
+        super().__init__(settings.tokens, settings.limits)
+        self.bundle, self.settings = bundle, settings
         self.circuits: dict[str, CircuitEntry] = {entry.id: entry for entry in bundle.circuits}
         own = self.limits
         self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client)
@@ -170,46 +164,8 @@ class Server:
         for session in list(self.sessions.sessions.values()):
             if session.circuit not in self.circuits:  # of another bundle that was served from here
                 self.sessions.close(session)
-        self.in_flight: Counter[str] = Counter()
-        self.rates = MovingWindowRateLimiter(MemoryStorage())
         self.metrics = Metrics(self)
         self.scheduler = Scheduler(workers, own.queue)
-
-    def client(self, token: str | None) -> str:
-        """Whose token this is. Raises APIError."""
-        if self.settings.tokens is None:
-            return ANYBODY
-        name = None if token is None else self.settings.tokens.get(hashlib.sha256(token.encode()).hexdigest())
-        if name is None:
-            raise APIError(401, "unauthorized", "this server wants a bearer token that it knows")
-        return name
-
-    @contextlib.contextmanager
-    def admitted(self, client: str) -> Iterator[None]:
-        """One more request in flight. Raises APIError if there are too many."""
-        if self.in_flight[client] >= self.limits.requests_per_client:
-            raise APIError(429, "in_flight", "too many requests of this client at once", retry_after=1)
-        if self.in_flight.total() >= self.limits.requests:
-            raise APIError(503, "busy", "too many requests at once", retry_after=1)
-        self.in_flight[client] += 1
-        try:
-            yield
-        finally:
-            self.in_flight[client] -= 1
-            if not self.in_flight[client]:
-                del self.in_flight[client]
-
-    def count_calls(self, client: str, calls: int) -> None:
-        """Raises APIError if the client has run too many functions lately."""
-        limit = self.limits.calls_per_minute
-        if limit is None or not calls:
-            return
-        rate = rates.RateLimitItemPerMinute(limit)
-        if calls > limit:
-            raise APIError(422, "rate", f"a batch of {calls} calls, and this server runs {limit} in a minute")
-        if not self.rates.hit(rate, client, cost=calls):
-            reset = self.rates.get_window_stats(rate, client).reset_time - time.time()
-            raise APIError(429, "rate", f"this server runs {limit} functions a minute for a client", max(reset, 1))
 
     def check_batch(self, session: Session, batch: Batch) -> None:
         """What can be known of a batch before it is computed. Raises APIError."""
@@ -680,24 +636,33 @@ def serve(bundle: Bundle, settings: ServerSettings) -> None:
         raise InputError(f"another server uses {settings.state}: give another --state") from None
     with lock:
         server = Server(bundle, settings, start_workers(settings))
-        config = uvicorn.Config(
-            make_app(server), settings.host, settings.port, log_config=None, access_log=False, server_header=False,
-            timeout_graceful_shutdown=settings.limits.grace, limit_concurrency=2 * settings.limits.requests + 16,
-            ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
-            ssl_ca_certs=None if settings.client_authority is None else str(settings.client_authority),
-            ssl_cert_reqs=ssl.CERT_NONE if settings.client_authority is None else ssl.CERT_REQUIRED,
-        )  # fmt: skip
-        try:
-            config.load()
-        except (OSError, ssl.SSLError) as error:
-            raise InputError(f"the certificate or its key cannot be used: {error}") from None
-        try:
-            socket = config.bind_socket()
-        except SystemExit:  # uvicorn's answer to an address that is taken
-            raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
-        scheme = "http" if settings.certificate is None else "https"
-        log.info("listening", url=f"{scheme}://{settings.host}:{socket.getsockname()[1]}", bundle=bundle.id)
-        for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[socket])
-        log.info("stopped")
+        listen(make_app(server), bundle, settings)
+
+
+def listen(app: Any, bundle: Bundle, settings: ServerSettings) -> None:
+    """Serves an ASGI application until SIGINT or SIGTERM.
+
+    Raises:
+        InputError: the address or certificate cannot be used.
+    """
+    config = uvicorn.Config(
+        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=settings.limits.grace, limit_concurrency=2 * settings.limits.requests + 16,
+        ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
+        ssl_ca_certs=None if settings.client_authority is None else str(settings.client_authority),
+        ssl_cert_reqs=ssl.CERT_NONE if settings.client_authority is None else ssl.CERT_REQUIRED,
+    )  # fmt: skip
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(f"the certificate or its key cannot be used: {error}") from None
+    try:
+        socket = config.bind_socket()
+    except SystemExit:  # uvicorn's answer to an address that is taken
+        raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
+    scheme = "http" if settings.certificate is None else "https"
+    log.info("listening", url=f"{scheme}://{settings.host}:{socket.getsockname()[1]}", bundle=bundle.id)
+    for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[socket])
+    log.info("stopped")

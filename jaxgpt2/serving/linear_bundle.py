@@ -1,0 +1,142 @@
+"""A model with remote linear layers as two bundles.
+
+    OUT/server/    bundle.json, weights.safetensors: the matrices as int16, by their full names
+    OUT/client/    bundle.json, client.safetensors: embeddings and vectors, no matrix of a block; tokenizer.json
+
+Neither holds code. The client's bundle does not hide the matrices from a client that asks enough (`docs/security.md`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from fhe import rlwe
+from jaxgpt2.errors import InputError
+from jaxgpt2.linear import LinearClient, LinearGPT2
+from jaxgpt2.methods.linear import MATRICES, ClientParams, LayerParams, LinearBits
+from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.serving import bundle as bundles
+from jaxgpt2.serving.bundle import Bundle, BundleError
+
+VECTORS = LayerParams._fields
+
+
+def is_linear(bundle: Bundle) -> bool:
+    """Whether a bundle is of linear layers, and not of circuits."""
+    return "linear" in bundle.content
+
+
+def write_bundles(model: LinearGPT2, directory: Path, report: Mapping[str, Any]) -> str:
+    """`server/`, `client/` and `report.json` in a directory that appears whole or not at all; their identity.
+
+    Raises:
+        BundleError: the directory exists and is not empty.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BundleError(f"{directory} exists and is not an empty directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)
+        client, identity = model.client, model.client.identity
+        facts = {"linear": {"bits": dataclasses.asdict(client.bits), "config": dataclasses.asdict(client.config)}}
+        (temporary / "server").mkdir()
+        save_file(dict(model.weights), temporary / "server" / "weights.safetensors")
+        bundles.write(temporary / "server", "server", identity, {}, facts)
+        (temporary / "client").mkdir()
+        save_file(_tensors(client.params), temporary / "client" / "client.safetensors")
+        client.tokenizer.save(str(temporary / "client" / "tokenizer.json"))
+        bundles.write(temporary / "client", "client", identity, {}, facts)
+        text = json.dumps({**report, "bundle": identity}, indent=2) + "\n"
+        (temporary / "report.json").write_text(text, encoding="utf-8")
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return identity
+
+
+def _tensors(params: ClientParams) -> dict[str, np.ndarray]:
+    gain, shift = params.ln_f
+    tensors = {"wte": params.wte, "wpe": params.wpe, "ln_f.weight": gain, "ln_f.bias": shift}
+    if params.output is not params.wte:
+        tensors["output"] = params.output
+    for index, layer in enumerate(params.layers):
+        for name, vectors in layer.items():
+            tensors |= {f"h.{index}.{name}.{kind}": getattr(vectors, kind) for kind in VECTORS}
+    return {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+
+
+def read_weights(bundle: Bundle) -> dict[str, np.ndarray]:
+    """The matrices of a server bundle. Raises BundleError."""
+    try:
+        weights = load_file(bundle.directory / "weights.safetensors")
+        config = GPT2Config(**bundle.content["linear"]["config"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(bundle, error) from None
+    shapes = shapes_of(config)
+    if {name: weight.shape for name, weight in weights.items()} != shapes:
+        raise BundleError(f"{bundle.directory} is damaged: its matrices are not those of its model")
+    return {name: weights[name] for name in shapes}
+
+
+def shapes_of(config: GPT2Config) -> dict[str, tuple[int, int]]:
+    """(d, m) of every matrix, by its full name, in the order in which a token meets them."""
+    width, inner = config.n_embd, config.inner_dim
+    own = dict(zip(MATRICES, [(width, 3 * width), (width, width), (width, inner), (inner, width)], strict=True))
+    return {f"h.{layer}.{name}": shape for layer in range(config.n_layer) for name, shape in own.items()}
+
+
+def read_client(bundle: Bundle) -> LinearClient:
+    """The client's half of a model. Raises BundleError."""
+    try:
+        facts = bundle.content["linear"]
+        config, bits = GPT2Config(**facts["config"]), LinearBits(**facts["bits"])
+        tensors = load_file(bundle.directory / "client.safetensors")
+        tokenizer = Tokenizer.from_file(str(bundle.directory / "tokenizer.json"))
+        layers = []
+        for layer in range(config.n_layer):
+            params = {}
+            for name in MATRICES:
+                inputs, outputs = shapes_of(config)[f"h.{layer}.{name}"]
+                vectors = LayerParams(*(tensors[f"h.{layer}.{name}.{kind}"] for kind in VECTORS))
+                if [len(vector) for vector in vectors] != [inputs, outputs, outputs]:
+                    raise BundleError(f"{bundle.directory} is damaged: h.{layer}.{name} has vectors of other lengths")
+                params[name] = vectors
+            layers.append(params)
+        wte = tensors["wte"]
+        norm = (tensors["ln_f.weight"], tensors["ln_f.bias"])
+        params = ClientParams(wte, tensors["wpe"], tensors.get("output", wte), norm, tuple(layers))
+        return LinearClient(config, tokenizer, params, bits, bundle.id)
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizer's library raises bare ones
+        raise _damaged(bundle, error) from None
+
+
+def _damaged(bundle: Bundle, error: Exception) -> BundleError:
+    return BundleError(f"{bundle.directory} is damaged: {' '.join(str(error).split()):.200}")
+
+
+def traffic(client: LinearClient) -> dict[str, float]:
+    """Bytes of a token that cross the wire, ahead (of a whole batch's tokens) and online, up and down."""
+    parameters, shapes = rlwe.Parameters(), client.shapes.values()
+    size = parameters.poly_modulus_degree
+    return {
+        "ahead_bytes_up": sum(inputs for inputs, _ in shapes) * parameters.feature_bytes / size,
+        "ahead_bytes_down": sum(outputs for _, outputs in shapes) * parameters.output_bytes / size,
+        "online_bytes_up": 4 * sum(inputs for inputs, _ in shapes),
+        "online_bytes_down": 4 * sum(outputs for _, outputs in shapes),
+        "stored_bytes": 4 * sum(outputs for _, outputs in shapes),
+    }

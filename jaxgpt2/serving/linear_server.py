@@ -1,0 +1,190 @@
+"""The HTTP server of linear layers: matrices, and nothing of a client's: no keys, no sessions, no ciphertexts.
+
+    GET  /specification            what it serves
+    POST /matrices/NUMBER/online   masked numbers, uint32 (T, d) -> their products, uint32 (T, m)
+    POST /matrices/NUMBER/ahead    an encrypted request (`fhe.rlwe`) -> its answer
+
+Bodies are bare numbers, little-endian. Every request carries all that it needs, so any replica answers, and a request
+may be sent again without harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+import jaxgpt2
+from fhe import FHEError, rlwe
+from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.accounts import Accounts
+from jaxgpt2.serving.bundle import Bundle
+from jaxgpt2.serving.files import APIError
+from jaxgpt2.serving.linear_bundle import read_weights
+from jaxgpt2.serving.server import PATIENCE, ServerSettings, chunks_of, configure_logs, listen, refused
+
+log = structlog.get_logger()
+
+# Rows of an online request: a prompt is no longer than a model's context.
+MOST_ROWS = 4096
+
+# Outputs of an answer that are computed, sent and forgotten at a time.
+BLOCK = 128
+
+
+class LinearServer(Accounts):
+    """A bundle's matrices. array: whose arrays compute ahead, "numpy" or "jax"."""
+
+    def __init__(self, bundle: Bundle, settings: ServerSettings, array: str = "numpy"):
+        super().__init__(settings.tokens, settings.limits)
+        self.bundle = bundle
+        kind = "jax" if array == "jax" else "numpy"
+        self.parameters = rlwe.Parameters()
+        weights = read_weights(bundle)
+        self.matrices = [(name, rlwe.Matrix(weight, self.parameters, kind)) for name, weight in weights.items()]
+        # One product ahead at a time uses all cores, and the memory of one; online ones do not wait for it.
+        self.ahead = asyncio.Semaphore(1)
+        self.threads = ThreadPoolExecutor(4)
+
+    def matrix(self, request: Request) -> rlwe.Matrix:
+        """Raises APIError."""
+        text = request.path_params["number"]
+        if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) < len(self.matrices)):
+            raise APIError(404, "no_matrix", f"there is no such matrix; there are {len(self.matrices)}, from 0")
+        return self.matrices[int(text)][1]
+
+    def caller(self, request: Request) -> str:
+        """Whose token a request has. Raises APIError."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return self.client(token if scheme.lower() == "bearer" else None)
+
+
+async def body_of(request: Request, size: int) -> bytearray:
+    """A body of exactly so many bytes, whose place is taken as it comes. Raises APIError."""
+    announced = request.headers.get("content-length", "")
+    if announced and announced != str(size):
+        raise APIError(413 if len(announced) > 12 or int(announced) > size else 422, "size", f"wanted {size} bytes")
+    body = bytearray()
+    async for chunk in chunks_of(request):
+        if len(body) + len(chunk) > size:
+            raise APIError(413, "size", f"wanted {size} bytes")
+        body += chunk
+    if len(body) != size:
+        raise APIError(422, "size", f"wanted {size} bytes, got {len(body)}")
+    return body
+
+
+class Answer(Response):
+    """Pieces of known size in all, computed in a thread and sent one after the other. A client that stops reading is
+    given up."""
+
+    def __init__(self, server: LinearServer, pieces: Iterator[bytes], size: int):
+        super().__init__(media_type="application/octet-stream")
+        self.headers["content-length"] = str(size)
+        self._server, self._pieces = server, pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while (piece := await loop.run_in_executor(self._server.threads, next, self._pieces, None)) is not None:
+            async with asyncio.timeout(PATIENCE):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def make_app(server: LinearServer) -> Starlette:
+    """The HTTP interface of a server."""
+    loop_threads = server.threads
+
+    async def specification(request: Request) -> Response:
+        server.caller(request)
+        return JSONResponse(
+            {
+                "format": FORMAT,
+                "bundle": server.bundle.id,
+                "version": jaxgpt2.__version__,
+                "linear": {name: [matrix.inputs, matrix.outputs] for name, matrix in server.matrices},
+            }
+        )
+
+    async def online(request: Request) -> Response:
+        client, matrix = server.caller(request), server.matrix(request)
+        row = 4 * matrix.inputs
+        announced = request.headers.get("content-length", "")
+        if not (announced.isascii() and announced.isdigit() and len(announced) < 12):
+            raise APIError(411, "length", "wanted a body with a Content-Length")
+        rows, rest = divmod(int(announced), row)
+        if rest or not 1 <= rows <= MOST_ROWS:
+            raise APIError(422, "size", f"wanted 1 to {MOST_ROWS} rows of {row} bytes, got {announced} bytes")
+        with server.admitted(client):
+            server.count_calls(client, 1)
+            body = await body_of(request, rows * row)
+            masked = np.frombuffer(body, "<u4").reshape(rows, matrix.inputs).astype(np.uint32, copy=False)
+            products = await asyncio.get_running_loop().run_in_executor(loop_threads, matrix.online, masked)
+        return Response(products.astype("<u4", copy=False).tobytes(), media_type="application/octet-stream")
+
+    async def ahead(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        client, matrix = server.caller(request), server.matrix(request)
+        parameters, started = server.parameters, time.monotonic()
+        with server.admitted(client):
+            server.count_calls(client, 1)
+            body = await body_of(request, matrix.inputs * parameters.feature_bytes)
+            async with server.ahead:
+                try:
+                    pieces = await asyncio.to_thread(matrix.answer, memoryview(body), BLOCK)
+                except FHEError as error:
+                    raise APIError(422, "refused", str(error)) from None
+                await Answer(server, pieces, matrix.outputs * parameters.output_bytes)(scope, receive, send)
+        log.info("product ahead", client=client, seconds=round(time.monotonic() - started, 3))
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    app = Starlette(
+        routes=[
+            Route("/healthz", health),
+            Route("/specification", specification),
+            Route("/matrices/{number}/online", online, methods=["POST"]),
+            Route("/matrices/{number}/ahead", _Raw(ahead), methods=["POST"]),
+        ],
+        exception_handlers={APIError: _on_error, ClientDisconnect: _on_disconnect},
+    )
+    return app
+
+
+class _Raw:
+    """An ASGI endpoint, for a route that answers by itself."""
+
+    def __init__(self, endpoint: Any):
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._endpoint(scope, receive, send)
+
+
+def _on_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return refused(error)
+
+
+def _on_disconnect(_: Request, error: Exception) -> Response:
+    return refused(APIError(400, "disconnected", "the request ended before its body"))
+
+
+def serve_linear(bundle: Bundle, settings: ServerSettings, array: str = "numpy") -> None:
+    """Serves until SIGINT or SIGTERM. Raises InputError: address, certificate or bundle cannot be used."""
+    configure_logs()
+    with contextlib.suppress(KeyboardInterrupt):
+        listen(make_app(LinearServer(bundle, settings, array)), bundle, settings)

@@ -1,0 +1,173 @@
+"""Products of matrices that somebody else holds, with inputs that they never see: the client's side (`fhe.rlwe`).
+
+*Ahead*, `prepare` has masks multiplied under encryption and keeps the products in a `MaskStore`. *Online*, `Masked`
+adds a mask to what it sends and takes the mask's product off what comes back. Nothing that is sent depends on a
+check that used a secret key, and a wrong answer does not stop a text: it is told when the text is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import weights
+from fhe import rlwe
+from jaxgpt2.errors import InputError
+from jaxgpt2.linear import LinearClient
+from jaxgpt2.methods import linear
+from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.models.gpt2.state_dict import parameter_shapes
+from jaxgpt2.serving.masks import Claimed, MaskStore
+
+
+class WrongProducts(InputError):
+    """A server that answered with something else than the products of the verified matrices."""
+
+
+class MatrixOwner(Protocol):
+    """Who holds the matrices: in this process, or behind HTTP."""
+
+    def ahead(self, name: str, request: Iterable[bytes], size: int) -> bytes:
+        """The answer to an encrypted request of `size` bytes for a matrix, by its full name."""
+        ...
+
+    def online(self, name: str, masked: np.ndarray) -> np.ndarray:
+        """Masked numbers uint32 (T, d) times the matrix modulo 2**32: uint32 (T, m)."""
+        ...
+
+
+class LocalOwner:
+    """Matrices in this process. array: whose arrays compute ahead, "numpy" or "jax"."""
+
+    def __init__(self, matrices: Mapping[str, np.ndarray], array: str = "numpy"):
+        parameters = rlwe.Parameters()
+        kind = "jax" if array == "jax" else "numpy"
+        self.matrices = {name: rlwe.Matrix(weight, parameters, kind) for name, weight in matrices.items()}
+
+    def ahead(self, name: str, request: Iterable[bytes], size: int) -> bytes:
+        return b"".join(self.matrices[name].answer(b"".join(request)))
+
+    def online(self, name: str, masked: np.ndarray) -> np.ndarray:
+        return self.matrices[name].online(masked)
+
+
+def store_for(client: LinearClient, directory: Path, ledgers: Path) -> MaskStore:
+    """The store of a model's masks in a directory. Raises MaskError."""
+    outputs = {name: outputs for name, (_, outputs) in client.shapes.items()}
+    return MaskStore(directory, client.identity, outputs, ledgers)
+
+
+def prepare(
+    client: LinearClient, store: MaskStore, owner: MatrixOwner, tokens: int, progress: Callable[[float], None]
+) -> None:
+    """Makes masks until there are at least so many; goes on where it was interrupted.
+
+    progress: is told how many tokens more are done, in parts of a token.
+
+    Raises:
+        MaskError: the disk is full; what the owner raises.
+    """
+    parameters = rlwe.Parameters()
+    shapes = client.shapes
+    names, size = list(shapes), parameters.poly_modulus_degree
+    work = {name: inputs + outputs for name, (inputs, outputs) in shapes.items()}
+    total = sum(work.values())
+    while store.left() < tokens:
+        batch = store.pending()
+        progress(size * sum(work[name] for name in names[: batch.done]) / total)
+        for number, name in enumerate(names[batch.done :], batch.done):
+            inputs, outputs = shapes[name]
+            masks = rlwe.masks(batch.seeds, number, inputs)
+            with rlwe.ClientBatch(parameters) as keys:  # a fresh key for every matrix of every batch
+                blocks = keys.encrypt_blocks(masks)
+                answer = owner.ahead(name, blocks, inputs * parameters.feature_bytes)
+                products = keys.decrypt(answer, outputs)
+            batch = store.add(batch, name, products)
+            progress(size * work[name] / total)
+
+
+class Masked:
+    """`jaxgpt2.linear.Products` by a matrix owner that sees masked numbers only.
+
+    Args:
+        claimed: masks for all tokens that will be read, in order.
+        verifiers: of every matrix, where the weights are public; None checks nothing.
+    """
+
+    def __init__(
+        self,
+        client: LinearClient,
+        owner: MatrixOwner,
+        claimed: Claimed,
+        verifiers: Mapping[str, rlwe.Verifier] | None = None,
+    ):
+        self._owner, self._claimed, self._verifiers = owner, claimed, verifiers
+        self._numbers = {name: number for number, name in enumerate(client.shapes)}
+        self._used = dict.fromkeys(client.shapes, 0)
+        self.wrong: set[str] = set()
+
+    def __call__(self, name: str, x: jax.Array, count: int) -> jax.Array:
+        integers = np.asarray(x)[0, :count]  # (T, d)
+        start = self._used[name]
+        rows = slice(start, start + count)
+        self._used[name] += count  # before anything is sent, and never taken back
+        seeds = self._claimed.seeds[rows]
+        if len(seeds) < count:
+            raise InputError(
+                f"masks for {start + count} tokens are needed, and {len(self._claimed.seeds)} were claimed"
+            )
+        mask = rlwe.masks(seeds, self._numbers[name], integers.shape[1]).T
+        products = self._owner.online(name, integers.view(np.uint32) + mask)
+        y = (products - self._claimed.products[name][rows]).view(np.int32)
+        if self._verifiers is not None and not self._verifiers[name].check(integers, y):
+            self.wrong.add(name)
+        padded = np.zeros((1, x.shape[1], y.shape[1]), np.int32)
+        padded[0, :count] = y
+        return jnp.asarray(padded)
+
+    def check(self) -> None:
+        """What was found wrong, when the text is done.
+
+        Raises:
+            WrongProducts: the server's products were wrong.
+        """
+        if self.wrong:
+            raise WrongProducts(
+                f"the server's products of {len(self.wrong)} matrices are not those of the verified weights, "
+                f"{min(self.wrong)} among them: the text is wrong; do not use this server"
+            )
+
+
+def verifiers_of(client: LinearClient, name: str) -> dict[str, rlwe.Verifier]:
+    """Checks of every matrix, from a public checkpoint: its weights are quantized as the server's were, one by one.
+
+    Raises:
+        weights.CheckpointError, InputError: there is no such checkpoint, or it is of another shape.
+    """
+    directory = weights.locate(name)
+    config = GPT2Config.from_dict(weights.load_config(directory))
+    if config != client.config:
+        raise InputError(f"{name} has another configuration than the client bundle: --verify wants its checkpoint")
+    tensors = weights.load_tensors(directory, parameter_shapes(config))
+    found = {}
+    for layer, params in enumerate(client.params.layers):
+        for own, vectors in params.items():
+            weight, _ = linear.folded(tensors, layer, own)
+            integers, scale = linear.quantize_matrix(
+                vectors.smoothing.astype(np.float64)[:, None] * weight, client.bits.weights
+            )
+            if not np.array_equal(scale.astype(np.float32), vectors.scale):
+                raise InputError(f"{name} has other weights than the client bundle: --verify wants its checkpoint")
+            found[f"h.{layer}.{own}"] = rlwe.Verifier([integers], integers.shape[1])
+    return found
+
+
+def masked_text(tokens: Iterator[int], masked: Masked) -> Iterator[int]:
+    """Tokens of a text, and then what was found wrong."""
+    yield from tokens
+    masked.check()
