@@ -159,7 +159,7 @@ def encode(masks: Mask, parameters: Parameters) -> Residues:
 
 def _seal() -> SealModule:
     try:
-        import tenseal.sealapi as seal
+        import tenseal.sealapi as seal  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise BackendUnavailable(f"encryption needs the package tenseal ({error})") from error
     return seal

@@ -43,7 +43,7 @@ class Matrix:
 
     def __init__(
         self,
-        weights: npt.NDArray[np.integer],
+        weights: npt.NDArray[np.integer[Any]],
         parameters: Parameters | None = None,
         array: Literal["numpy", "jax"] = "numpy",
     ) -> None:
@@ -137,7 +137,7 @@ def _multiply(left: Array, low: Array, high: Array, parameters: Parameters) -> R
     return out
 
 
-def _check(weights: npt.NDArray[np.integer], parameters: Parameters) -> None:
+def _check(weights: npt.NDArray[np.integer[Any]], parameters: Parameters) -> None:
     if weights.dtype.kind not in "iu" or weights.size == 0 or np.abs(weights.astype(np.int64)).max() >= MOST_WEIGHT:
         raise CompilationError(f"weights are integers below {MOST_WEIGHT} in magnitude, and there must be some")
     l1, _ = column_norms(weights)
