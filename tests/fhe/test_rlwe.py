@@ -25,7 +25,7 @@ T = 2**32
 def filled(pattern: str, shape: tuple[int, ...], low: int, high: int, seed: int) -> npt.NDArray[np.int64]:
     """Integers from low to high, both included, all of them the worst or random."""
     if pattern == "random":
-        return np.random.default_rng(seed).integers(low, high, shape, endpoint=True)
+        return np.random.default_rng(seed).integers(low, high, shape, np.int64, endpoint=True)
     out = np.full(shape, low if pattern == "low" else high, np.int64)
     if pattern == "both":
         out.reshape(-1)[1::2] = low
