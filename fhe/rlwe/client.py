@@ -150,7 +150,7 @@ def encode(masks: Mask, parameters: Parameters) -> Residues:
     whole, rest = divmod(parameters.coeff_modulus, 1 << parameters.plain_bits)
     wide = masks.astype(np.uint64)
     half = np.uint64(1 << (parameters.plain_bits - 1))
-    # rest * r + half stays below 2**64, as rest and r are below 2**32 - 1 and 2**32.
+    # The sum stays below 2**64, as rest is 2**32 - 4095.
     return wide * np.uint64(whole) + ((wide * np.uint64(rest) + half) >> np.uint64(parameters.plain_bits))
 
 
@@ -159,7 +159,7 @@ def encode(masks: Mask, parameters: Parameters) -> Residues:
 
 def _seal() -> SealModule:
     try:
-        import tenseal.sealapi as seal
+        import tenseal.sealapi as seal  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise BackendUnavailable(f"encryption needs the package tenseal ({error})") from error
     return seal

@@ -7,6 +7,7 @@ estimate of security.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,14 +111,14 @@ class MatrixReport:
     largest_sum: int
 
 
-def column_norms(weights: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def column_norms(weights: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Of every column of integers (d, m): its sum of magnitudes and its sum of squares, (m,) each, exact."""
     magnitudes = np.abs(weights.astype(np.int64))
     return magnitudes.sum(axis=0), np.square(magnitudes).sum(axis=0)
 
 
 def failure_log2(
-    l1: npt.NDArray[np.integer], l2_squared: npt.NDArray[np.integer], parameters: Parameters | None = None
+    l1: npt.NDArray[np.integer[Any]], l2_squared: npt.NDArray[np.integer[Any]], parameters: Parameters | None = None
 ) -> float:
     """log2 of an upper bound on the probability that a batch of N columns has one wrong number.
 
@@ -144,7 +145,7 @@ def failure_log2(
 
 
 def check_matrix(
-    weights: npt.NDArray[np.integer], largest_input: int, parameters: Parameters | None = None
+    weights: npt.NDArray[np.integer[Any]], largest_input: int, parameters: Parameters | None = None
 ) -> MatrixReport:
     """Whether a matrix of integers (d, m), times integers of at most this magnitude, gives exact results.
 

@@ -43,7 +43,7 @@ class Matrix:
 
     def __init__(
         self,
-        weights: npt.NDArray[np.integer],
+        weights: npt.NDArray[np.integer[Any]],
         parameters: Parameters | None = None,
         array: Literal["numpy", "jax"] = "numpy",
     ) -> None:
@@ -100,7 +100,8 @@ class Matrix:
         for start in range(0, self.outputs, rows):
             with _float64(self._array):
                 left = self._left[:, start : start + rows]
-                yield np.asarray(self._multiply(left, *limbs, self.parameters))
+                block = np.asarray(self._multiply(left, *limbs, self.parameters))
+            yield block  # outside, as JAX's float64 is not for who asks for blocks
 
 
 def split(xp: Namespace, residues: Array, parameters: Parameters) -> tuple[Array, Array]:
@@ -136,8 +137,8 @@ def _multiply(left: Array, low: Array, high: Array, parameters: Parameters) -> R
     return out
 
 
-def _check(weights: npt.NDArray[np.integer], parameters: Parameters) -> None:
-    if weights.size == 0 or np.abs(weights.astype(np.int64)).max() >= MOST_WEIGHT:
+def _check(weights: npt.NDArray[np.integer[Any]], parameters: Parameters) -> None:
+    if weights.dtype.kind not in "iu" or weights.size == 0 or np.abs(weights.astype(np.int64)).max() >= MOST_WEIGHT:
         raise CompilationError(f"weights are integers below {MOST_WEIGHT} in magnitude, and there must be some")
     l1, _ = column_norms(weights)
     largest = int(l1.max()) << max(parameters.plain_bits - 1, parameters.modulus_bits // 2)

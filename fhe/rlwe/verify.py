@@ -6,6 +6,7 @@ vectors only. A wrong product passes with a probability of 1 / p, below 2**-60.
 
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ _BITS, _LIMBS = 21, 3
 _LOW = 16
 _MOST_TERMS = 2**16
 
-Integers = npt.NDArray[np.signedinteger]
+Integers = npt.NDArray[np.signedinteger[Any]]
 
 
 class Verifier:

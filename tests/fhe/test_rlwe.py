@@ -25,9 +25,11 @@ T = 2**32
 def filled(pattern: str, shape: tuple[int, ...], low: int, high: int, seed: int) -> npt.NDArray[np.int64]:
     """Integers from low to high, both included, all of them the worst or random."""
     if pattern == "random":
-        return np.random.default_rng(seed).integers(low, high, shape, endpoint=True)
-    alternating = np.arange(math.prod(shape)).reshape(shape) % 2
-    return {"high": np.full(shape, high), "low": np.full(shape, low), "both": np.where(alternating, low, high)}[pattern]
+        return np.random.default_rng(seed).integers(low, high, shape, np.int64, endpoint=True)
+    out = np.full(shape, low if pattern == "low" else high, np.int64)
+    if pattern == "both":
+        out.reshape(-1)[1::2] = low
+    return out
 
 
 patterns = st.sampled_from(["high", "low", "both", "random"])
@@ -62,6 +64,15 @@ def test_ahead_is_exact(array: Any, data: st.DataObject) -> None:
     assert (matrix.ahead_by_columns(residues, columns=2 if array == "numpy" else columns) == wanted).all()
 
 
+def test_blocks_leave_jax_as_it_was() -> None:
+    import jax.numpy as jnp
+
+    blocks = rlwe.Matrix(np.ones((3, 4), np.int8), array="jax").ahead(np.ones((3, 2), np.uint64), rows=2)
+    next(blocks)
+    assert jnp.ones(1, float).dtype == jnp.float32
+    next(blocks)
+
+
 @given(st.lists(st.integers(1 - EXACT, EXACT - 1), min_size=1, max_size=8), st.integers(1 - EXACT, EXACT - 1))
 def test_recombination_at_its_limits(lows: list[int], high: int) -> None:
     low = np.array([*lows, EXACT - 1, 1 - EXACT, 0, -1])
@@ -93,6 +104,8 @@ def test_one_time_pad(inputs: int, outputs: int, seed: int) -> None:
 def test_matrix_refuses_what_is_not_exact() -> None:
     with pytest.raises(CompilationError, match="below 32768"):
         rlwe.Matrix(np.array([[2**15]]))
+    with pytest.raises(CompilationError, match="integers"):
+        rlwe.Matrix(np.array([[0.5]]))  # type: ignore
     with pytest.raises(CompilationError, match=r"column 1 .* sum to 4,194,304.*fewer bits"):
         rlwe.Matrix(np.stack([np.full(2**12, 1), np.full(2**12, 2**10)], axis=1))
     matrix = rlwe.Matrix(np.ones((3, 2), np.int8))
@@ -229,6 +242,10 @@ def seal() -> Any:
 def plaintext(seal: Any, numbers: npt.NDArray[np.uint32]) -> Any:
     """SEAL's own plaintext of a few coefficients."""
     return seal.Plaintext(" + ".join(f"{int(n):X}x^{i}" for i, n in reversed(list(enumerate(numbers))) if n))
+
+
+def test_the_modulus_is_prime(seal: Any) -> None:
+    assert seal.Modulus(Q).is_prime()
 
 
 def test_bytes_of_seal_both_ways(seal: Any) -> None:
