@@ -128,21 +128,32 @@ class LinearClient:
     def generate(
         self, prompt: str, max_new_tokens: int, products: Products, sampling: Sampling = GREEDY, keep_count: bool = True
     ) -> Iterator[int]:
-        """Yields the tokens that continue a prompt.
+        """Yields the tokens that continue a prompt, see `continue_tokens`. Raises PromptError."""
+        tokens = self.encode(prompt, room=max_new_tokens)
+        return self.continue_tokens(tokens, max_new_tokens, products, sampling, keep_count)
+
+    def continue_tokens(
+        self,
+        tokens: list[int],
+        max_new_tokens: int,
+        products: Products,
+        sampling: Sampling = GREEDY,
+        keep_count: bool = True,
+    ) -> Iterator[int]:
+        """Yields the tokens that continue others.
 
         keep_count: read `masks_needed` tokens whatever the model says, so that when a text ends tells nobody anything;
         what follows the end of the text is not yielded.
         """
-        tokens = self.encode(prompt, room=max_new_tokens)
         wanted = len(tokens) + max_new_tokens - 1
         size = padded_length(max(wanted, 1), self.config.n_positions)
-        cache, known = self.empty_cache(1, size), 0
+        cache = self.empty_cache(1, size)
 
         def read(new: np.ndarray, count: int) -> np.ndarray:
-            nonlocal cache, known
+            nonlocal cache
             logits, after = self.forward(new, products, cache, count)
             assert after is not None
-            cache, known = after, known + count
+            cache = after
             return np.asarray(logits[0, 0])
 
         try:
@@ -150,9 +161,8 @@ class LinearClient:
                 read_once(read, size), tokens, max_new_tokens, sampling, self.config.eos_token_id
             )
         finally:
-            if keep_count:
-                while known < wanted:
-                    read(np.zeros((1, 1), np.int32), 1)
+            while keep_count and cache.length < wanted:
+                read(np.zeros((1, 1), np.int32), 1)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from jaxgpt2.generation import Sampling
     from jaxgpt2.linear import LinearClient, LinearGPT2
     from jaxgpt2.models.gpt2.pretrained import GPT2
-    from jaxgpt2.serving.masked import MatrixOwner
+    from jaxgpt2.serving.masked import Makes, MatrixOwner
     from jaxgpt2.serving.masks import MaskStore
     from jaxgpt2.serving.remote import Connection
 
@@ -78,7 +80,7 @@ def generate_here(
         return
     if mode == "simulate":
         raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
-    from jaxgpt2.serving.masked import LocalOwner, Masked, masked_text, store_for
+    from jaxgpt2.serving.masked import LocalOwner, Masked, alone, masked_text, store_for
 
     needed = client.masks_needed(prompt, max_new_tokens)
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
@@ -86,7 +88,7 @@ def generate_here(
         stack.callback(store.close)
         owner = LocalOwner(model.weights)
         with counting("masks", needed_masks(store, needed)) as progress:
-            make_masks(client, store, owner, needed, progress)
+            make_masks(client, store, alone(owner), needed, progress)
         masked = Masked(client, owner, store.claim(needed))
         tokens = client.generate(prompt, max_new_tokens, masked, sampling)
         write_tokens(client, result, masked_text(tokens, masked), as_json)
@@ -101,7 +103,7 @@ def needed_masks(store: MaskStore, tokens: int) -> int:
 
 
 def make_masks(
-    client: LinearClient, store: MaskStore, owner: MatrixOwner, tokens: int, progress: Callable[[int], object]
+    client: LinearClient, store: MaskStore, make: Makes, tokens: int, progress: Callable[[int], object]
 ) -> None:
     """`masked.prepare`, with whole tokens in its progress."""
     from jaxgpt2.serving.masked import prepare
@@ -115,7 +117,7 @@ def make_masks(
             progress(int(done) - int(told))
             told = int(done)
 
-    prepare(client, store, owner, tokens, tell)
+    prepare(client, store, make, tokens, tell)
 
 
 def generate_remotely(
@@ -170,6 +172,14 @@ def open_store(client: LinearClient, masks: Path | None) -> MaskStore:
     return store_for(client, directory, Path(platformdirs.user_state_dir("jaxgpt2")) / "masks")
 
 
+def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: dict[str, Any]) -> MatrixOwner:
+    """A server's matrices, for a process of its own."""
+    from jaxgpt2.cli.serve import connect
+    from jaxgpt2.serving.remote import RemoteOwner
+
+    return RemoteOwner(connect(server, **connecting), shapes)
+
+
 # --- prepare ------------------------------------------------------------------------------------
 
 
@@ -187,8 +197,10 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     Interrupted, it goes on where it was.
     """
     from jaxgpt2.cli.serve import connect
+    from jaxgpt2.executors.processes import cores
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import is_linear, read_client, traffic
+    from jaxgpt2.serving.masked import in_processes
     from jaxgpt2.serving.remote import RemoteOwner
 
     if server is None or client is None:
@@ -208,8 +220,9 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
                 f"{megabytes(count * each['stored_bytes'])} on the disk"
             )
             started = time.monotonic()
-            with counting("masks", count) as progress:
-                make_masks(own, store, owner, tokens, progress)
+            again = functools.partial(remote_owner, server, own.shapes, connecting)
+            with in_processes(again, cores()) as make, counting("masks", count) as progress:
+                make_masks(own, store, make, tokens, progress)
             took = time.monotonic() - started
             result = {"made": count, "left": store.left(), "seconds": took,
                       "seconds_per_token": took / count if count else None, **each}  # fmt: skip
@@ -281,3 +294,46 @@ def compile_linear(out: Path | None, as_json: bool, chosen: dict[str, Any]) -> N
         f"{megabytes(result['online_bytes_down'])} down, {result['matrices']} round trips",
     ]
     emit(as_json, result, lines)
+
+
+def sweep_linear(
+    model: str,
+    weight_bits: tuple[int, ...],
+    input_bits: tuple[int, ...],
+    passages: list[str],
+    calibration: list[str],
+    ks: tuple[int, ...],
+    out: Path,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """`sweep --encrypt linear`: a row for every width, into the same kind of directory as other sweeps."""
+    from jaxgpt2.evaluation import check_disjoint
+    from jaxgpt2.models.gpt2.pretrained import GPT2
+    from jaxgpt2.sweeps import linear as sweeping
+    from jaxgpt2.sweeps.store import SweepDirectory, require_extra
+    from jaxgpt2.sweeps.sweep import fingerprint
+
+    require_extra()
+    check_disjoint(calibration, passages)
+    widths = sweeping.grid(weight_bits, input_bits)
+    gpt2 = GPT2.from_pretrained(model)
+    texts = {"passages": passages, "calibration": calibration}
+    identity = {
+        "model": model, "weights": fingerprint(gpt2), "ks": list(ks),
+        "grid": [sweeping.key_of(bits) for bits in widths],
+        **{name: hashlib.sha256("\n".join(some).encode()).hexdigest() for name, some in texts.items()},
+    }  # fmt: skip
+    started = time.monotonic()
+    directory = SweepDirectory.open(out, identity, resume)
+    missing = [bits for bits in widths if sweeping.key_of(bits) not in directory.rows]
+    with counting("widths", len(widths)) as progress:
+        progress(len(widths) - len(missing))
+        for row in sweeping.measured(gpt2, missing, passages, calibration, ks):
+            directory.append([row])
+            progress(1)
+    frame = directory.finish([sweeping.key_of(bits) for bits in widths])
+    result = {"rows": len(frame), "table": str(out / "rows.parquet"), "csv": str(out / "rows.csv"), "figures": [],
+              "seconds": time.monotonic() - started}  # fmt: skip
+    shown = ["weight_bits", "input_bits", "kl", f"top_{ks[0]}", "perplexity", "perplexity_float", "error"]
+    emit(as_json, result, frame[[name for name in shown if name in frame]].to_string(index=False).splitlines())

@@ -43,8 +43,8 @@ model_options = options(
 
 module_options = options(
     click.option("--encrypt", "modules", metavar="MODULES",
-                 help="What is encrypted: heads, as 0.1,2.3 (layer.head, from 0), a layer's whole attention, as 0.attn, "
-                      "or linear: all linear layers of all blocks.  [default: 0.0]"),
+                 help="What is encrypted: heads, as 0.1,2.3 (layer.head, from 0), a layer's whole attention, as 0.attn,"
+                      " or linear: all linear layers of all blocks.  [default: 0.0]"),
     click.option("--configs", type=click.Path(path_type=Path), metavar="FILE",
                  help="Method, bits and options of every module, as tune writes them; instead of the options below."),
     click.option("--attention", "method",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import ROUNDING, calibration_passages, emit, json_option, model_options, options
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
@@ -102,13 +103,18 @@ def parse_axis(option: str, text: str, count: int) -> tuple[int, ...]:
     return numbers
 
 
+def chosen_passages(text: Path | None, limit: int | None) -> list[str]:
+    """The evaluation text."""
+    from jaxgpt2.evaluation import bundled_passages, read_passages
+
+    return (bundled_passages("eval") if text is None else read_passages(text))[:limit]
+
+
 def make_experiment(model: str, text: Path | None, limit: int | None, calibration: Path | None, ks: str, seq_len: int,
                     rounding: Any, batch: int) -> Experiment:  # fmt: skip
-    from jaxgpt2.evaluation import read_passages
     from jaxgpt2.sweeps.runner import Experiment
-    from weights.checkpoint import TINY
 
-    passages = tuple(read_passages(text or TINY / "eval.txt")[:limit])
+    passages = tuple(chosen_passages(text, limit))
     numbers = parse_numbers("--top-k", ks)
     return Experiment(model, passages, tuple(calibration_passages(calibration)), numbers, seq_len, rounding, batch)
 
@@ -133,6 +139,8 @@ def read_config(model: str) -> Any:
 
 @click.command()
 @options(model_options)
+@click.option("--encrypt", metavar="linear",
+              help="Sweep widths of all linear layers (--weight-bits, --input-bits) instead of heads.")  # fmt: skip
 @click.option("--layers", default="all", show_default=True, metavar="N[,N-N...]|all", help="Layers, from 0.")
 @click.option("--heads", default="all", show_default=True, metavar="N[,N-N...]|all", help="Heads of each, from 0.")
 @click.option("--attention", "methods", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
@@ -149,7 +157,7 @@ def read_config(model: str) -> Any:
 )
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
 @json_option
-def sweep(model: str, layers: str, heads: str, methods: str, bits: str, input_bits: str | None,
+def sweep(model: str, encrypt: str | None, layers: str, heads: str, methods: str, bits: str, input_bits: str | None,
           weight_bits: str | None, activation_bits: str | None, rounding_threshold_bits: str | None,
           changes: tuple[str, ...], text: Path | None, limit: int | None, calibration: Path | None, ks: str,
           rounding: str, seq_len: int, batch: int, scheduler: str | None, out: Path, resume: bool,
@@ -159,6 +167,16 @@ def sweep(model: str, layers: str, heads: str, methods: str, bits: str, input_bi
     from jaxgpt2.sweeps import runner
     from jaxgpt2.sweeps import sweep as sweeping
 
+    if encrypt is not None:
+        if encrypt != linear.LINEAR:
+            raise InputError(f"--encrypt {encrypt!r}: a sweep knows linear; name heads with --layers and --heads")
+        passages, texts = chosen_passages(text, limit), calibration_passages(calibration)
+        linear.sweep_linear(
+            model, parse_numbers("--weight-bits", weight_bits or "8,10,12"),
+            parse_numbers("--input-bits", input_bits or "8,12,16"), passages, texts, parse_numbers("--top-k", ks), out,
+            resume, as_json,
+        )  # fmt: skip
+        return
     widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, rounding_threshold_bits)
     experiment = make_experiment(model, text, limit, calibration, ks, seq_len, rounding, batch)
     config = read_config(model)

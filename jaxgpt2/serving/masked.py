@@ -7,9 +7,14 @@ check that used a secret key, and a wrong answer does not stop a text: it is tol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import functools
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +67,58 @@ def store_for(client: LinearClient, directory: Path, ledgers: Path) -> MaskStore
     return MaskStore(directory, client.identity, outputs, ledgers)
 
 
+class Piece(NamedTuple):
+    """One matrix's products with one batch's masks, to be made. number: the matrix's; size: (d, m)."""
+
+    name: str
+    number: int
+    size: tuple[int, int]
+    seeds: Sequence[bytes]
+
+
+def make_products(owner: MatrixOwner, piece: Piece) -> np.ndarray:
+    """A piece's products (m, N), under a key that nothing else is encrypted with."""
+    parameters = rlwe.Parameters()
+    inputs, outputs = piece.size
+    masks = rlwe.masks(piece.seeds, piece.number, inputs)
+    with rlwe.ClientBatch(parameters) as keys:
+        answer = owner.ahead(piece.name, keys.encrypt_blocks(masks), inputs * parameters.feature_bytes)
+        return keys.decrypt(answer, outputs)
+
+
+# Makes pieces' products, in their order.
+Makes = Callable[[Iterable[Piece]], Iterable[np.ndarray]]
+
+_owner: MatrixOwner | None = None
+
+
+def _start(connect: Callable[[], MatrixOwner]) -> None:
+    global _owner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that started them decides
+    _owner = connect()
+
+
+def _make(piece: Piece) -> np.ndarray:
+    assert _owner is not None
+    return make_products(_owner, piece)
+
+
+@contextlib.contextmanager
+def in_processes(connect: Callable[[], MatrixOwner], count: int) -> Iterator[Makes]:
+    """Pieces in so many processes of this machine: SEAL uses one core, and the owner takes its time.
+
+    connect: picklable, for every process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(connect,)) as pool:
+        try:
+            yield functools.partial(pool.map, _make)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def prepare(
-    client: LinearClient, store: MaskStore, owner: MatrixOwner, tokens: int, progress: Callable[[float], None]
+    client: LinearClient, store: MaskStore, make: Makes, tokens: int, progress: Callable[[float], None]
 ) -> None:
     """Makes masks until there are at least so many; goes on where it was interrupted.
 
@@ -72,23 +127,22 @@ def prepare(
     Raises:
         MaskError: the disk is full; what the owner raises.
     """
-    parameters = rlwe.Parameters()
     shapes = client.shapes
-    names, size = list(shapes), parameters.poly_modulus_degree
     work = {name: inputs + outputs for name, (inputs, outputs) in shapes.items()}
-    total = sum(work.values())
+    total, size = sum(work.values()), rlwe.Parameters().poly_modulus_degree
     while store.left() < tokens:
         batch = store.pending()
-        progress(size * sum(work[name] for name in names[: batch.done]) / total)
-        for number, name in enumerate(names[batch.done :], batch.done):
-            inputs, outputs = shapes[name]
-            masks = rlwe.masks(batch.seeds, number, inputs)
-            with rlwe.ClientBatch(parameters) as keys:  # a fresh key for every matrix of every batch
-                blocks = keys.encrypt_blocks(masks)
-                answer = owner.ahead(name, blocks, inputs * parameters.feature_bytes)
-                products = keys.decrypt(answer, outputs)
-            batch = store.add(batch, name, products)
-            progress(size * work[name] / total)
+        pieces = [Piece(name, number, shapes[name], batch.seeds) for number, name in enumerate(shapes)]
+        progress(size * sum(work[piece.name] for piece in pieces[: batch.done]) / total)
+        missing = pieces[batch.done :]
+        for piece, products in zip(missing, make(missing), strict=True):
+            batch = store.add(batch, piece.name, products)
+            progress(size * work[piece.name] / total)
+
+
+def alone(owner: MatrixOwner) -> Makes:
+    """Pieces in this process, one after the other."""
+    return lambda pieces: (make_products(owner, piece) for piece in pieces)
 
 
 class Masked:

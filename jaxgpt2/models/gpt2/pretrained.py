@@ -106,17 +106,22 @@ class GPT2:
         return self.model.empty_cache(batch, size).layers
 
     def embed(self, tokens: Any, start: jax.Array | int = 0) -> jax.Array:
-        return branches.embed(self.graph, self.state, tokens, start)
+        # Whole texts begin at a constant, which compiles to less.
+        return branches.embed(
+            self.graph, self.state, tokens, *((start,) if isinstance(start, jax.Array) or start else ())
+        )
 
     def block(
         self, layer: int, h: jax.Array, cache: LayerCache | None = None, start: jax.Array | int = 0
     ) -> tuple[jax.Array, LayerCache | None]:
-        return branches.block(self.block_graph, self.block_states[layer], h, cache, start)
+        cached = () if cache is None else (cache, start)
+        return branches.block(self.block_graph, self.block_states[layer], h, *cached)
 
     def attend(
         self, layer: int, h: jax.Array, heads: np.ndarray, cache: LayerCache | None = None, start: jax.Array | int = 0
     ) -> tuple[jax.Array, jax.Array, jax.Array, LayerCache | None]:
-        return branches.attend(self.block_graph, self.block_states[layer], h, jnp.asarray(heads), cache, start)
+        cached = () if cache is None else (cache, start)
+        return branches.attend(self.block_graph, self.block_states[layer], h, jnp.asarray(heads), *cached)
 
     def contribution(self, layer: int, output: jax.Array, head: int) -> jax.Array:
         return branches.contribution(self.block_graph, self.block_states[layer], output, head)
@@ -153,8 +158,10 @@ class GPT2:
         """A function from all tokens so far to the next token's logits that reads each token once.
 
         Args:
-            size: room for tokens and padding, see `generation.padded_length`.
+            size: most tokens that will ever be read.
         """
+        # Room for padding too: the prompt is read in one padded piece.
+        size = padded_length(size, self.config.n_positions)
         cache = self.model.empty_cache(1, size)
 
         def read(tokens: np.ndarray, count: int) -> np.ndarray:
@@ -173,7 +180,7 @@ class GPT2:
         if max_new_tokens < 0:
             raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         tokens = self.encode(prompt, room=max_new_tokens)
-        logits = self.cached_logits(padded_length(len(tokens) + max_new_tokens, self.config.n_positions))
+        logits = self.cached_logits(len(tokens) + max_new_tokens)
         return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
 
     def stream(self) -> Callable[[int], str]:
