@@ -1,7 +1,7 @@
-"""How much a quantized head changes the model.
+"""How much encrypted modules change the model.
 
 Agreement with the float model's best token alone misleads: deleting a head often keeps nearly all of it. So every
-measure fhe_config beside the one of the model with the head's output set to zero.
+measure stands beside that of the model with the encrypted modules' output set to zero.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Evaluation:
 
     Args:
         top_k: for each k, how often the float model's most likely token is among the k most likely of the other.
-        top_k_ablated: the same for the model without the head.
+        top_k_ablated: the same for the model without the encrypted modules.
         kl: KL(float || quantized) in nats.
-        kl_ablated: KL(float || model without the head) in nats.
-        head_error: ||head_quantized - head_float|| / ||head_float||, of what the head adds to the residual stream.
+        kl_ablated: KL(float || model without the encrypted modules) in nats.
+        head_error: ||quantized - float|| / ||float||, of what the encrypted modules add to the residual stream.
         positions: how many there were.
         passages: how many texts they come from.
     """
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def recovered_kl(self) -> float:
-        """1 - kl / kl_ablated: 1 is perfect, 0 no better than deleting the head, below 0 worse."""
+        """1 - kl / kl_ablated: 1 is perfect, 0 no better than deleting the modules, below 0 worse."""
         return 1.0 - self.kl / self.kl_ablated if self.kl_ablated > 0 else float("nan")
 
 
@@ -121,14 +121,14 @@ def evaluate(
     ks: Sequence[int] = (1, 5, 10),
     max_tokens: int | None = None,
 ) -> Evaluation:
-    """Compares a encrypted model with its float model on every token of every passage, in one pass.
+    """Compares an encrypted model with its float model on every token of every passage, in one pass.
 
     Args:
         encrypted: calibrated, on other text.
-        passages: each at most as long as the heads were made for.
+        passages: each at most as long as the modules were made for.
         runner: computes the encrypted modules; from `encrypted.runner(mode)`.
         ks: 1 or more each.
-        max_tokens: longer passages are cut to so many; None refuses those that are too long.
+        max_tokens: longer passages are cut to so many tokens; None refuses those that are too long.
 
     Raises:
         PromptError: a passage that is empty or too long; InputError: a k below 1.
@@ -139,7 +139,7 @@ def evaluate(
     if max_tokens is not None:
         longest = min(longest, max_tokens)
     if longest > limit:
-        raise PromptError(f"the longest passage has {longest} tokens, the heads are made for {limit}: shorten it")
+        raise PromptError(f"the longest passage has {longest} tokens, the modules are made for {limit}: shorten it")
     kl = kl_ablated = error = norm = 0.0
     agreement, agreement_ablated = np.zeros(len(ks)), np.zeros(len(ks))
     positions = 0

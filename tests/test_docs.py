@@ -11,7 +11,7 @@ from jaxgpt2.methods import method
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
+def test_the_method_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-method.md").read_text(), re.DOTALL)
     (tmp_path / "inhibitor.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -19,10 +19,10 @@ def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
     try:
         helpers.random_checkpoint(tmp_path, n_embd=24, n_head=3)
         passages = ["the cat", "sat on", "a mat", "one dog"]
-        hybrid = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
-        hybrid = hybrid.compile(passages, 5, backend="clear")
-        texts = [list(hybrid.generate("cat", 2, mode, keys=hybrid.make_keys())) for mode in
-                 ("quantized", "simulate", "encrypted")]  # fmt: skip
+        encrypted = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
+        encrypted = encrypted.compile(passages, 5, backend="clear")
+        keys = encrypted.make_keys()
+        texts = [list(encrypted.generate("cat", 2, mode, keys=keys)) for mode in ("quantized", "simulate", "encrypted")]
         assert texts[0] == texts[1] == texts[2]
     finally:
-        method._FORMULAS.pop("inhibitor")
+        method._METHODS.pop("inhibitor")

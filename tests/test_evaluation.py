@@ -85,7 +85,7 @@ def test_long_passages_are_cut_where_a_length_is_given(hybrid):
     [
         ([], (1,), "no passages"),
         (["a", ""], (1,), "empty"),
-        (["one cat sat"], (1,), "11 tokens, the heads are made for 8"),
+        (["one cat sat"], (1,), "11 tokens, the modules are made for 8"),
         (["the cat " * 40], (1,), "context is"),
         (["a"], (0,), "every k must be 1 to"),
         (["a"], (), "every k must be 1 to"),

@@ -197,7 +197,7 @@ def test_weighing_lanes_leaves_one_and_no_partial_sum():
     assert np.allclose(found[:, : layout.outputs, -1], (e * v)[:, :, :5].sum())
     assert not found[:, :, :-1].any() and not found[:, layout.outputs :].any()
     assert machine.counts.depth == 1
-    with pytest.raises(CompilationError, match="nothing to weighted_sum"):
+    with pytest.raises(CompilationError, match="nothing to sum"):
         weighted_sum_by_lane(machine, layout, [[]])
 
 

@@ -1,6 +1,6 @@
 """A head made for TFHE: few lookups, narrow ones, and no bit spent on what softmax does not see.
 
-What it does differently from the post's method, each exact or fitted on calibration activations:
+What it does differently from the baseline (`softmax`), each exact or fitted on calibration activations:
 
 - Only pairs j <= i exist, and the first token attends to itself: no lookup for what causality forbids.
 - Scores and values are of low rank (`factor_scores`, `factor_values`): truncated for least error on the activations.
@@ -205,7 +205,7 @@ class Widths(NamedTuple):
 
 
 def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bits, rank: int, width: int) -> Reals:
-    """The head by the closed methods above; real (N, C) holds the inputs of all texts."""
+    """The head by the closed formulas above; real (N, C) holds the inputs of all texts."""
     q = real @ weights.query + weights.query_bias
     k, v = real @ weights.key, real @ weights.value
     q_mean, k_mean, v_mean = q.mean(axis=0), k.mean(axis=0), v.mean(axis=0)
@@ -214,8 +214,8 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
     q, k, v = (q - q_mean) @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
     q_step, k_step, v_step = (best_scale(part, bits.activations) for part in (q, k, v))
     nats = q_step * k_step
-    # The row shift fhe_config for the row maximum and for the squares that are not subtracted; the key's term, centred,
-    # for the scores of the mean query.
+    # The row shift stands for the row maximum and for the squares that are not subtracted; the key's term, centred, for
+    # the scores of the mean query.
     term = weights.key @ q_mean / np.sqrt(len(q_mean))
     term_bias = -float((real @ term).mean())
     q_squares = nats / 2 * ((q / q_step) ** 2).sum(axis=1)
@@ -394,7 +394,7 @@ def calibrate(
 
     Args:
         exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
-        training_steps: of `refine`; 0 keeps the closed methods.
+        training_steps: of `refine`; 0 keeps the closed formulas.
     """
     term_bits = bits.activations + SCORE_BITS
     for name, value, low, high in (

@@ -64,8 +64,8 @@ def mask_pairs(ops: SlotOps[V], layout: Layout, values: V, pairs: np.ndarray) ->
     """From 2i * values, values + i * pairs in the first copy; one level.
 
     `pairs` (S,) is one where there is a pair: multiplied by a pair's weight, the real part is its numerator and the
-    imaginary part its denominator. DaskExecutor the values become zero, and in the second copy too, where `scores` mean
-    nothing.
+    imaginary part its denominator. Elsewhere the values become zero, and so they do in the second copy, where `scores`
+    mean nothing.
     """
     _, output, _ = layout.axes
     shown = pairs * layout.mask(output < layout.outputs)
@@ -99,5 +99,5 @@ def weighted_sum_by_lane(ops: SlotOps[V], layout: Layout, lanes: Sequence[Sequen
             part = ops.sum_of_products(weights, values)
             total = part if total is None else ops.add(part, total)
     if total is None:
-        raise CompilationError("there is nothing to weighted_sum")
+        raise CompilationError("there is nothing to sum")
     return sum_blocks(ops, layout, total)

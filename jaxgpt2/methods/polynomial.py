@@ -53,8 +53,8 @@ BITS = Bits.of(12)
 # engine can hold (`fhe.ckks.circuit.CKKSBackend.headroom_bits`).
 LARGEST_DENOMINATOR = 128.0
 
-# Texts that tell how large the numbers in the functions become, for which there is room to spare (SLACK): functions of
-# whole texts, and those of one more token, of which there are many.
+# Texts that tell how large the numbers in the functions become; there is room to spare (SLACK). For prefill, and for
+# each of the many decode steps.
 PROMPT_TEXTS, STEP_TEXTS = 8, 1
 
 # Levels used up when keys and values stand beside queries, and when they are cached: the projection's, and a mask's.
@@ -463,7 +463,7 @@ class PackedSequence:
         run = functools.partial(prefill, layout)
         tiled = [tuple(pack(layout, x)) for x in texts]
         made = {f"prefill_{count}": Function(run, [x[:count] for x in tiled]) for count in range(1, len(tiled[0]) + 1)}
-        # The caches that a step takes are what the steps before it make.
+        # The caches that a decode step takes are what the steps before it make.
         simulator, some = CleartextSimulator(self.slots), texts[:STEP_TEXTS]
         caches = [run(simulator, params, simulator.load(layout.pack(x[:1])))[1:] for x in some]
         for count in range(1, length):
@@ -542,7 +542,7 @@ def pack(layout: Layout, x: np.ndarray) -> list[np.ndarray]:
 def unpack(
     layout: Layout, width: int, dequantization: PolynomialDequantization, results: Sequence[np.ndarray], tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decrypted results of `head` to checked numerators (T, W) and denominators (T, 1).
+    """Decrypted results of `prefill` to checked numerators (T, W) and denominators (T, 1).
 
     Raises OutOfRange (see `check`).
     """
@@ -556,7 +556,7 @@ def unpack(
 def unpack_step(
     layout: Layout, width: int, dequantization: PolynomialDequantization, result: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The decrypted result of `step` to checked numerators (1, W) and denominators (1, 1). Raises OutOfRange."""
+    """The decrypted result of `decode_step` to checked numerators (1, W) and denominators (1, 1). Raises OutOfRange."""
     return _split(_read(layout, dequantization, layout.unpack(result)[:, :, -1:]), width)
 
 

@@ -2,7 +2,7 @@
 
 Every step of softmax(q k^T / sqrt(D)) v is done under encryption: row maximum, subtraction, exponential, sum,
 reciprocal, product. Every operation's result is requantized by a lookup, also where the levels stay what they
-are: such lookups (78 of 11,046 at 6 tokens) change no integer; they are a guess at how the post comes to its count.
+are: such lookups (78 of 11,046 at 6 tokens) change no integer; they are a guess at how Zama comes to its count.
 Nothing is shared or skipped: it is the baseline that cheaper methods are measured against.
 """
 
@@ -174,7 +174,7 @@ class LayerParams:
 
 
 def run_layer(ops: Ops, params: LayerParams, x: Any) -> tuple[Any]:
-    """(T, C) input integers -> what the block adds to the residual stream, (T, C): the post's multi-head model."""
+    """(T, C) input integers -> what the block adds to the residual stream, (T, C): Zama's multi-head model."""
     outputs = [run_head(ops, head, x)[0] for head in params.heads]
     with ops.tag("projection"):
         total = ops.matmul(outputs[0], params.projections[0])

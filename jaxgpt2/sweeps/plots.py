@@ -10,7 +10,7 @@ from weights.checkpoint import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A heat map a method and width, and no more of them than fit on a page.
+# One heat map for each method and width, and no more of them than fit on a page.
 MOST_PANELS = 12
 
 
@@ -30,7 +30,7 @@ def draw(frame: Any, directory: Path) -> list[str]:
 
 
 def formula_of(rows: Any) -> list[str]:
-    """Columns that name a config but for its widths: the method and its options."""
+    """Columns that name a configuration, but for its widths: the method and its options."""
     first, last = list(rows.columns).index("lookup_bits") + 1, list(rows.columns).index("top_" + first_k(rows))
     return ["attention", *rows.columns[first:last]]
 
@@ -47,7 +47,7 @@ def label(values: Any, names: list[str]) -> str:
 
 
 def over_bits(rows: Any) -> Figure:
-    """Agreement over bits, as the post draws it, and recovered KL beside it: means over heads."""
+    """Agreement over bits, as Zama 2023 draws it, and recovered KL beside it: means over heads."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -104,7 +104,7 @@ def pareto(costs: Any, values: Any) -> list[int]:
 
 
 def over_cost(rows: Any) -> Figure:
-    """Recovered KL over the estimated time of a token, encrypted: means over heads of every config."""
+    """Recovered KL over the estimated time of a token, encrypted: means over heads, for every configuration."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

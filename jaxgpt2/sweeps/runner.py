@@ -1,10 +1,11 @@
-"""Many configurations of protected heads, measured against the float model in stacks.
+"""Many configurations of encrypted modules, measured against the float model in stacks.
 
-A configuration is a head and its config. The float model reads the passages once, layer by layer. At every layer the
-configurations of its heads are calibrated, their parameters are stacked, and one compiled program runs the whole stack:
-the integer heads, what is left of the model after that layer, and every metric. It is compiled once for all layers.
+A configuration is a module and how it is computed. The float model reads the passages once, layer by layer. At every
+layer the configurations of its modules are calibrated and their parameters are stacked. One compiled program runs the
+whole stack: the integer modules, what is left of the model after that layer, and every metric. It is compiled once for
+all layers.
 
-The head's input comes out of the very programs that `EncryptedGPT2.forward` runs, so the integers are those of the mode
+A module's input comes out of the very programs that `EncryptedGPT2.forward` runs. So the integers are those of the mode
 `quantized`, and a row's metrics are those of `evaluate` up to float32 rounding.
 
 Shapes: K configurations of a stack, B passages, T tokens of the longest, N real tokens of all of them, C width,
@@ -66,7 +67,7 @@ class SweepError(InputError):
 
 @dataclass(frozen=True)
 class Configuration:
-    """A head and how it is computed."""
+    """A module and how it is computed."""
 
     module: Module
     config: MethodConfig

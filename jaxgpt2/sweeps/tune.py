@@ -1,4 +1,4 @@
-"""What `tune` chooses: the configs of heads among rows of a sweep, then how their lookups are encrypted.
+"""What `tune` chooses: the configurations of heads among rows of a sweep, then how their lookups are encrypted.
 
 Ranks and bits are chosen by what quantized heads keep of the model; error probability and rounding, which the integers
 know nothing of, by what the engine's simulation of the encrypted heads loses of that.
@@ -66,7 +66,7 @@ class Encryption:
 
     Args:
         fhe_config: error probability and rounding.
-        complexity: of a text of the length that was asked for, all heads, in the engine's own module.
+        complexity: of a text of the length that was asked for, all heads, in the engine's own unit.
         kl: KL(float || simulated) in nats, summed over heads, each alone; quantized_kl: the same without encryption;
             kl_ablated: the same without the head.
         error: why one of the heads cannot be compiled with it; then the numbers are those of the heads before.
