@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fhe import envelope, storage
 from fhe.backend import FHEConfig, Function, Keys, check_functions
@@ -121,7 +122,7 @@ class CKKSCircuit:
     def signatures(self) -> Signatures:
         return self._description.signatures
 
-    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """The function on clear slot vectors, in float64 and without noise: complex128 results (slots,)."""
         check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
         function, machine = self._function(name), CleartextSimulator(self.parameters.slots)
@@ -145,7 +146,7 @@ class CKKSCircuit:
         key_id, _, (secret, evaluation) = envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id, parts=2)
         return self._with_keys(self._keys(key_id, self._context.load_secret_key(secret), evaluation))
 
-    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+    def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         """The inputs that the client encrypts, in their order, each (slots,): one blob each."""
         own = self._checked(keys)
         check_count(f"the client's inputs of {name}", len(inputs), len(self.signatures[name].client_inputs))
@@ -157,7 +158,7 @@ class CKKSCircuit:
             parts.append(self._context.encrypt(own.secret, x))
         return self.signatures.pack_inputs(name, self.id, own.id, parts)
 
-    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[NDArray[Any], ...]:
         """What some or all results of a function hold, in the order given: complex128 (slots,) each."""
         own = self._checked(keys)
         parts = self.signatures.unpack_outputs(name, self.id, own.id, arrays)

@@ -27,7 +27,7 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # HPX, within Concrete, would end the process at the first write to a connection that is gone: Python ignores SIGPIPE.
 os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
@@ -88,7 +89,7 @@ class ConcreteOps:
     def lookup(self, table: LookupTable, x: Any) -> Any:
         return self.univariate(table, int(table.shift), x)
 
-    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+    def univariate(self, function: Callable[[Any], NDArray[Any]], shift: int, x: Any) -> Any:
         """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
         if not isinstance(x, Tracer):
             return function(x)
@@ -298,7 +299,7 @@ class ConcreteCircuit:
             raise storage.no_weights()
         return self._program
 
-    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
         if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
             rules, program = _Wires.of(self.signatures).rules, self.program
@@ -321,11 +322,11 @@ class ConcreteCircuit:
         key_id, _, (data,) = envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id, parts=1)
         return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
 
-    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+    def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)
         port = self.signatures[name]
         check_count(f"the client's inputs of {name}", len(inputs), len(port.client_inputs))
-        places: list[np.ndarray | None] = [None] * len(port.sources)  # Concrete skips what is None
+        places: list[NDArray[Any] | None] = [None] * len(port.sources)  # Concrete skips what is None
         for position, x in zip(port.client_inputs, inputs, strict=True):
             places[position] = np.asarray(x, np.int64)
         values = _as_values(self._client(keys).encrypt(*places, function_name=name))
@@ -345,7 +346,7 @@ class ConcreteCircuit:
             results = server.run(*values, evaluation_keys=server_keys, function_name=name)
         return self.signatures.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
 
-    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[NDArray[Any], ...]:
         keys = self._checked(keys)
         parts = self.signatures.unpack_outputs(name, self.id, keys.id, arrays)
         # Client.decrypt takes all results of a function or its first ones; this is what it does with each.
@@ -451,7 +452,7 @@ class ConcreteBackend:
 
 
 @contextmanager
-def _refusals(what: str) -> Iterator[None]:
+def _refusals(what: str) -> Generator[None, None, None]:
     """What Concrete says of bytes that it cannot use becomes a CircuitFormatError."""
     try:
         yield
@@ -606,5 +607,5 @@ def _as_values(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
-def _as_tuple(results: Any) -> tuple[np.ndarray, ...]:
+def _as_tuple(results: Any) -> tuple[NDArray[Any], ...]:
     return tuple(np.asarray(result, np.int64) for result in _as_values(results))

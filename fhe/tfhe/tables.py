@@ -1,11 +1,12 @@
 """Lookup tables of integers, and the operations that a function of integers may use."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,9 @@ class LookupTable:
     shift: int = 0
 
     @classmethod
-    def build(cls, function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int = 0) -> "LookupTable":
+    def build(
+        cls, function: Callable[[NDArray[Any]], NDArray[Any]], low: int, high: int, shift: int = 0
+    ) -> "LookupTable":
         """Tabulate a float function at the rounded inputs low..high (both included).
 
         `function` gets the input values `arange(low, high + 1) << shift` as float64 and gives as many float64
@@ -46,7 +49,7 @@ class LookupTable:
             raise ValueError(f"the table of input {inputs[first]} is {results[first]}, which is not an int32")
         return cls(rounded.astype(np.int32), int(low), int(shift))
 
-    def __call__(self, x: Any) -> np.ndarray:
+    def __call__(self, x: Any) -> NDArray[Any]:
         """Look up integers of any shape, in NumPy; int64 of the same shape."""
         values = np.asarray(self.values, np.int64)
         half = (1 << self.shift) >> 1
@@ -98,5 +101,5 @@ class NumpyOps:
         return np.concatenate(tuple(arrays), axis=axis)
 
     @contextmanager
-    def tag(self, name: str) -> Iterator[None]:
+    def tag(self, name: str) -> Generator[None, None, None]:
         yield

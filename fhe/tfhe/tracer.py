@@ -1,11 +1,12 @@
 """What a function of integers does on its input set: every lookup and product, with the range of its input."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fhe.backend import Function, FunctionBody
 from fhe.signatures import Signature, Signatures
@@ -73,7 +74,7 @@ class RangeTracer(NumpyOps):
     def lookup(self, table: LookupTable, x: Any) -> Any:
         return self.univariate(table, int(table.shift), x)
 
-    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+    def univariate(self, function: Callable[[Any], NDArray[Any]], shift: int, x: Any) -> Any:
         """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
         if not isinstance(x, _Encrypted):
             return function(x)
@@ -82,7 +83,7 @@ class RangeTracer(NumpyOps):
         self._note("lookup", x.size, _range(x), _range(results), shift)
         return self.mark(results)
 
-    def product(self, ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> None:
+    def product(self, ufunc: np.ufunc, a: NDArray[Any], b: NDArray[Any]) -> None:
         """Note a * b or a @ b of encrypted arrays."""
         size = ufunc(a, b).size * (a.shape[-1] if ufunc is np.matmul else 1)
         self._note("product", size, product_range(_range(a), _range(b)))
@@ -96,7 +97,7 @@ class RangeTracer(NumpyOps):
         return self.mark(joined)
 
     @contextmanager
-    def tag(self, name: str) -> Iterator[None]:
+    def tag(self, name: str) -> Generator[None, None, None]:
         self._stages.append(name)
         try:
             yield
@@ -122,7 +123,7 @@ class _Extremes(NumpyOps):
     def __init__(self):
         self.rows: set[int] = set()
 
-    def note(self, x: np.ndarray) -> None:
+    def note(self, x: NDArray[Any]) -> None:
         for flat in (int(x.argmin()), int(x.argmax())):
             self.rows.add(int(np.unravel_index(flat, x.shape)[0]))
 
@@ -131,7 +132,9 @@ class _Extremes(NumpyOps):
         return table(x)
 
 
-def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+def extreme_samples(
+    function: FunctionBody, params: Any, inputs: Sequence[NDArray[Any]]
+) -> list[tuple[NDArray[Any], ...]]:
     """An input set, out of very many samples, that reaches their extremes.
 
     function: works on rows that do not meet (leading axis N); inputs: arrays (N, ...).
@@ -146,7 +149,7 @@ def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.nda
     return [tuple(x[row : row + 1] for x in inputs) for row in sorted(extremes.rows)]
 
 
-def _range(x: np.ndarray) -> tuple[int, int]:
+def _range(x: NDArray[Any]) -> tuple[int, int]:
     return int(x.min()), int(x.max())
 
 
@@ -204,7 +207,7 @@ def maximum_by_lookups(ops: Any, x: Any, axis: int, keepdims: bool) -> Any:
     return x if keepdims else x.reshape(x.shape[:axis] + x.shape[axis + 1 :])
 
 
-def _relu(x: Any) -> np.ndarray:
+def _relu(x: Any) -> NDArray[Any]:
     return np.maximum(np.asarray(x, np.int64), 0)
 
 
