@@ -1,7 +1,7 @@
 """Run functions on encrypted data: one interface, several engines.
 
-The interface is in `fhe.backend`: a `Backend` compiles each `Function` to a `Circuit`, which makes `Keys`, encrypts, runs
-and decrypts. `get_backend(name)` gives a backend, and only it imports a library of encryption. Integer functions
+The interface is in `fhe.backend`: a `Backend` compiles each `Function` to a `Circuit`, which makes `Keys`, encrypts,
+runs and decrypts. `get_backend(name)` gives a backend, and only it imports a library of encryption. Integer functions
 use `Ops` and `LookupTable`; functions of slot vectors use `fhe.ckks.slots` and `fhe.ckks.linalg`.
 """
 

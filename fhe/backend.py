@@ -4,9 +4,9 @@ A function is written once:
 
     function(ops, params, *inputs) -> tuple of arrays
 
-`ops` (a `fhe.tfhe.tables.Ops` or a `fhe.ckks.slots.SlotOps`) has the operations that engines do differently. `params` are
-clear numbers, known when the circuit is compiled. `inputs` are encrypted. A `Backend` compiles one such function, or
-several that share their keys, to a `Circuit`. A `Circuit` makes `Keys`, encrypts, runs and decrypts; ciphertexts are
+`ops` (a `fhe.tfhe.tables.Ops` or a `fhe.ckks.slots.SlotOps`) has the operations that engines do differently. `params`
+are clear numbers, known when the circuit is compiled. `inputs` are encrypted. A `Backend` compiles one such function,
+or several that share their keys, to a `Circuit`. A `Circuit` makes `Keys`, encrypts, runs and decrypts; ciphertexts are
 bytes, one byte string for each array. A result may stay on the server as the input of another function
 (`Function.sources`): server state. `Backend.offers` says what an engine can do.
 """
@@ -136,7 +136,7 @@ class Circuit(Protocol):
         ...
 
     def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-        """The backend's own simulation of a function on clear numbers. Takes all inputs, those from other functions too."""
+        """The backend's own simulation of a function on clear numbers. Takes all inputs of the function."""
         ...
 
     def make_keys(self, seed: int | None = None) -> Keys:
@@ -250,6 +250,8 @@ def check_functions(functions: Mapping[str, Function]) -> dict[str, Function]:
         sources: list[tuple[Output, ...]] = [*map(tuple, function.sources), *[()] * free]
         unknown = {source.function for group in sources for source in group} - set(functions)
         if unknown:
-            raise ValueError(f"an input of {name} comes from {', '.join(sorted(unknown))}, which is not a function of this circuit")
+            raise ValueError(
+                f"an input of {name} comes from {', '.join(sorted(unknown))}, which is not a function of this circuit"
+            )
         checked[name] = Function(function.run, samples, sources)
     return checked

@@ -31,8 +31,8 @@ def compile_cached(
 ) -> Circuit:
     """`backend.compile`, or the saved result of an equal earlier call.
 
-    directory: holds one directory for each circuit, named by its `fingerprint`. An entry appears complete or not at all.
-    A damaged one is compiled again, with a warning in the log.
+    directory: holds one directory for each circuit, named by its `fingerprint`. An entry appears complete or not at
+    all. A damaged one is compiled again, with a warning in the log.
 
     Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
     """

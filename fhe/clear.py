@@ -167,6 +167,6 @@ def _from_bytes(data: bytes) -> NDArray[Any]:
         value: Any = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy's reader raises errors of many kinds
         raise CircuitFormatError(f"these bytes are not an array: {' '.join(str(error).split()):.80}") from None
-    if not isinstance(value, np.ndarray) or value.dtype != np.int64:
+    if getattr(value, "dtype", None) != np.int64:
         raise CircuitFormatError("these bytes are not an array of int64")
     return value

@@ -83,7 +83,9 @@ class Signatures:
         """The signatures that `to_json` wrote."""
         return cls(
             {
-                name: Signature(tuple(tuple(Output(**o) for o in group) for group in entry["sources"]), entry["outputs"])
+                name: Signature(
+                    tuple(tuple(Output(**o) for o in group) for group in entry["sources"]), entry["outputs"]
+                )
                 for name, entry in data.items()
             }
         )

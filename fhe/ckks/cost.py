@@ -71,8 +71,7 @@ class SlotCost:
 class SlotReport:
     """The cost of a circuit: a `fhe.CircuitReport`. Sizes are in bytes.
 
-    evaluation_key_source: where evaluation_key_bytes comes from: "estimated", or "serialized" (what a client sends) once
-        keys exist.
+    evaluation_key_source: of evaluation_key_bytes: "estimated", or "serialized" (what a client sends) once keys exist.
     largest: the largest absolute value of the input set's runs at each depth. Beyond `room`, at the same depth, results
         are wrong.
     """

@@ -43,8 +43,8 @@ class Layout:
         block         0         |         1         | ...  B-1,  B = P / 2R
         output   0 .. R-1 0 .. R-1 | 0 .. R-1 0 .. R-1 | ...
 
-    With two copies, rotations by 1, 2, 4 ... R/2 positions and sums give position p the sum over p .. p + R - 1: the sum
-    over all outputs, at every position of the first copy.
+    With two copies, rotations by 1, 2, 4 ... R/2 positions and sums give position p the sum over p .. p + R - 1: the
+    sum over all outputs, at every position of the first copy.
 
     Args:
         slots: S, half the polynomial degree.

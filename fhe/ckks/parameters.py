@@ -38,7 +38,7 @@ class Parameters:
     ) -> "Parameters":
         """Parameters with this scale; without one, with the largest that is secure, at most 40 bits.
 
-        Raises InsecureParameters if no scale of at least 25 bits is secure. With fewer, noise reaches the third decimal.
+        Raises InsecureParameters if no scale of at least 25 bits is secure. Below, noise reaches the third decimal.
         """
         scale = scale_bits
         if scale is None:

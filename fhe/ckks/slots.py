@@ -5,8 +5,8 @@ costs ten times as much as a product with a clear vector; sums cost next to noth
 
     function(ops, params, *inputs) -> tuple of slot vectors
 
-`ops` is a `SlotOps`: `CleartextSimulator` computes in NumPy and encrypts nothing, an engine computes on ciphertexts. The
-base class counts rotations, products and levels for both.
+`ops` is a `SlotOps`: `CleartextSimulator` computes in NumPy and encrypts nothing, an engine computes on ciphertexts.
+The base class counts rotations, products and levels for both.
 """
 
 from abc import ABC, abstractmethod
@@ -61,8 +61,8 @@ class OperationCounts:
 class SlotOps(ABC, Generic[V]):
     """Operations on slot vectors of type V, counted in `counts`.
 
-    A clear vector is a NumPy array of n real or complex entries, where n divides the number of slots. Entry i is repeated
-    for slots i * slots / n to (i + 1) * slots / n - 1 (`np.repeat`), so a single entry is a constant.
+    A clear vector is a NumPy array of n real or complex entries, where n divides the number of slots. Entry i is
+    repeated for slots i * slots / n to (i + 1) * slots / n - 1 (`np.repeat`), so a single entry is a constant.
     """
 
     def __init__(self, slots: int):
