@@ -14,7 +14,8 @@ import fhe
 from fhe.signatures import Signature, Signatures
 
 NUMPY = fhe.NumpyOps()
-CONFIG = fhe.FHEConfig(rounding="none")
+# The tests look up some thousands of times: at this p_error one of them is wrong with a probability below 1e-6.
+CONFIG = fhe.FHEConfig(p_error=1e-10, rounding="none")
 BLOCKS = (1, 2)
 
 
