@@ -1,18 +1,11 @@
-"""Run functions on encrypted data: one interface, several engines. See `fhe.backend`.
+"""Run functions on encrypted data: one interface, several engines.
 
-Importing this package imports no library of encryption; `get_backend(name)` does.
+The interface is in `fhe.backend`: a `Backend` compiles each `Function` to a `Circuit`, which makes `Keys`, encrypts,
+runs and decrypts. `get_backend(name)` gives a backend, and only it imports a library of encryption. Integer functions
+use `Ops` and `LookupTable`; functions of slot vectors use `fhe.ckks.slots` and `fhe.ckks.linalg`.
 """
 
-from fhe.backend import (
-    Backend,
-    Circuit,
-    CircuitReport,
-    FHEConfig,
-    Function,
-    Keys,
-    Rounding,
-    RunCost,
-)
+from fhe.backend import Backend, Circuit, CircuitReport, FHEConfig, Function, Keys, Rounding, RunCost
 from fhe.cache import cached_keys, compile_cached
 from fhe.errors import (
     BackendUnavailable,

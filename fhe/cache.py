@@ -1,4 +1,4 @@
-"""Circuits and keys on disk, so that the second run makes neither again."""
+"""Cached circuits and keys on disk."""
 
 import dataclasses
 import enum
@@ -9,10 +9,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,11 +29,10 @@ def compile_cached(
     config: FHEConfig,
     directory: str | Path,
 ) -> Circuit:
-    """`backend.compile`, or the circuit that it made of exactly the same things before.
+    """`backend.compile`, or the saved result of an equal earlier call.
 
-    directory: holds one directory per circuit, named by a SHA-256 of the backend and its version, the functions'
-    modules and everything they close over, their input sets and wires, this package, params and settings. An entry
-    appears whole or not at all; a damaged one is made again, with a warning in the log.
+    directory: holds one directory for each circuit, named by its `fingerprint`. An entry appears complete or not at
+    all. A damaged one is compiled again, with a warning in the log.
 
     Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
     """
@@ -52,7 +51,7 @@ def compile_cached(
         circuit.save(temporary)
         os.replace(temporary, entry)
     except OSError:
-        if not entry.exists():  # else another process was faster, and its entry is as good
+        if not entry.exists():  # otherwise another process was faster, and its entry is equal
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,7 +61,7 @@ def compile_cached(
 def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
     """The circuit's keys from a directory of mode 0700; made and saved there if missing or unusable.
 
-    They are secret: whoever reads them reads what they encrypted.
+    They are secret: whoever has them can decrypt.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,8 +78,12 @@ def cached_keys(circuit: Circuit, directory: str | Path) -> Keys:
 
 
 def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any, config: FHEConfig) -> str:
-    """SHA-256 of everything that a circuit is made from."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    """SHA-256 of everything that a circuit is made from.
+
+    That is: the backend and its version, the source of this package, the functions with the source of their modules
+    and what they close over, their input sets and sources, params and config.
+    """
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     return _hash((backend.name, backend.version(), sources, dict(functions), params, config))
 
 
@@ -91,7 +94,7 @@ def _hash(value: Any) -> str:
 
 
 def _update(digest: Any, value: Any) -> None:
-    """Feed a value into a digest, with its type and size, so that no two values read alike."""
+    """Feed a value into a digest, with its type and size, so that different values give different bytes."""
     digest.update(f"{type(value).__module__}.{type(value).__qualname__}:".encode())
     if value is None or isinstance(value, bool | int | float | str | bytes):
         data = repr(value).encode()
@@ -99,13 +102,15 @@ def _update(digest: Any, value: Any) -> None:
     elif isinstance(value, enum.Enum):
         _update(digest, value.name)
     elif isinstance(value, tuple | list):
-        digest.update(f"{len(value)}:".encode())
-        for item in value:
+        items = cast("Sequence[Any]", value)
+        digest.update(f"{len(items)}:".encode())
+        for item in items:
             _update(digest, item)
     elif isinstance(value, dict):
-        _update(digest, sorted(value))
-        for key in sorted(value):
-            _update(digest, value[key])
+        entries = cast("dict[Any, Any]", value)
+        _update(digest, sorted(entries))
+        for key in sorted(entries):
+            _update(digest, entries[key])
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             _update(digest, field.name)
@@ -130,7 +135,7 @@ def _update(digest: Any, value: Any) -> None:
 
 
 def _collect_sources(module: ModuleType, sources: dict[str, str]) -> None:
-    """The source of a module, and of what it imports functions and classes from within its own package."""
+    """The source of a module, and of the modules of its package from which it imports functions and classes."""
     sources[module.__name__] = inspect.getsource(module)
     package = module.__name__.partition(".")[0]
     for value in vars(module).values():

@@ -1,7 +1,7 @@
-"""The clear backend: the interface of an encrypted run, on plain integers. **It encrypts nothing.**
+"""The clear backend: the interface of an encrypted run on plain integers. **It encrypts nothing.**
 
-It needs NumPy only. With it everything around a circuit can be tested, and its report counts what the same function
-would cost on Concrete: lookups and products of ciphertexts by stage, with bit widths taken from the input set.
+It needs NumPy only. It serves to test everything around a circuit. Its report counts what the same function costs on
+Concrete: lookups and products of ciphertexts by stage, with bit widths taken from the input set.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fhe import envelope, storage
 from fhe.backend import FHEConfig, Function, FunctionBody, Keys, check_functions
@@ -30,7 +31,7 @@ KIND = "clear circuit"
 
 @dataclass(frozen=True)
 class ClearKeys:
-    """No keys at all: an id, so that mixing up clients is noticed here as it would be there."""
+    """Only an id, so that keys of another client are refused as they are by an engine that encrypts."""
 
     circuit: str
     id: str
@@ -48,9 +49,9 @@ Shapes = dict[str, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True)
 class ClearCircuit:
-    """Functions and their parameters. `encrypt` only writes the integers down: **anyone can read them**.
+    """Functions and their parameters. `encrypt` only serializes the integers: **anyone can read them**.
 
-    shapes: of every input of every function. functions: None in the client's half, whose params are None too.
+    shapes: of every input of every function. functions, params: None in the client's half.
     """
 
     id: str
@@ -60,7 +61,7 @@ class ClearCircuit:
     functions: dict[str, FunctionBody] | None = None
     params: Any = None
 
-    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
         self._check_shapes(name, range(len(inputs)), inputs)
         if self.functions is None:
@@ -74,7 +75,7 @@ class ClearCircuit:
     def load_keys(self, path: str | Path) -> ClearKeys:
         return ClearKeys(self.id, envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id).keys)
 
-    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+    def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         key_id = self._id_of(keys)
         positions = self.signatures[name].client_inputs
         check_count(f"the client's inputs of {name}", len(inputs), len(positions))
@@ -87,19 +88,19 @@ class ClearCircuit:
         outputs = self.simulate(name, *map(_from_bytes, inputs))
         return self.signatures.pack_outputs(name, self.id, key_id, [_to_bytes(value) for value in outputs])
 
-    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[NDArray[Any], ...]:
         results = self.signatures.unpack_outputs(name, self.id, self._id_of(keys), arrays)
         return tuple(_from_bytes(part) for _, part in results)
 
     def save(self, directory: str | Path, server: bool = True) -> None:
-        """Write `circuit.json`, all that a client needs, and `server.bin`, which holds the functions' parameters."""
+        """Write `circuit.json`, all that a client needs, and `server.bin`, which holds functions and parameters."""
         content = {"format": FORMAT, "id": self.id, "shapes": self.shapes, "signatures": self.signatures.to_json()}
         if server and self.functions is None:
             raise storage.no_weights()
         half = (self.functions, self.params) if server else None
         storage.save(directory, KIND, self.id, content | {"report": self.report.to_json()}, half)
 
-    def _check_shapes(self, name: str, positions: Iterable[int], inputs: Sequence[np.ndarray]) -> None:
+    def _check_shapes(self, name: str, positions: Iterable[int], inputs: Sequence[NDArray[Any]]) -> None:
         shapes = [self.shapes[name][position] for position in positions]
         if [np.shape(value) for value in inputs] != shapes:
             raise ValueError(f"{name} has inputs of shapes {[np.shape(value) for value in inputs]}; wanted {shapes}")
@@ -126,9 +127,7 @@ class ClearBackend:
         traced, signatures = trace(functions, params)
         report = Report.of(
             {
-                name: Cost(
-                    pbs_by_stage=count_lookups(tracer.records, config.rounding), max_integer_bits=tracer.largest
-                )
+                name: Cost(pbs_by_stage=count_lookups(tracer.records, config.rounding), max_integer_bits=tracer.largest)
                 for name, tracer in traced.items()
             },
             backend=self.name,
@@ -148,7 +147,7 @@ class ClearBackend:
         directory = Path(directory)
         content = storage.load_description(directory, FORMAT)
         try:
-            shapes = {name: tuple(map(tuple, inputs)) for name, inputs in content["shapes"].items()}
+            shapes: Shapes = {name: tuple(map(tuple, inputs)) for name, inputs in content["shapes"].items()}
             signatures = Signatures.from_json(content["signatures"])
             circuit = ClearCircuit(content["id"], Report.from_json(content["report"]), shapes, signatures)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,17 +156,17 @@ class ClearBackend:
         return circuit if half is None else replace(circuit, functions=half[0], params=half[1])
 
 
-def _to_bytes(value: np.ndarray) -> bytes:
+def _to_bytes(value: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(value, np.int64), allow_pickle=False)
     return buffer.getvalue()
 
 
-def _from_bytes(data: bytes) -> np.ndarray:
+def _from_bytes(data: bytes) -> NDArray[Any]:
     try:
-        value = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # what NumPy's reader raises on bytes that are no array is not one kind
-        raise CircuitFormatError(f"these bytes are no array: {' '.join(str(error).split()):.80}") from None
-    if not isinstance(value, np.ndarray) or value.dtype != np.int64:
-        raise CircuitFormatError("these bytes are no array of int64")
+        value: Any = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # NumPy's reader raises errors of many kinds
+        raise CircuitFormatError(f"these bytes are not an array: {' '.join(str(error).split()):.80}") from None
+    if getattr(value, "dtype", None) != np.int64:
+        raise CircuitFormatError("these bytes are not an array of int64")
     return value

@@ -1,4 +1,4 @@
-"""The envelope of everything that leaves a process: who it belongs to, what it is, and whether it arrived whole."""
+"""The envelope of everything that leaves a process: what it is, whose it is, and a checksum."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ DIGEST = 32
 
 
 def pack(kind: str, circuit: str, keys: str, parts: Sequence[bytes]) -> bytes:
-    """Byte strings in one envelope.
+    """Put byte strings in one envelope.
 
-    kind: what it is ("keys", "evaluation keys", "input 0 of head"); circuit, keys: what it belongs to.
-    Layout: magic, header length (uint32), header (JSON), the parts, SHA-256 of all that.
+    kind: what they are ("keys", "evaluation keys", "input 0 of head"); circuit, keys: the ids that they belong to.
+    Layout: magic, header length (uint32, little-endian), header (JSON), the parts, SHA-256 of all before it.
     """
     header = json.dumps({"kind": kind, "circuit": circuit, "keys": keys, "sizes": [len(p) for p in parts]}).encode()
     body = b"".join([MAGIC, struct.pack("<I", len(header)), header, *parts])
@@ -27,7 +27,7 @@ def pack(kind: str, circuit: str, keys: str, parts: Sequence[bytes]) -> bytes:
 
 
 class Envelope(NamedTuple):
-    """What was in one: the id of the keys it belongs to, what it is, and its parts."""
+    """The content of an envelope: the id of its keys, its kind, its parts."""
 
     keys: str
     kind: str
@@ -37,14 +37,17 @@ class Envelope(NamedTuple):
 def unpack(
     data: bytes, kinds: str | Sequence[str], circuit: str, keys: str | None = None, parts: int | None = None
 ) -> Envelope:
-    """Open an envelope that must be of a kind, or of one of several, and hold so many parts.
+    """Open an envelope.
 
-    Raises CircuitFormatError if damaged or of another kind, KeyMismatch if of another circuit or other keys.
+    kinds: the kind, or kinds, that it may have. circuit, keys, parts: what it must belong to, and hold.
+
+    Raises CircuitFormatError if it is damaged or of another kind, KeyMismatch if it belongs to another circuit or to
+    other keys.
     """
     wanted = [kinds] if isinstance(kinds, str) else kinds
     what = " or ".join(wanted)
     if not data.startswith(MAGIC):
-        raise CircuitFormatError(f"these bytes are no {what}: they do not begin with {MAGIC.decode()}")
+        raise CircuitFormatError(f"these bytes are not {what}: they do not begin with {MAGIC.decode()}")
     body = memoryview(data)[:-DIGEST]
     if hashlib.sha256(body).digest() != data[-DIGEST:]:
         raise CircuitFormatError(f"the bytes of {what} are damaged or cut short: their checksum does not match")
@@ -60,15 +63,16 @@ def unpack(
 
 
 def _open(body: memoryview, what: str) -> tuple[str, str, str, list[bytes]]:
-    """Kind, circuit, keys and parts of an envelope. A checksum is no signature: nothing in it can be relied on."""
+    """Kind, circuit, keys and parts. A checksum is not a signature, so nothing in the header is trusted."""
     try:
         start = len(MAGIC) + 4
         (length,) = struct.unpack("<I", body[len(MAGIC) : start])
         header = json.loads(bytes(body[start : start + length]))
         kind, circuit, keys, sizes = (header[name] for name in ("kind", "circuit", "keys", "sizes"))
         if not all(isinstance(value, str) for value in (kind, circuit, keys)):
-            raise ValueError("its header names no kind, circuit or keys")
-        parts, position = [], start + length
+            raise ValueError("its header does not name kind, circuit and keys")
+        parts: list[bytes] = []
+        position = start + length
         for size in sizes:
             if not isinstance(size, int) or not 0 <= size <= len(body) - position:
                 raise ValueError("a part is not where its header says")
@@ -77,20 +81,20 @@ def _open(body: memoryview, what: str) -> tuple[str, str, str, list[bytes]]:
         if position != len(body):
             raise ValueError("it holds more than its parts")
     except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        raise CircuitFormatError(f"the bytes of {what} are no envelope: {error}") from None
+        raise CircuitFormatError(f"the bytes of {what} are not an envelope: {error}") from None
     return kind, circuit, keys, parts
 
 
 def check_circuit(kind: str, theirs: str, ours: str) -> None:
-    """KeyMismatch unless both are the same circuit."""
+    """Raise KeyMismatch unless both circuits are the same."""
     if theirs != ours:
         raise KeyMismatch(f"{kind}: made for circuit {theirs[:12]}, not for this one, {ours[:12]}")
 
 
 def write_whole(path: str | Path, data: bytes, mode: int = 0o600, durable: bool = True) -> None:
-    """Write a file whole or not at all. With mode 0600 nobody else can read it at any moment.
+    """Write a file completely or not at all, at no moment with wider permissions than `mode`.
 
-    durable: on the disk when this returns, even if the power fails.
+    durable: wait until it is on the disk, so that it survives a power failure.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -108,7 +112,7 @@ def write_whole(path: str | Path, data: bytes, mode: int = 0o600, durable: bool 
 
 
 def read_file(path: str | Path, kind: str) -> bytes:
-    """A file's bytes; CircuitFormatError, with the path, if it cannot be read."""
+    """The bytes of a file. Raises CircuitFormatError, with the path, if it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

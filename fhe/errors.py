@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. Each message is one line that says what to do."""
+"""The errors of this package. Each message is one line."""
 
 
 class FHEError(Exception):
@@ -12,7 +12,7 @@ class UnknownBackend(FHEError):
 class BackendUnavailable(FHEError):
     """The library that a backend needs is not installed.
 
-    backend: its name; package: what the library is called where Python packages come from.
+    backend: name of the backend; package: name of the library on PyPI.
     """
 
     def __init__(self, backend: str, package: str, reason: object):
@@ -21,7 +21,7 @@ class BackendUnavailable(FHEError):
 
 
 class CompilationError(FHEError):
-    """A function cannot become a circuit: too wide for a lookup, no secure parameters, an unknown operation."""
+    """A function cannot be compiled: a lookup is too wide, no parameters are secure, an operation is unknown."""
 
 
 class KeyMismatch(FHEError):
@@ -29,12 +29,12 @@ class KeyMismatch(FHEError):
 
 
 class CircuitFormatError(FHEError):
-    """Bytes or files that are damaged, cut short, of another format, or not what is wanted in their place."""
+    """Bytes or files that are damaged, truncated, of another format, or in the wrong place."""
 
 
 class NoWeights(FHEError):
-    """The client's half of a circuit, which has no weights, is asked to compute."""
+    """The client's half of a circuit, which has no weights, was asked to compute."""
 
 
 class InsecureParameters(FHEError):
-    """Parameters of an engine that give less than 128-bit security; refused."""
+    """Parameters that give less than 128-bit security."""

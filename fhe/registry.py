@@ -10,21 +10,21 @@ from fhe.errors import BackendUnavailable, UnknownBackend
 
 @dataclass
 class _Registry:
-    factories: dict[str, Callable[[], Backend]] = field(default_factory=dict)
+    factories: dict[str, Callable[[], Backend]] = field(default_factory=dict[str, Callable[[], Backend]])
 
 
 _registry = _Registry()
 
 
 def register_backend(name: str, factory: Callable[[], Backend], replace: bool = False) -> None:
-    """Make `get_backend(name)` give `factory()`. ValueError if the name is taken, unless replace."""
+    """Make `get_backend(name)` return `factory()`. Raises ValueError if the name is taken, unless `replace`."""
     if name in _registry.factories and not replace:
         raise ValueError(f"a backend named {name!r} exists already; pass replace=True to replace it")
     _registry.factories[name] = factory
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of a name. UnknownBackend, or BackendUnavailable if its library is not installed."""
+    """A backend by name. Raises UnknownBackend, or BackendUnavailable if its library is not installed."""
     if name not in _registry.factories:
         raise UnknownBackend(f"unknown backend {name!r}; known: {', '.join(backends())}")
     return _registry.factories[name]()

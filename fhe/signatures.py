@@ -1,4 +1,4 @@
-"""Where arrays enter and leave a circuit's functions, and the envelopes that say so."""
+"""The inputs and outputs of a circuit's functions, and the envelopes that label their arrays."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from fhe.envelope import pack, unpack
 
 @dataclass(frozen=True)
 class Output:
-    """One result of one of a circuit's functions."""
+    """One result of a function, by its position."""
 
     function: str
     position: int = 0
@@ -17,10 +17,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Signature:
-    """Where arrays enter and leave a function.
+    """The inputs and outputs of a function.
 
-    sources: for every input the results that may be handed to it; none for what the client encrypts. outputs: how
-    many results there are.
+    sources: for each input, the results that it may be; empty for an input that the client encrypts.
+    outputs: number of results.
     """
 
     sources: tuple[tuple[Output, ...], ...]
@@ -34,9 +34,10 @@ class Signature:
 
 @dataclass(frozen=True)
 class Signatures:
-    """The functions of a circuit by name, and the envelopes of their arrays: one each, labelled by where it is from.
+    """The signatures of a circuit's functions, by name.
 
-    An array whose label does not fit is a CircuitFormatError; see `unpack` for what else is noticed.
+    Every array travels in an envelope that says which input or output it is. Unpacking raises CircuitFormatError for
+    an array in the wrong place, and what `fhe.envelope.unpack` raises.
     """
 
     functions: dict[str, Signature]
@@ -48,48 +49,50 @@ class Signatures:
 
     @property
     def server_state(self) -> frozenset[Output]:
-        """The results that some input may be handed: they stay on the server. All others are for the client."""
-        return frozenset(o for port in self.functions.values() for group in port.sources for o in group)
+        """The results that some input may be: they stay on the server. All others go to the client."""
+        return frozenset(o for signature in self.functions.values() for group in signature.sources for o in group)
 
     def pack_inputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
-        """What the client encrypted for a function."""
+        """The inputs that the client encrypted for a function."""
         positions = self[name].client_inputs
         return [pack(_input(name, i), circuit, keys, [part]) for i, part in zip(positions, parts, strict=True)]
 
     def unpack_inputs(self, name: str, circuit: str, keys: str, arrays: Sequence[bytes]) -> list[bytes]:
-        """All inputs of a function, the client's and the wired ones."""
+        """All inputs of a function."""
         sources = self[name].sources
         check_count(f"the inputs of {name}", len(arrays), len(sources))
         kinds = [[_output(o) for o in group] or [_input(name, i)] for i, group in enumerate(sources)]
         return [unpack(array, kind, circuit, keys, 1).parts[0] for array, kind in zip(arrays, kinds, strict=True)]
 
     def pack_outputs(self, name: str, circuit: str, keys: str, parts: Sequence[bytes]) -> list[bytes]:
-        """What a function returned."""
+        """All results of a function."""
         return [pack(_output(Output(name, i)), circuit, keys, [part]) for i, part in enumerate(parts)]
 
     def unpack_outputs(self, name: str, circuit: str, keys: str, arrays: Sequence[bytes]) -> list[tuple[int, bytes]]:
-        """Some of the results of a function, each with its position."""
+        """Some results of a function, each with its position."""
         kinds = [_output(Output(name, i)) for i in range(self[name].outputs)]
         envelopes = [unpack(array, kinds, circuit, keys, 1) for array in arrays]
         return [(kinds.index(envelope.kind), envelope.parts[0]) for envelope in envelopes]
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json.dumps` takes."""
-        return {name: asdict(port) for name, port in self.functions.items()}
+        return {name: asdict(signature) for name, signature in self.functions.items()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Signatures":
-        """What `to_json` wrote."""
+        """The signatures that `to_json` wrote."""
         return cls(
             {
-                name: Signature(tuple(tuple(Output(**o) for o in group) for group in port["sources"]), port["outputs"])
-                for name, port in data.items()
+                name: Signature(
+                    tuple(tuple(Output(**o) for o in group) for group in entry["sources"]), entry["outputs"]
+                )
+                for name, entry in data.items()
             }
         )
 
 
 def check_count(what: str, got: int, wanted: int) -> None:
-    """ValueError unless there are as many arrays as there must be."""
+    """Raise ValueError unless the number of arrays is right."""
     if got != wanted:
         raise ValueError(f"{what} are {wanted} arrays, not {got}")
 

@@ -1,7 +1,7 @@
-"""A circuit's directory: what a client needs in `circuit.json`, what only the server may have in `server.bin`.
+"""A circuit's directory: `circuit.json` is all that a client needs, `server.bin` is the server's half.
 
-`server.bin` holds Python objects, functions by their names: load it only where you trust who wrote it. A client never
-opens it.
+`server.bin` is a pickle, functions by their names: loading it can run any code, so load it only from a source that you
+trust. A client never opens it.
 """
 
 import json
@@ -16,7 +16,7 @@ DESCRIPTION, SERVER = "circuit.json", "server.bin"
 
 
 def save(directory: str | Path, kind: str, identity: str, description: dict[str, Any], half: Any | None) -> None:
-    """Write a circuit. half: the server's objects; None writes the client's half alone."""
+    """Write a circuit. half: the server's objects; None writes the client's half only."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
@@ -24,12 +24,12 @@ def save(directory: str | Path, kind: str, identity: str, description: dict[str,
         try:
             data = pickle.dumps(half)
         except (pickle.PicklingError, AttributeError) as error:
-            raise CompilationError(f"a {kind} is saved with its functions' names: {error}") from error
+            raise CompilationError(f"a {kind} is saved with the names of its functions: {error}") from error
         (directory / SERVER).write_bytes(envelope.pack(kind, identity, "", [data]))
 
 
 def load_description(directory: Path, format: int) -> dict[str, Any]:
-    """The description of a saved circuit. Raises CircuitFormatError: it is damaged, or of another format."""
+    """The content of `circuit.json`. Raises CircuitFormatError if it is damaged or has another format."""
     try:
         description = json.loads(envelope.read_file(directory / DESCRIPTION, "circuit"))
         found = description["format"]
@@ -41,15 +41,16 @@ def load_description(directory: Path, format: int) -> dict[str, Any]:
 
 
 def load_half(directory: Path, kind: str, identity: str) -> Any | None:
-    """The server's objects, or None where they are not. Raises CircuitFormatError."""
+    """The server's objects, or None if the directory does not hold them. Raises CircuitFormatError."""
     if not (directory / SERVER).exists():
         return None
     (content,) = envelope.unpack(envelope.read_file(directory / SERVER, kind), kind, identity, parts=1).parts
     try:
         return pickle.loads(content)
     except Exception as error:
-        raise CircuitFormatError(f"the circuit in {directory} needs code that is not here: {error}") from error
+        raise CircuitFormatError(f"the circuit in {directory} needs code that is not installed: {error}") from error
 
 
 def no_weights() -> NoWeights:
+    """The error for a client's half that is asked to compute."""
     return NoWeights("this circuit was loaded without its weights: it can encrypt and decrypt only")

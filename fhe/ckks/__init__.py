@@ -1,1 +1,1 @@
-"""CKKS: long vectors of approximate numbers, which are added, multiplied and rotated as a whole."""
+"""CKKS: arithmetic on vectors of approximate numbers, which are added, multiplied and rotated as a whole."""

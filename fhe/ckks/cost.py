@@ -1,4 +1,4 @@
-"""What a circuit on slot vectors costs."""
+"""The cost of a circuit on slot vectors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,8 +9,10 @@ import numpy as np
 from fhe.ckks.parameters import Parameters
 from fhe.ckks.slots import OperationCounts
 
-# Milliseconds on one core of an AMD EPYC (Zen 4) at ring 16384, by the number of primes of the ciphertext, tenseal
-# 0.3.18; a product includes its relinearization. Other rings cost in proportion to their degree.
+MACHINE = "one core of an AMD EPYC (Zen 4)"
+
+# Milliseconds on that machine at poly_modulus_degree 16384, by the number of primes of the ciphertext, with tenseal
+# 0.3.18. A product includes its relinearization. For other degrees, cost is taken as proportional to the degree.
 MILLISECONDS = {
     "rotation": {1: 1.5, 3: 5.0, 5: 10.6, 7: 17.8, 9: 25.0},
     "product": {1: 1.7, 3: 5.7, 5: 11.8, 7: 19.4, 9: 27.6},
@@ -19,18 +21,15 @@ MILLISECONDS = {
 }
 
 
-MACHINE = "one core of an AMD EPYC (Zen 4)"
-
-
 @dataclass(frozen=True)
 class SlotCost:
-    """What it takes to run functions: a `fhe.RunCost` of operations on slot vectors.
+    """The cost of running functions: a `fhe.RunCost` of operations on slot vectors.
 
-    stages: {stage: {kind: count}}, kinds as in `fhe.ckks.circuit.slots.KINDS`; levels: that the deepest function uses.
-    Results that stay on the server are no output.
+    stages: {stage: {kind: count}}, kinds as in `fhe.ckks.slots.KINDS`. levels: used by the deepest function.
+    output_ciphertext_bytes: without results that stay on the server.
     """
 
-    stages: dict[str, dict[str, int]] = field(default_factory=dict)
+    stages: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     levels: int = 0
     estimated_run_seconds: float = 0.0
     input_ciphertext_bytes: int = 0
@@ -70,10 +69,11 @@ class SlotCost:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """What a circuit costs: a `fhe.CircuitReport`. Sizes are in bytes.
+    """The cost of a circuit: a `fhe.CircuitReport`. Sizes are in bytes.
 
-    evaluation_key_bytes: see evaluation_key_source: "estimated", or "serialized" (what a client sends) once keys exist.
-    largest: the largest number that the input set made of each depth; beyond `room`, at that depth, results are wrong.
+    evaluation_key_source: of evaluation_key_bytes: "estimated", or "serialized" (what a client sends) once keys exist.
+    largest: the largest absolute value of the input set's runs at each depth. Beyond `room`, at the same depth, results
+        are wrong.
     """
 
     backend: str
@@ -93,11 +93,11 @@ class SlotReport:
     compile_seconds: float = 0.0
 
     def cost_of(self, calls: Mapping[str, int]) -> SlotCost:
-        """What it takes to run functions so many times each, by name."""
+        """The cost of calling functions, {name: number of calls}."""
         return sum((self.functions[name] for name, times in calls.items() for _ in range(times)), SlotCost())
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that `json.dumps` takes; depths become strings."""
+        """A dict that `json.dumps` takes. Depths become strings."""
         data = asdict(self)
         for name in ("largest", "room"):
             data[name] = {str(depth): value for depth, value in data[name].items()}
@@ -114,7 +114,7 @@ class SlotReport:
 
 
 def estimated_seconds(counts: OperationCounts, parameters: Parameters) -> float:
-    """Seconds on one core of the machine of MILLISECONDS: an order of magnitude elsewhere."""
+    """Seconds on MACHINE; an order of magnitude for others."""
     total = 0.0
     for cost, count in counts.costs.items():
         table = MILLISECONDS[cost.kind]

@@ -1,4 +1,4 @@
-"""Rings and moduli for CKKS."""
+"""Polynomial degrees and moduli for CKKS."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ MAX_LOG_Q = {1024: 27, 2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
 
 @dataclass(frozen=True)
 class Parameters:
-    """A ring and a chain of moduli, checked for 128-bit security when made.
+    """A polynomial degree and a chain of moduli. Raises InsecureParameters below 128-bit security.
 
-    Raises InsecureParameters where all moduli together have more bits than `max_log_q`.
-
-    poly_modulus_degree: degree N of the polynomials, a power of two; a ciphertext has N / 2 slots.
-    levels: how many products can follow each other; each uses up one prime of scale_bits.
+    poly_modulus_degree: N, a power of two; a ciphertext has N / 2 slots.
+    levels: number of products that can follow each other; each uses up one prime of scale_bits.
+    scale_bits: binary digits of a number after the point.
+    headroom_bits: bits of the last modulus beyond the scale.
     """
 
     poly_modulus_degree: int
@@ -23,21 +23,22 @@ class Parameters:
     scale_bits: int
     headroom_bits: int
 
-    def __post_init__(self):
-        if self.total_bits > max_log_q(self.poly_modulus_degree):
+    def __post_init__(self) -> None:
+        allowed = max_log_q(self.poly_modulus_degree)
+        if self.total_bits > allowed:
             raise InsecureParameters(
                 f"{self.levels} levels of {self.scale_bits} bits with {self.headroom_bits} bits of headroom need "
-                f"{self.total_bits} bits of moduli; degree {self.poly_modulus_degree} allows "
-                f"{max_log_q(self.poly_modulus_degree)} at {SECURITY}-bit security: use a larger degree, fewer levels or a smaller scale"
+                f"{self.total_bits} bits of moduli; degree {self.poly_modulus_degree} allows {allowed} at "
+                f"{SECURITY}-bit security: use a larger degree, fewer levels or a smaller scale"
             )
 
     @classmethod
     def choose(
         cls, poly_modulus_degree: int, levels: int, headroom_bits: int, scale_bits: int | None = None
     ) -> "Parameters":
-        """These bits of scale, or as many as are secure.
+        """Parameters with this scale; without one, with the largest that is secure, at most 40 bits.
 
-        Raises InsecureParameters if that leaves fewer than 25 bits, where SEAL's noise reaches the third decimal.
+        Raises InsecureParameters if no scale of at least 25 bits is secure. Below, noise reaches the third decimal.
         """
         scale = scale_bits
         if scale is None:
@@ -55,7 +56,7 @@ class Parameters:
 
     @property
     def moduli_bits(self) -> tuple[int, ...]:
-        """The last modulus first, one for each level, and the one for switching keys, which must be the largest."""
+        """The last modulus, one for each level, and the one for switching keys, which must be the largest."""
         last = self.scale_bits + self.headroom_bits
         return (last, *(self.scale_bits,) * self.levels, last)
 
@@ -65,9 +66,9 @@ class Parameters:
 
 
 def max_log_q(poly_modulus_degree: int) -> int:
-    """The most bits that all moduli may have together for 128-bit security; 0 for an unknown degree.
+    """The largest total bits of all moduli for 128-bit security; 0 for an unknown degree.
 
     Source: table 1 of the Homomorphic Encryption Standard (2018), ternary secrets, classical attackers. SEAL has the
-    same table and checks it once more.
+    same table and checks it again.
     """
     return MAX_LOG_Q.get(poly_modulus_degree, 0)

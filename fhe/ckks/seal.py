@@ -1,42 +1,34 @@
-"""CKKS through SEAL: the only file that imports it, of tenseal only `tenseal.sealapi`, the thin binding."""
+"""CKKS by SEAL, through `tenseal.sealapi`, the thin binding in tenseal. No other file of CKKS imports it."""
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import tenseal.sealapi as seal
+import tenseal.sealapi as _sealapi  # pyright: ignore[reportMissingTypeStubs]
+from numpy.typing import NDArray
 
 from fhe.ckks.parameters import Parameters
 from fhe.ckks.slots import SlotOps
 from fhe.errors import CircuitFormatError, CompilationError, InsecureParameters
 
-# SEAL's classes, of which the binding gives no types.
+# The binding has no types; these names say which of SEAL's classes is meant.
+seal: Any = _sealapi
 Ciphertext: TypeAlias = Any
-
-
 Plaintext: TypeAlias = Any
-
-
 SecretKey: TypeAlias = Any
-
-
 RelinKeys: TypeAlias = Any
-
-
 GaloisKeys: TypeAlias = Any
-
-
 SEALContext: TypeAlias = Any
 
 
 @contextmanager
-def _file() -> Iterator[Path]:
-    """A file that SEAL, which writes to paths only, can write a secret to: in memory where the system can do that."""
+def _file() -> Generator[Path, None, None]:
+    """A private file for SEAL, which saves to paths only: in memory where the system supports it."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("ckks", os.MFD_CLOEXEC)
         try:
@@ -65,12 +57,14 @@ def _from_bytes(item: Any, context: SEALContext, data: bytes, kind: str) -> Any:
 
 
 class EvaluationKeys(NamedTuple):
+    """What the server computes with."""
+
     relinearization: RelinKeys
     rotations: GaloisKeys
 
 
 def _context(parameters: Parameters, seed: int | None = None) -> SEALContext:
-    """SEAL's context; a seed fixes all that is random in what is made with it."""
+    """SEAL's context. A seed fixes all randomness of what is made with it."""
     chosen = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
     degree = parameters.poly_modulus_degree
     chosen.set_poly_modulus_degree(degree)
@@ -82,15 +76,15 @@ def _context(parameters: Parameters, seed: int | None = None) -> SEALContext:
         words = np.frombuffer(hashlib.sha512(str(seed).encode()).digest(), np.uint64)
         chosen.set_random_generator(seal.Blake2xbPRNGFactory([int(word) for word in words]))
     context = seal.SEALContext(chosen, True, seal.SEC_LEVEL_TYPE.TC128)
-    if not context.parameters_set():  # SEAL checks security once more
+    if not context.parameters_set():  # SEAL checks security again
         raise InsecureParameters(f"SEAL refuses these parameters: {context.parameters_error_message()}")
     return context
 
 
 class CKKSContext:
-    """What all runs at the same parameters share: SEAL's objects, and clear vectors as SEAL encodes them.
+    """What all runs with the same parameters share: SEAL's objects, and encoded clear vectors.
 
-    Encoding a vector takes four times as long as multiplying by it, and every run of a function needs the same ones.
+    Encoding a vector takes four times as long as multiplying by it, and every run of a function needs the same vectors.
     """
 
     def __init__(self, parameters: Parameters):
@@ -111,14 +105,14 @@ class CKKSContext:
             self.scales[size - 1] = self.scales[size] ** 2 / self.primes[size]
         self._encoded: dict[tuple[bytes, int, bool], Plaintext] = {}
 
-    # Keys, and what a client does with them.
+    # The client's part.
 
     def make_keys(self, rotations: Sequence[int], conjugates: bool, seed: int | None) -> tuple[SecretKey, list[bytes]]:
-        """A new secret key, and the evaluation keys for these rotations as bytes."""
+        """A new secret key, and the serialized evaluation keys for these rotations."""
         generator = seal.KeyGenerator(self.context if seed is None else _context(self.parameters, seed))
         degree = 2 * self.parameters.poly_modulus_degree
         elements = [pow(3, steps, degree) for steps in rotations] + ([degree - 1] if conjugates else [])
-        # Saved this way, half of every key is the seed it was drawn from.
+        # Saved this way, half of every key is replaced by the seed that it was drawn from.
         parts = [generator.create_relin_keys(), generator.create_galois_keys(elements)]
         return generator.secret_key(), [_to_bytes(part) for part in parts]
 
@@ -128,12 +122,12 @@ class CKKSContext:
     def load_secret_key(self, data: bytes) -> SecretKey:
         return _from_bytes(seal.SecretKey(), self.context, data, "keys")
 
-    def encrypt(self, secret: SecretKey, values: np.ndarray) -> bytes:
-        """Slots (S,) in a ciphertext, half of which is a seed. What a client encrypts is kept nowhere."""
+    def encrypt(self, secret: SecretKey, values: NDArray[Any]) -> bytes:
+        """Slots (S,) -> a serialized ciphertext, half of which is a seed. The encoded vector is not kept."""
         plain = self.encode_once(values, self.parameters.levels + 1, self.scale)
         return _to_bytes(seal.Encryptor(self.context, secret).encrypt_symmetric(plain))
 
-    def decrypt(self, secret: SecretKey, data: bytes) -> np.ndarray:
+    def decrypt(self, secret: SecretKey, data: bytes) -> NDArray[Any]:
         """The slots (S,) of a ciphertext, complex128."""
         plain = seal.Plaintext()
         seal.Decryptor(self.context, secret).decrypt(self.load(data), plain)
@@ -155,30 +149,33 @@ class CKKSContext:
         return _to_bytes(x)
 
     def switched(self, x: Ciphertext, size: int) -> Ciphertext:
-        """x with fewer primes, of the same scale."""
+        """x with fewer primes and the same scale."""
         result = seal.Ciphertext()
         self.evaluator.mod_switch_to(x, self.ids[size], result)
         return result
 
     def rescaled(self, x: Ciphertext) -> Ciphertext:
-        """x, a product, divided by its last prime."""
+        """x, a product, divided by its last prime; changes x."""
         self.evaluator.rescale_to_next_inplace(x)
-        x.scale = self.scales[x.coeff_modulus_size()]  # SEAL's own may be off by float64's rounding
+        x.scale = self.scales[x.coeff_modulus_size()]  # SEAL's own may differ by a rounding of float64
         return x
 
-    def addend(self, vector: np.ndarray, size: int) -> Plaintext:
-        """A clear vector to be added to ciphertexts of so many primes; kept."""
+    def addend(self, vector: NDArray[Any], size: int) -> Plaintext:
+        """A clear vector, encoded for addition to ciphertexts of `size` primes; cached."""
         return self._encode(vector, size, False)
 
-    def factor(self, vector: np.ndarray, size: int) -> Plaintext:
-        """A clear vector to multiply ciphertexts by, at the scale that gives the product its depth's; kept."""
+    def factor(self, vector: NDArray[Any], size: int) -> Plaintext:
+        """A clear vector, encoded for products with ciphertexts of `size` primes; cached.
+
+        Its scale is such that the rescaled product has the scale of its depth.
+        """
         return self._encode(vector, size, True)
 
     def correction(self, before: int, size: int) -> Plaintext:
-        """What to multiply by after switching from `before` primes to `size`, which leaves the scale of the former."""
+        """A one, encoded for the product that corrects the scale after a switch from `before` primes to `size`."""
         return self.factor(np.full(1, self.scales[size] / self.scales[before], np.complex128), size)
 
-    def _encode(self, vector: np.ndarray, size: int, product: bool) -> Plaintext:
+    def _encode(self, vector: NDArray[Any], size: int, product: bool) -> Plaintext:
         key = vector.tobytes(), size, product
         if key not in self._encoded:
             scale = self.scales[size]
@@ -186,7 +183,8 @@ class CKKSContext:
             self._encoded[key] = self.encode_once(vector, size, scale)
         return self._encoded[key]
 
-    def encode_once(self, vector: np.ndarray, size: int, scale: float) -> Plaintext:
+    def encode_once(self, vector: NDArray[Any], size: int, scale: float) -> Plaintext:
+        """A clear vector, encoded for ciphertexts of `size` primes; not cached."""
         plain = seal.Plaintext()
         if len(vector) == 1:
             self.encoder.encode(complex(vector[0]), self.ids[size], scale, plain)
@@ -199,9 +197,9 @@ class CKKSContext:
 class CKKSOps(SlotOps[Ciphertext]):
     """`SlotOps` on ciphertexts.
 
-    Scales: SEAL refuses to add ciphertexts of different scales, and a product's scale, s * s / prime, is not quite s,
-    as no prime is exactly a power of two. So every depth has one scale, that of products of the depth above
-    (`CKKSContext.scales`), and clear vectors are encoded at what makes their products have it too.
+    SEAL refuses to add ciphertexts of different scales, and the scale of a product, s * s / prime, is not exactly s, as
+    no prime is a power of two. So each depth has one scale, that of products of the depth before
+    (`CKKSContext.scales`), and clear vectors are encoded with the scale that gives their products the same.
     """
 
     def __init__(self, context: CKKSContext, keys: EvaluationKeys):
@@ -238,12 +236,12 @@ class CKKSOps(SlotOps[Ciphertext]):
         self.context.evaluator.sub(x, y, result)
         return result
 
-    def _add_plain(self, x: Ciphertext, vector: np.ndarray) -> Ciphertext:
+    def _add_plain(self, x: Ciphertext, vector: NDArray[Any]) -> Ciphertext:
         result = seal.Ciphertext()
         self.context.evaluator.add_plain(x, self.context.addend(vector, x.coeff_modulus_size()), result)
         return result
 
-    def _sum_of_plaintext_products(self, xs: Sequence[Ciphertext], vectors: Sequence[np.ndarray]) -> Ciphertext:
+    def _sum_of_plaintext_products(self, xs: Sequence[Ciphertext], vectors: Sequence[NDArray[Any]]) -> Ciphertext:
         size = xs[0].coeff_modulus_size()
         evaluator = self.context.evaluator
         total, term = seal.Ciphertext(), seal.Ciphertext()
@@ -269,7 +267,7 @@ class CKKSOps(SlotOps[Ciphertext]):
 
 
 class PreEncoding(SlotOps[int]):
-    """A run on nothing but depths, which encodes the clear vectors of a function before its first real run."""
+    """A run on depths only. It encodes the clear vectors of a function before its first run on ciphertexts."""
 
     def __init__(self, context: CKKSContext):
         super().__init__(context.parameters.slots)
@@ -297,11 +295,11 @@ class PreEncoding(SlotOps[int]):
     def _subtract(self, x: int, y: int) -> int:
         return x
 
-    def _add_plain(self, x: int, vector: np.ndarray) -> int:
+    def _add_plain(self, x: int, vector: NDArray[Any]) -> int:
         self.context.addend(vector, self._size(x))
         return x
 
-    def _sum_of_plaintext_products(self, xs: Sequence[int], vectors: Sequence[np.ndarray]) -> int:
+    def _sum_of_plaintext_products(self, xs: Sequence[int], vectors: Sequence[NDArray[Any]]) -> int:
         for vector in vectors:
             self.context.factor(vector, self._size(xs[0]))
         return xs[0] + 1

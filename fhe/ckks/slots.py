@@ -1,35 +1,36 @@
-"""Linear algebra on vectors of slots, for engines whose ciphertexts are long vectors of approximate numbers (CKKS).
+"""Operations on slot vectors: the long vectors of approximate complex numbers that a CKKS ciphertext holds.
 
-Such an engine adds, multiplies and rotates whole vectors of complex numbers. A product uses up one *level*, of which
-there are few; a rotation costs ten times a product with a clear vector; sums are free. A slot function is written once:
+An engine adds, multiplies and rotates whole vectors. A product uses up one *level*, of which there are few. A rotation
+costs ten times as much as a product with a clear vector; sums cost next to nothing. A slot function is written once:
 
     function(ops, params, *inputs) -> tuple of slot vectors
 
-`ops` (a `SlotOps`) is what the engine can do: `CleartextSimulator` does it in NumPy and encrypts nothing, an engine
-does it on ciphertexts. Both count rotations, products and levels in the same lines of code.
+`ops` is a `SlotOps`: `CleartextSimulator` computes in NumPy and encrypts nothing, an engine computes on ciphertexts.
+The base class counts rotations, products and levels for both.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fhe.errors import CompilationError
 
 V = TypeVar("V")
 
-# What a cost can be: "rotation" (conjugation too: the same work), "product" of two vectors that both are encrypted,
-# "clear product" with a clear vector, "rescaling" after one or more products.
+# Kinds of operations: "rotation" (a conjugation counts as one: the same work), "product" of two encrypted vectors,
+# "clear product" of an encrypted and a clear vector, "rescaling" after a product or a sum of products.
 KINDS = ("rotation", "product", "clear product", "rescaling")
 
 
 @dataclass(frozen=True)
 class OperationCost:
-    """One kind of operation at one place of a function. depth: levels used up before it (a deeper one is cheaper)."""
+    """A kind of operation in a stage of a function. depth: levels used up before it; deeper ones are cheaper."""
 
     stage: str
     kind: str
@@ -38,10 +39,10 @@ class OperationCost:
 
 @dataclass
 class OperationCounts:
-    """What a run did: how often each `OperationCost`, by how many slots it rotated, and how many levels it used."""
+    """The operations of a run: how many of each kind, the steps of its rotations, the levels that it used."""
 
-    costs: Counter[OperationCost] = field(default_factory=Counter)
-    rotations: set[int] = field(default_factory=set)
+    costs: Counter[OperationCost] = field(default_factory=Counter[OperationCost])
+    rotations: set[int] = field(default_factory=set[int])
     conjugates: bool = False
     depth: int = 0
 
@@ -58,10 +59,10 @@ class OperationCounts:
 
 
 class SlotOps(ABC, Generic[V]):
-    """The operations on slot vectors of type V, counted in `counts`.
+    """Operations on slot vectors of type V, counted in `counts`.
 
-    A clear vector is a NumPy array of n real or complex entries, where n divides the number of slots: entry i stands
-    for the slots i * slots / n to (i + 1) * slots / n - 1 (`np.repeat`), so that one entry is a constant.
+    A clear vector is a NumPy array of n real or complex entries, where n divides the number of slots. Entry i is
+    repeated for slots i * slots / n to (i + 1) * slots / n - 1 (`np.repeat`), so a single entry is a constant.
     """
 
     def __init__(self, slots: int):
@@ -69,7 +70,7 @@ class SlotOps(ABC, Generic[V]):
         self.counts = OperationCounts()
         self._stages: list[str] = []
 
-    # What an engine provides. All operands of one operation have the same depth.
+    # An engine implements these. All operands of one operation have the same depth.
 
     @abstractmethod
     def depth(self, x: V) -> int:
@@ -91,15 +92,15 @@ class SlotOps(ABC, Generic[V]):
     def _subtract(self, x: V, y: V) -> V: ...
 
     @abstractmethod
-    def _add_plain(self, x: V, vector: np.ndarray) -> V: ...
+    def _add_plain(self, x: V, vector: NDArray[Any]) -> V: ...
 
     @abstractmethod
-    def _sum_of_plaintext_products(self, xs: Sequence[V], vectors: Sequence[np.ndarray]) -> V: ...
+    def _sum_of_plaintext_products(self, xs: Sequence[V], vectors: Sequence[NDArray[Any]]) -> V: ...
 
     @abstractmethod
     def _sum_of_products(self, xs: Sequence[V], ys: Sequence[V]) -> V: ...
 
-    # What a function uses.
+    # A slot function uses these.
 
     def rotate(self, x: V, steps: int) -> V:
         """Slot i of the result is slot (i + steps) mod slots of x."""
@@ -111,14 +112,17 @@ class SlotOps(ABC, Generic[V]):
         return self._rotate(x, steps)
 
     def conjugate(self, x: V) -> V:
+        """The complex conjugate of every slot."""
         self.counts.conjugates = True
         self._note("rotation", x)
         return self._conjugate(x)
 
     def add(self, x: V, y: V) -> V:
+        """x + y, slot by slot."""
         return self._add(*self._align(x, y))
 
     def subtract(self, x: V, y: V) -> V:
+        """x - y, slot by slot."""
         return self._subtract(*self._align(x, y))
 
     def add_plain(self, x: V, vector: Any) -> V:
@@ -126,29 +130,29 @@ class SlotOps(ABC, Generic[V]):
         return self._add_plain(x, self._clear(vector))
 
     def sum_of_plaintext_products(self, xs: Sequence[V], vectors: Sequence[Any]) -> V:
-        """The sum of x_i * vector_i, slot by slot, with clear vectors: one level for the whole sum.
+        """The sum of x_i * vector_i, slot by slot, with clear vectors. One level for the whole sum.
 
-        Vectors of zeros are left out, for engines refuse to multiply by them: the result would be no ciphertext.
-        Raises CompilationError if all are.
+        Terms with a vector of zeros are skipped, because SEAL refuses them: the product would not be encrypted. Raises
+        CompilationError if all vectors are zero.
         """
         pairs = [(x, self._clear(vector)) for x, vector in zip(xs, vectors, strict=True)]
         pairs = [(x, vector) for x, vector in pairs if vector.any()]
         if not pairs:
-            raise CompilationError("a sum of products with clear vectors has zeros only: are weights missing?")
+            raise CompilationError("all vectors of a sum of plaintext products are zeros only: are weights missing?")
         xs = self._align(*(x for x, _ in pairs))
         self._note("clear product", xs[0], len(xs))
         return self._deepened(xs[0], self._sum_of_plaintext_products(xs, [vector for _, vector in pairs]))
 
     def sum_of_products(self, xs: Sequence[V], ys: Sequence[V]) -> V:
-        """The sum of x_i * y_i, slot by slot: one level for the whole sum."""
+        """The sum of x_i * y_i, slot by slot. One level for the whole sum."""
         both = self._align(*xs, *ys)
         self._note("product", both[0], len(xs))
         return self._deepened(both[0], self._sum_of_products(both[: len(xs)], both[len(xs) :]))
 
     def level_drop(self, x: V, depth: int) -> V:
-        """x at a depth that it has not reached yet; operands of one operation are brought to one depth this way.
+        """x at a larger depth; x itself if it is there already. Operands of one operation are aligned this way.
 
-        It takes a product with one at the last step, so that every vector of a depth has the same scale.
+        It ends in a product with one, so that all vectors of a depth have the same scale.
         """
         if depth <= self.depth(x):
             return x
@@ -157,8 +161,8 @@ class SlotOps(ABC, Generic[V]):
         return self._level_drop(x, depth)
 
     @contextmanager
-    def tag(self, name: str) -> Iterator[None]:
-        """Names the stage that the operations inside belong to."""
+    def tag(self, name: str) -> Generator[None, None, None]:
+        """Name the stage of the operations inside."""
         self._stages.append(name)
         try:
             yield
@@ -177,7 +181,7 @@ class SlotOps(ABC, Generic[V]):
     def _note(self, kind: str, x: V, count: int = 1) -> None:
         self.counts.costs[OperationCost(".".join(self._stages), kind, self.depth(x))] += count
 
-    def _clear(self, vector: Any) -> np.ndarray:
+    def _clear(self, vector: Any) -> NDArray[Any]:
         vector = np.ascontiguousarray(np.atleast_1d(vector), np.complex128)
         if vector.ndim != 1 or self.slots % len(vector):
             raise CompilationError(f"a clear vector of shape {vector.shape} does not divide {self.slots} slots")
@@ -186,16 +190,16 @@ class SlotOps(ABC, Generic[V]):
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """A slot vector of `CleartextSimulator`: complex128 values (slots,), and the levels that it has used up."""
+    """A slot vector of `CleartextSimulator`: complex128 values (slots,), and the levels used up."""
 
-    values: np.ndarray
+    values: NDArray[Any]
     depth: int = 0
 
 
 class CleartextSimulator(SlotOps[Slots]):
     """Slot vectors in NumPy, exact to float64. It encrypts nothing.
 
-    largest: the largest absolute value seen at each depth, which must fit the modulus that is left there.
+    largest: the largest absolute value at each depth; it must fit the modulus that is left there.
     """
 
     def __init__(self, slots: int):
@@ -203,7 +207,7 @@ class CleartextSimulator(SlotOps[Slots]):
         self.largest: dict[int, float] = {}
 
     def load(self, values: Any, depth: int = 0) -> Slots:
-        """An input, as it would come from a client."""
+        """An input, as a client would encrypt it."""
         values = np.asarray(values, np.complex128)
         if values.shape != (self.slots,):
             raise ValueError(f"an input has shape {values.shape}; wanted ({self.slots},)")
@@ -212,7 +216,7 @@ class CleartextSimulator(SlotOps[Slots]):
     def depth(self, x: Slots) -> int:
         return x.depth
 
-    def _made(self, values: np.ndarray, depth: int) -> Slots:
+    def _made(self, values: NDArray[Any], depth: int) -> Slots:
         self.largest[depth] = max(self.largest.get(depth, 0.0), float(np.abs(values).max()))
         return Slots(values, depth)
 
@@ -231,10 +235,10 @@ class CleartextSimulator(SlotOps[Slots]):
     def _subtract(self, x: Slots, y: Slots) -> Slots:
         return self._made(x.values - y.values, x.depth)
 
-    def _add_plain(self, x: Slots, vector: np.ndarray) -> Slots:
+    def _add_plain(self, x: Slots, vector: NDArray[Any]) -> Slots:
         return self._made(x.values + self._repeat(vector), x.depth)
 
-    def _sum_of_plaintext_products(self, xs: Sequence[Slots], vectors: Sequence[np.ndarray]) -> Slots:
+    def _sum_of_plaintext_products(self, xs: Sequence[Slots], vectors: Sequence[NDArray[Any]]) -> Slots:
         total = sum(x.values * self._repeat(vector) for x, vector in zip(xs, vectors, strict=True))
         return self._made(np.asarray(total), xs[0].depth + 1)
 
@@ -242,5 +246,5 @@ class CleartextSimulator(SlotOps[Slots]):
         total = sum(x.values * y.values for x, y in zip(xs, ys, strict=True))
         return self._made(np.asarray(total), xs[0].depth + 1)
 
-    def _repeat(self, vector: np.ndarray) -> np.ndarray:
+    def _repeat(self, vector: NDArray[Any]) -> NDArray[Any]:
         return np.repeat(vector, self.slots // len(vector))

@@ -1,21 +1,24 @@
 """The Concrete backend: TFHE through Zama's `concrete-python`. The only file that imports it.
 
-What it does for every function, so that methods need not know it:
+It does the following for every function:
 
-- A lookup is laid out for the range its input was seen to have, from its least value on and unsigned, so that a
-  range such as -15..0 costs 4 bits and not 5, and neither rounding nor its noise can leave the table.
+- The entries of a lookup cover the range of its input on the input set, from the least value on and unsigned. So a
+  range such as -15..0 costs 4 bits and not 5, and neither rounding nor its noise leaves the table.
 - max(a, b) is b + relu(a - b): one lookup per comparison, whatever the width.
-- Products and slices of arrays that differ in sign, where concrete-python 2.11.0 is wrong or fails, are mended.
-- Results are int64 arrays in a tuple, also where Concrete gives a bare number.
-- A result and the inputs it is wired to agree on their sign, which Concrete demands when it runs but does not see to.
+- Products and slices of arrays that differ in sign are repaired where concrete-python 2.11.0 is wrong or fails.
+- Results are a tuple of int64 arrays, also where Concrete returns a bare number.
+- A result and the input of another function that takes it get the same sign. Concrete requires it when it runs, but
+  does not arrange it.
 
-Functions of one circuit share their parameters and keys. What is handed from one to another must come out of a lookup:
-a sum of results of lookups is fine, an input in that sum is not, because Concrete sizes the noise of what is handed on
-by the last lookup before it. Such results can be decrypted, though, so a sum over many runs is one function of many
-inputs, or the client's work.
+Functions of one circuit share parameters and keys. A result that another function takes must come out of a lookup. A
+sum of results of lookups is fine; an input in that sum is not, because Concrete takes the noise of a result from the
+last lookup before it. Results for the client may contain inputs.
 
 Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently.
 """
+
+# concrete-python has no type stubs, types its own code in part, and hides some of what is needed here.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportPrivateUsage=false
 
 import hashlib
 import inspect
@@ -27,20 +30,21 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-# HPX, within Concrete, would end the process at the first write to a connection that is gone: Python ignores SIGPIPE.
+# HPX, inside Concrete, takes over SIGPIPE, which Python ignores: a write to a closed connection would end the process.
 os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
 
 from concrete import fhe
-from concrete.compiler import ClientProgram
+from concrete.compiler import ClientProgram  # pyright: ignore[reportUnknownVariableType]
 from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
 from concrete.fhe.compilation.module import FheModule
 from concrete.fhe.compilation.module_compiler import FunctionDef, ModuleCompiler
@@ -75,11 +79,11 @@ NOISE = {
     "exact": "",
     "none": "",
 }
-_compiling = threading.Lock()  # Concrete traces through global state
+_compiling = threading.Lock()  # Concrete traces with global state
 
 
 class ConcreteOps:
-    """`Ops` on Concrete's tracer. `records` is what `fhe.tfhe.tracer.trace` saw of the same function."""
+    """`Ops` on Concrete's tracer. records: of the same function, from `fhe.tfhe.tracer.trace`."""
 
     def __init__(self, records: list[OperationRecord], rounding: str):
         self._records = iter([record for record in records if record.kind != "product"])
@@ -88,7 +92,7 @@ class ConcreteOps:
     def lookup(self, table: LookupTable, x: Any) -> Any:
         return self.univariate(table, int(table.shift), x)
 
-    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+    def univariate(self, function: Callable[[Any], NDArray[Any]], shift: int, x: Any) -> Any:
         """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
         if not isinstance(x, Tracer):
             return function(x)
@@ -102,14 +106,14 @@ class ConcreteOps:
                 " use fewer bits for inputs or weights, or round more of them away"
             )
         origin = first << shift
-        x = x - origin  # 0 or not: the hint must hold for this lookup only
+        x = x - origin  # even if 0: the hint must hold for this lookup only
         fhe.hint(x, bit_width=bits + shift)
         if shift:
             approximate = self._rounding == "approximate"
             exactness = fhe.Exactness.APPROXIMATE if approximate else fhe.Exactness.EXACT
-            # The layout has room for rounding up; Concrete's protection against overflow would cost a bit or a lookup.
-            x = fhe.round_bit_pattern(x, shift, overflow_protection=False, exactness=exactness)
-        # An entry that only noise can reach is made to fit the type of the results, which has just the bits they need.
+            # The entries leave room for rounding up; Concrete's protection against overflow costs a bit or a lookup.
+            x = cast("Any", fhe.round_bit_pattern)(x, shift, overflow_protection=False, exactness=exactness)
+        # Entries that only noise can reach are clipped, so that the results need no more bits.
         return fhe.univariate(lambda value: np.clip(function(value + origin), *record.results))(x)
 
     def matmul(self, a: Any, b: Any) -> Any:
@@ -119,7 +123,7 @@ class ConcreteOps:
         return maximum_by_lookups(self, x, axis, keepdims)
 
     def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
-        # Concrete cannot join a signed to an unsigned array: both move to where they are unsigned, and back.
+        # Concrete cannot join a signed and an unsigned array: make both unsigned, join, and move back.
         origin = min(0, next(self._records).inputs[0])
         return np.concatenate(tuple(array - origin for array in arrays), axis=axis) + origin
 
@@ -127,8 +131,8 @@ class ConcreteOps:
         return fhe.tag(name)
 
 
-def _sum(x: Tracer, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tracer:
-    return np.sum(x, axis=axis, keepdims=keepdims)  # pyright: ignore[reportCallIssue, reportArgumentType]
+def _sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    return np.sum(x, axis=axis, keepdims=keepdims)
 
 
 # Concrete traces np.sum(x) but, unlike every other array type, has no x.sum().
@@ -137,17 +141,18 @@ if not hasattr(Tracer, "sum"):
 
 
 def _is_product(graph: Graph, node: Any) -> bool:
-    """Whether a node multiplies ciphertexts, which takes lookups."""
+    """Whether a node multiplies ciphertexts, by lookups."""
     return node.properties.get("name") in ("multiply", "matmul", "dot") and all(
         operand.output.is_encrypted for operand in graph.ordered_preds_of(node)
     )
 
 
 class _Repair(GraphProcessor):
-    """Two faults of concrete-python 2.11.0, mended in the graph before bit widths are assigned."""
+    """Repairs two faults of concrete-python 2.11.0 in the graph, before bit widths are assigned."""
 
     def apply(self, graph: Graph) -> None:
-        for node in graph.query_nodes(ordered=True):
+        nodes: list[Any] = graph.query_nodes(ordered=True)
+        for node in nodes:
             operands: list[Any] = graph.ordered_preds_of(node)
             name = node.properties.get("name")
             if name in ("index_static", "reshape", "transpose", "expand_dims", "squeeze", "broadcast_to"):
@@ -157,16 +162,16 @@ class _Repair(GraphProcessor):
 
     @staticmethod
     def keep_sign(node: Any, operand: Any) -> None:
-        """What only moves elements keeps their type: a part that was never seen negative does not become unsigned."""
+        """An operation that only moves elements keeps their type: a part without negative values stays signed."""
         if operand.output.dtype.is_signed and not node.output.dtype.is_signed:
             node.output.dtype = Integer(is_signed=True, bit_width=node.output.dtype.bit_width + 1)
 
     @staticmethod
     def widen_mixed(factors: list[Any]) -> None:
-        """Room for a + b and a - b where a product of ciphertexts is mixed in sign.
+        """Room for a + b and a - b where one factor of a product of ciphertexts is signed and the other is not.
 
-        Concrete computes ab from the squares of both, and gives the factors one bit more than the wider one has: one
-        too few where that one is unsigned, because it becomes signed first.
+        Concrete computes ab from the squares of both, with one bit more than the wider factor has. That is one bit too
+        few if the wider factor is unsigned, because it becomes signed first.
         """
         unsigned = [factor for factor in factors if not factor.output.dtype.is_signed]
         if len(unsigned) == 1:
@@ -176,18 +181,18 @@ class _Repair(GraphProcessor):
 
 
 @dataclass(frozen=True)
-class _Wires:
-    """Concrete's composition policy and graph processor for results that are handed from function to function."""
+class _Compositions:
+    """Concrete's composition policy: the results that other functions take."""
 
     rules: tuple[CompositionRule, ...]
 
     @classmethod
-    def of(cls, signatures: Signatures) -> "_Wires":
+    def of(cls, signatures: Signatures) -> "_Compositions":
         return cls(
             tuple(
                 CompositionRule(CompositionClause(source.function, source.position), CompositionClause(name, position))
-                for name, port in signatures.functions.items()
-                for position, sources in enumerate(port.sources)
+                for name, signature in signatures.functions.items()
+                for position, sources in enumerate(signature.sources)
                 for source in sources
             )
         )
@@ -197,30 +202,29 @@ class _Wires:
 
 
 class _AgreeOnSign(MultiGraphProcessor):
-    """Both ends of a wire are signed if either is, and no result that is handed on contains an input.
+    """Makes a result and the input that takes it signed if either is; refuses a result that contains an input.
 
-    Concrete makes both ends of equal width, but refuses at run time to take a result for an input of another sign.
+    Concrete gives both the same width, but refuses when it runs if their signs differ.
     """
 
-    def __init__(self, wires: _Wires):
-        self._wires = wires
+    def __init__(self, compositions: _Compositions):
+        self._compositions = compositions
 
     def apply_many(self, graphs: dict[str, Graph]) -> None:
-        ends = []
-        for rule in self._wires.rules:
+        ends: list[tuple[Any, Any]] = []
+        for rule in self._compositions.rules:
             result = graphs[rule.from_.func].ordered_outputs()[rule.from_.pos]
             if inputs := _inputs_within(graphs[rule.from_.func], result):
                 raise CompilationError(
-                    f"output {rule.from_.pos} of {rule.from_.func} is handed to {rule.to.func} and contains input"
-                    f" {', '.join(map(str, inputs))} as it is: what is handed on must come out of a lookup, be it one"
-                    " that changes nothing"
+                    f"output {rule.from_.pos} of {rule.from_.func} is an input of {rule.to.func} and contains input"
+                    f" {', '.join(map(str, inputs))} unchanged: it must come out of a lookup, if only of the identity"
                 )
             taken = graphs[rule.to.func].ordered_inputs()[rule.to.pos]
             if taken not in graphs[rule.to.func].graph:
                 raise _unused(rule)
             ends.append((result, taken))
         changed = True
-        while changed:  # one result may go to several inputs, and one input take several results
+        while changed:  # a result may be the source of several inputs, and an input have several sources
             unequal = [pair for pair in ends if pair[0].output.dtype.is_signed != pair[1].output.dtype.is_signed]
             changed = bool(unequal)
             for node in (node for pair in unequal for node in pair if not node.output.dtype.is_signed):
@@ -228,8 +232,9 @@ class _AgreeOnSign(MultiGraphProcessor):
 
 
 def _inputs_within(graph: Graph, result: Any) -> list[int]:
-    """The positions of the inputs that reach a node through no lookup."""
-    pending, reached = [result], set()
+    """The positions of the inputs that reach a node without a lookup."""
+    pending: list[Any] = [result]
+    reached: set[Any] = set()
     while pending:
         node = pending.pop()
         if node in reached or node.output.is_clear or node.converted_to_table_lookup or _is_product(graph, node):
@@ -241,7 +246,7 @@ def _inputs_within(graph: Graph, result: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class ConcreteKeys:
-    """A client's keys. `keys` holds the secret ones; `evaluation` is for the server and cannot decrypt."""
+    """A client's keys. `keys` holds the secret ones; `evaluation` is for the server and does not decrypt."""
 
     circuit: str
     id: str
@@ -253,8 +258,8 @@ class ConcreteKeys:
 
 
 @dataclass(frozen=True)
-class _Program:
-    """The server's half of a circuit: machine code, the program that it was compiled from, and how."""
+class _ServerHalf:
+    """The server's half of a circuit: machine code, its source in MLIR, and the configuration."""
 
     server: fhe.Server
     mlir: str
@@ -262,9 +267,9 @@ class _Program:
 
 
 class ConcreteCircuit:
-    """Compiled functions: client and server in one object that keeps their data apart (see `fhe.Circuit`).
+    """Compiled functions (see `fhe.Circuit`).
 
-    program: what computes; None in the client's half, which has the specification that encryption needs and no more.
+    specs: what encryption and decryption need. half: what the server needs; None in the client's half.
     """
 
     def __init__(
@@ -273,36 +278,37 @@ class ConcreteCircuit:
         specs: fhe.ClientSpecs,
         signatures: Signatures,
         report: Report,
-        program: "_Program | None",
+        half: _ServerHalf | None,
     ):
         self.id = identity
         self.signatures = signatures
         self.report = report
         self._specs = specs
-        self._program = program
+        self._half = half
         self._simulator: tuple[fhe.Server, fhe.Client] | None = None
         self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
-        if program is not None:
-            weakref.finalize(program.server, shutil.rmtree, _directory_of(program.server), ignore_errors=True)
+        if half is not None:
+            weakref.finalize(half.server, shutil.rmtree, _directory_of(half.server), ignore_errors=True)
 
     @classmethod
-    def of(cls, program: "_Program", signatures: Signatures, report: Report) -> "ConcreteCircuit":
-        specs = program.server.client_specs
-        wires = json.dumps(signatures.to_json(), sort_keys=True)
-        identity = hashlib.sha256(specs.serialize() + program.mlir.encode() + wires.encode()).hexdigest()
-        return cls(identity, specs, signatures, report, program)
+    def of(cls, half: _ServerHalf, signatures: Signatures, report: Report) -> "ConcreteCircuit":
+        """The whole circuit."""
+        specs = half.server.client_specs
+        content = specs.serialize() + half.mlir.encode() + json.dumps(signatures.to_json(), sort_keys=True).encode()
+        return cls(hashlib.sha256(content).hexdigest(), specs, signatures, report, half)
 
     @property
-    def program(self) -> "_Program":
-        if self._program is None:
+    def half(self) -> _ServerHalf:
+        """The server's half. Raises NoWeights."""
+        if self._half is None:
             raise storage.no_weights()
-        return self._program
+        return self._half
 
-    def simulate(self, name: str, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+    def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
-        if self._simulator is None:  # compiled when first asked for: it takes as long as the circuit itself
-            rules, program = _Wires.of(self.signatures).rules, self.program
-            server = fhe.Server.create(program.mlir, program.configuration, is_simulated=True, composition_rules=rules)
+        if self._simulator is None:  # compiled at the first call: it takes as long as the circuit itself
+            rules, half = _Compositions.of(self.signatures).rules, self.half
+            server = fhe.Server.create(half.mlir, half.configuration, is_simulated=True, composition_rules=rules)
             weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
             self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
         server, client = self._simulator
@@ -311,7 +317,7 @@ class ConcreteCircuit:
         return _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
 
     def make_keys(self, seed: int | None = None) -> ConcreteKeys:
-        # Concrete takes seed 0 where it is given none; all 128 bits are drawn here, from the operating system.
+        # Concrete's default is seed 0, so all 128 bits are drawn here, from the operating system.
         secret, encryption = (secrets.randbits(128), secrets.randbits(128)) if seed is None else (seed, seed + 1)
         keys = fhe.Keys(self._specs)
         keys.generate(secret_seed=secret, encryption_seed=encryption)
@@ -321,19 +327,19 @@ class ConcreteCircuit:
         key_id, _, (data,) = envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id, parts=1)
         return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
 
-    def encrypt(self, keys: Keys, name: str, *inputs: np.ndarray) -> list[bytes]:
+    def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)
-        port = self.signatures[name]
-        check_count(f"the client's inputs of {name}", len(inputs), len(port.client_inputs))
-        places: list[np.ndarray | None] = [None] * len(port.sources)  # Concrete skips what is None
-        for position, x in zip(port.client_inputs, inputs, strict=True):
+        signature = self.signatures[name]
+        check_count(f"the client's inputs of {name}", len(inputs), len(signature.client_inputs))
+        places: list[NDArray[Any] | None] = [None] * len(signature.sources)  # Concrete skips None
+        for position, x in zip(signature.client_inputs, inputs, strict=True):
             places[position] = np.asarray(x, np.int64)
         values = _as_values(self._client(keys).encrypt(*places, function_name=name))
         parts = [value.serialize() for value in values if value is not None]
         return self.signatures.pack_inputs(name, self.id, keys.id, parts)
 
     def run(self, name: str, arrays: Sequence[bytes], evaluation_keys: bytes) -> list[bytes]:
-        server, held = self.program.server, self._server_keys
+        server, held = self.half.server, self._server_keys
         if held is None or held[0] is not evaluation_keys:
             key_id, _, (data,) = envelope.unpack(evaluation_keys, "evaluation keys", self.id, parts=1)
             with _refusals("evaluation keys"):
@@ -345,25 +351,26 @@ class ConcreteCircuit:
             results = server.run(*values, evaluation_keys=server_keys, function_name=name)
         return self.signatures.pack_outputs(name, self.id, key_id, [value.serialize() for value in _as_values(results)])
 
-    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[np.ndarray, ...]:
+    def decrypt(self, keys: Keys, name: str, arrays: Sequence[bytes]) -> tuple[NDArray[Any], ...]:
         keys = self._checked(keys)
         parts = self.signatures.unpack_outputs(name, self.id, keys.id, arrays)
-        # Client.decrypt takes all results of a function or its first ones; this is what it does with each.
-        circuit = ClientProgram.create_encrypted(self._specs.program_info, keys.keys._keyset).get_client_circuit(name)
+        # Client.decrypt takes all results of a function or the first ones only; this is what it does with each.
+        program = cast("Any", ClientProgram).create_encrypted(self._specs.program_info, keys.keys._keyset)
+        circuit = program.get_client_circuit(name)
         return tuple(
             np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
             for position, part in parts
         )
 
     def save(self, directory: str | Path, server: bool = True) -> None:
-        """Write `circuit.json` and `client.json`, all that a client needs; `server.zip` and `circuit.mlir`, which hold
-        the weights."""
+        """Write `circuit.json` and `client.json`, all that a client needs, and `server.zip` and `circuit.mlir`, which
+        hold the weights."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CLIENT_FILE).write_bytes(self._specs.serialize())
         if server:
-            self.program.server.save(directory / "server.zip")
-            (directory / "circuit.mlir").write_text(self.program.mlir)
+            self.half.server.save(directory / "server.zip")
+            (directory / "circuit.mlir").write_text(self.half.mlir)
         files = {name: _digest(directory / name) for name in (CLIENT_FILE, *(SERVER_FILES if server else ()))}
         fhe_config = {"p_error": self.report.p_error, "rounding": self.report.rounding}
         content = {"format": FORMAT, "id": self.id, "fhe_config": fhe_config, "report": self.report.to_json()}
@@ -388,7 +395,7 @@ class ConcreteCircuit:
 
 
 class ConcreteBackend:
-    """TFHE: small integers, exact lookups, each at a price that doubles with every bit."""
+    """TFHE: small integers and exact lookups. The time of a lookup about doubles with every bit."""
 
     name = "concrete"
     offers = frozenset({"integers", "lookup", "exact", "encrypted", "cores"})
@@ -400,22 +407,22 @@ class ConcreteBackend:
         start = time.perf_counter()
         functions = check_functions(functions)
         tracers, signatures = trace(functions, params)
-        wires = _Wires.of(signatures)
+        compositions = _Compositions.of(signatures)
         configuration = _configuration(config)
         samples: dict[str, Any] = {
             name: [tuple(np.asarray(x, np.int64) for x in sample) for sample in function.inputset]
             for name, function in functions.items()
         }
         with _compiling:
-            # Concrete makes its stack of tags for the thread that imported it, and for no other.
+            # Concrete makes its stack of tags only for the thread that imported it.
             tag_context.stack = []
             try:
                 definitions = [
                     _definition(name, function, params, tracers[name].records, config.rounding)
                     for name, function in functions.items()
                 ]
-                processors = [_AgreeOnSign(wires), _Repair()]
-                compiled = ModuleCompiler(definitions, wires).compile(
+                processors = [_AgreeOnSign(compositions), _Repair()]
+                compiled = ModuleCompiler(definitions, compositions).compile(
                     samples, configuration, additional_pre_processors=processors
                 )
             except CompilationError:
@@ -424,10 +431,10 @@ class ConcreteBackend:
                 records = [record for tracer in tracers.values() for record in tracer.records]
                 raise CompilationError(_explain(error, records, config)) from error
             finally:
-                Tracer._is_tracing = False  # stays set when a trace fails
-        _check_wires(wires, compiled.server.client_specs)
+                Tracer._is_tracing = False  # it stays set when a trace fails
+        _check_compositions(compositions, compiled.server.client_specs)
         report = _report(compiled, config, tracers, time.perf_counter() - start)
-        return ConcreteCircuit.of(_Program(compiled.server, compiled.mlir, configuration), signatures, report)
+        return ConcreteCircuit.of(_ServerHalf(compiled.server, compiled.mlir, configuration), signatures, report)
 
     def load(self, directory: str | Path, server: bool = True) -> ConcreteCircuit:
         directory = Path(directory)
@@ -443,16 +450,17 @@ class ConcreteBackend:
             if not set(SERVER_FILES) & names:
                 specs = fhe.ClientSpecs.deserialize((directory / CLIENT_FILE).read_bytes())
                 return ConcreteCircuit(content["id"], specs, signatures, report, None)
-            mlir = (directory / "circuit.mlir").read_text()
+            half = _ServerHalf(
+                fhe.Server.load(directory / "server.zip"), (directory / "circuit.mlir").read_text(), configuration
+            )
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
             raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from error
-        program = _Program(fhe.Server.load(directory / "server.zip"), mlir, configuration)
-        return ConcreteCircuit.of(program, signatures, report)
+        return ConcreteCircuit.of(half, signatures, report)
 
 
 @contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """What Concrete says of bytes that it cannot use becomes a CircuitFormatError."""
+def _refusals(what: str) -> Generator[None, None, None]:
+    """Turn Concrete's errors about bytes into CircuitFormatError."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
@@ -465,7 +473,7 @@ def _configuration(config: FHEConfig) -> fhe.Configuration:
         compress_evaluation_keys=True,
         compress_input_ciphertexts=True,
         dump_artifacts_on_unexpected_failures=False,
-        # A lookup is paid by the width of its own input, not of what that is added to.
+        # The cost of a lookup depends on the width of its own input, not of what that is added to.
         optimize_tlu_based_on_original_bit_width=True,
     )
 
@@ -473,7 +481,7 @@ def _configuration(config: FHEConfig) -> fhe.Configuration:
 def _definition(
     name: str, function: Function, params: Any, records: list[OperationRecord], rounding: str
 ) -> FunctionDef:
-    """What Concrete compiles: a function of that name, whose inputs it learns from the signature."""
+    """The function for Concrete, which takes name and inputs from its Python signature."""
     inputs = [f"input{i}" for i in range(len(function.sources))]
 
     def circuit(**values: Any) -> Any:
@@ -488,15 +496,20 @@ def _definition(
 
 def _unused(rule: CompositionRule) -> CompilationError:
     return CompilationError(
-        f"Concrete cannot hand output {rule.from_.pos} of {rule.from_.func} to input {rule.to.pos} of {rule.to.func}:"
-        f" nothing that {rule.to.func} returns depends on it"
+        f"output {rule.from_.pos} of {rule.from_.func} cannot be input {rule.to.pos} of {rule.to.func}: no result of"
+        f" {rule.to.func} depends on it"
     )
 
 
-def _check_wires(wires: _Wires, specs: fhe.ClientSpecs) -> None:
-    """CompilationError where the ends of a wire differ in key or encoding, which Concrete only says when it runs."""
-    circuits = {circuit["name"]: circuit for circuit in json.loads(specs.program_info.serialize())["circuits"]}
-    for rule in wires.rules:
+def _check_compositions(compositions: _Compositions, specs: fhe.ClientSpecs) -> None:
+    """Raise CompilationError if a result and the input that takes it differ in key or encoding.
+
+    Concrete itself only says so when it runs.
+    """
+    circuits = {
+        circuit["name"]: circuit for circuit in json.loads(cast("Any", specs).program_info.serialize())["circuits"]
+    }
+    for rule in compositions.rules:
         ends = circuits[rule.from_.func]["outputs"][rule.from_.pos], circuits[rule.to.func]["inputs"][rule.to.pos]
         result, taken = (end["typeInfo"]["lweCiphertext"] for end in ends)
         if any(result[part] != taken[part] for part in ("encryption", "encoding")):
@@ -505,11 +518,11 @@ def _check_wires(wires: _Wires, specs: fhe.ClientSpecs) -> None:
 
 def _report(compiled: FheModule, config: FHEConfig, tracers: dict[str, RangeTracer], seconds: float) -> Report:
     server = compiled.server
-    functions = {}
+    functions: dict[str, Cost] = {}
     for name, stages in _lookups_by_stage(compiled.mlir_module).items():
         total = server.programmable_bootstrap_count(name)
         counted = sum(count for widths in stages.values() for count in widths.values())
-        if counted != total:  # Concrete merges lookups that follow each other directly
+        if counted != total:  # Concrete merges successive lookups
             stages["compiler"] = {0: total - counted}
         functions[name] = Cost(
             pbs_by_stage=stages,
@@ -533,7 +546,7 @@ def _report(compiled: FheModule, config: FHEConfig, tracers: dict[str, RangeTrac
 
 
 def _lookups_by_stage(module: Any) -> dict[str, dict[str, dict[int, int]]]:
-    """{function: {stage: {input bits: lookups}}} of a program for the compiler, less what no result depends on."""
+    """{function: {stage: {input bits: lookups}}} of an MLIR module, without operations that no result depends on."""
     return {function.name.value: _lookups_of(function) for function in module.body.operations}
 
 
@@ -558,7 +571,7 @@ def _lookups_of(function: Any) -> dict[str, dict[int, int]]:
         count = int(np.prod(result_shape))
         if name == "apply_lookup_table":
             add(operation, bits, count)
-        elif name == "round":  # one bit after the other is looked up and subtracted
+        elif name == "round":  # looks up and subtracts one bit after the other
             add(operation, 1, count * (bits - result_bits))
         else:
             terms = 1 if name == "mul_eint" else shape[-1]
@@ -567,14 +580,14 @@ def _lookups_of(function: Any) -> dict[str, dict[int, int]]:
 
 
 def _shape_and_bits(value: Any) -> tuple[tuple[int, ...], int]:
-    """Of an MLIR value such as tensor<2x4x!FHE.esint<7>>: ((2, 4), 7)."""
+    """((2, 4), 7) of an MLIR value such as tensor<2x4x!FHE.esint<7>>."""
     match = re.fullmatch(r"(?:tensor<((?:\d+x)*))?!FHE\.es?int<(\d+)>>?", str(value.type))
     assert match is not None, value.type
     return tuple(int(size) for size in (match.group(1) or "").split("x") if size), int(match.group(2))
 
 
 def _explain(error: RuntimeError, records: list[OperationRecord], config: FHEConfig) -> str:
-    """One line for an error of Concrete's, which may be a drawing of the whole circuit."""
+    """One line for an error of Concrete, whose text may contain the whole circuit."""
     reasons = re.findall(r"\^+ (.*)", str(error))
     if reasons:
         return f"Concrete cannot compile this: {'; '.join(reasons)}"
@@ -594,8 +607,8 @@ def _explain(error: RuntimeError, records: list[OperationRecord], config: FHECon
 
 
 def _directory_of(server: fhe.Server) -> str:
-    """Where Concrete has put a server's files; it never removes them itself."""
-    return server._library.get_output_dir_path()
+    """The directory of a server's files, which Concrete never removes."""
+    return cast("Any", server)._library.get_output_dir_path()
 
 
 def _digest(path: Path) -> str:
@@ -603,8 +616,8 @@ def _digest(path: Path) -> str:
 
 
 def _as_values(values: Any) -> tuple[Any, ...]:
-    return values if isinstance(values, tuple) else (values,)
+    return cast("tuple[Any, ...]", values) if isinstance(values, tuple) else (values,)
 
 
-def _as_tuple(results: Any) -> tuple[np.ndarray, ...]:
+def _as_tuple(results: Any) -> tuple[NDArray[Any], ...]:
     return tuple(np.asarray(result, np.int64) for result in _as_values(results))

@@ -1,4 +1,4 @@
-"""What a circuit of lookups costs."""
+"""The cost of a circuit of lookups."""
 
 import json
 from collections.abc import Mapping
@@ -6,24 +6,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-# Milliseconds per lookup by input bits, with the machine they were measured on: scripts/bench_lookup.py writes them.
-# Beyond the table every bit costs as much more as the last one did.
+# Milliseconds per lookup by input bits, and the machine of the measurement; written by scripts/bench_lookup.py.
+# Beyond the table, every bit multiplies the time by the same factor as the last one in it.
 LOOKUP_TIMES: dict[str, Any] = json.loads(Path(__file__).with_name("lookup_times.json").read_text(encoding="utf-8"))
-
-
 MILLISECONDS_PER_LOOKUP = {int(bits): float(ms) for bits, ms in LOOKUP_TIMES["milliseconds"].items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What it takes to run a function once: a `RunCost` of lookups. Sizes are 0 where a backend cannot know.
+    """The cost of running functions: a `fhe.RunCost` of lookups (PBS). Sizes are 0 where a backend cannot know them.
 
-    pbs_by_stage: {stage: {input bits: lookups}}, where a product of two ciphertexts counts as its two lookups. A stage
-    "compiler" holds, at 0 bits, what the engine's compiler added or, negative, merged away, so that all add up.
-    max_integer_bits: of the widest integer anywhere.
+    pbs_by_stage: {stage: {input bits: lookups}}. A product of two ciphertexts counts as its two lookups. The stage
+        "compiler" holds, at 0 bits, the lookups that the engine's compiler added or, negative, merged.
+    max_integer_bits: bits of the widest integer.
     """
 
-    pbs_by_stage: dict[str, dict[int, int]] = field(default_factory=dict)
+    pbs_by_stage: dict[str, dict[int, int]] = field(default_factory=dict[str, dict[int, int]])
     max_integer_bits: int = 0
     input_ciphertext_bytes: int = 0
     output_ciphertext_bytes: int = 0
@@ -44,12 +42,12 @@ class Cost:
 
     @property
     def max_bit_width(self) -> int:
-        """Bits of the widest lookup input; 0 without lookups."""
+        """Bits of the widest input of a lookup; 0 without lookups."""
         return max(self.pbs_by_bit_width, default=0)
 
     @property
     def estimated_run_seconds(self) -> float:
-        """Seconds of one encrypted run on the machine of MILLISECONDS_PER_LOOKUP: its order of magnitude elsewhere."""
+        """Seconds on the machine of LOOKUP_TIMES; an order of magnitude for others."""
         widest = max(MILLISECONDS_PER_LOOKUP)
         growth = MILLISECONDS_PER_LOOKUP[widest] / MILLISECONDS_PER_LOOKUP[widest - 1]
         return sum(
@@ -73,7 +71,7 @@ class Cost:
         return total_cost({"": self, "other": other}, {"": 1, "other": 1})
 
     def to_json(self) -> dict[str, Any]:
-        """A dict that `json.dumps` takes, with the derived numbers; bit widths become strings."""
+        """A dict that `json.dumps` takes, derived numbers included. Bit widths become strings."""
         data = {name: getattr(self, name) for name in Cost.__dataclass_fields__}
         data["pbs_by_stage"] = {
             stage: {str(bits): count for bits, count in sorted(widths.items())}
@@ -84,7 +82,7 @@ class Cost:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """What `to_json` wrote."""
+        """The cost that `to_json` wrote."""
         data = {name: value for name, value in data.items() if name in cls.__dataclass_fields__}
         stages = data["pbs_by_stage"].items()
         data["pbs_by_stage"] = {stage: {int(bits): count for bits, count in by.items()} for stage, by in stages}
@@ -92,7 +90,7 @@ class Cost:
 
 
 def total_cost(functions: Mapping[str, Cost], calls: Mapping[str, int]) -> Cost:
-    """What it takes to run functions so many times each, by name."""
+    """The cost of calling functions, {name: number of calls}."""
     costs = [(functions[name], times) for name, times in calls.items()]
     stages: dict[str, dict[int, int]] = {}
     for cost, times in costs:
@@ -110,12 +108,13 @@ def total_cost(functions: Mapping[str, Cost], calls: Mapping[str, int]) -> Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Cost):
-    """What a circuit costs: its functions one by one, and, in the fields of a `Cost`, each of them run once.
+    """The cost of a circuit: a `fhe.CircuitReport`. The fields of `Cost` are for one call of each function.
 
-    Sizes are in bytes; 0 or None where a backend cannot know.
-    evaluation_key_bytes: see evaluation_key_source: "compiler" (uncompressed, before keys exist) or "serialized"
-    (what a client sends). All functions share one set of keys.
-    noise: in words, how a decrypted result may differ from the function's; empty if only by p_error.
+    Sizes are in bytes; 0 or None where a backend cannot know them.
+    functions: the cost of each, by name. They share one set of keys.
+    evaluation_key_source: of evaluation_key_bytes: "compiler" (uncompressed, before keys exist) or "serialized" (what a
+        client sends).
+    noise: in words, how decrypted results may differ from the function's; empty if only with p_error.
     """
 
     functions: dict[str, Cost]
@@ -133,12 +132,12 @@ class Report(Cost):
 
     @classmethod
     def of(cls, functions: dict[str, Cost], **facts: Any) -> "Report":
-        """The report of a circuit of these functions; `facts` are the fields that are no sums."""
+        """A report on these functions. facts: the fields of `Report` itself."""
         once = total_cost(functions, dict.fromkeys(functions, 1))
         return cls(functions=functions, **{name: getattr(once, name) for name in Cost.__dataclass_fields__}, **facts)
 
     def cost_of(self, calls: Mapping[str, int]) -> Cost:
-        """What it takes to run functions so many times each, by name."""
+        """The cost of calling functions, {name: number of calls}."""
         return total_cost(self.functions, calls)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,21 +1,22 @@
-"""Lookup tables of integers, and the operations that a function of integers may use."""
+"""Lookup tables of integers, and the operations that integer functions use."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
 class LookupTable:
     """An integer function of one integer: `values[clip(((x + half) >> shift) - low, 0, n - 1)]`.
 
-    `half` is 2**(shift - 1), or 0 where shift is 0: round half up, then saturate at the ends. Every namespace and
-    every backend gives exactly this integer (a backend that rounds approximately says so in its report).
+    `half` is 2**(shift - 1), or 0 if shift is 0: round half up, then saturate at the ends. Every `Ops` and every
+    backend gives exactly this integer, except for approximate rounding (see `fhe.FHEConfig`).
 
-    values: integer array (n,), the results; low: the rounded input of the first entry; shift: how many low bits are
+    values: integers (n,), the results. low: the rounded input of the first entry. shift: number of low bits that are
     rounded away before the lookup.
     """
 
@@ -24,13 +25,15 @@ class LookupTable:
     shift: int = 0
 
     @classmethod
-    def build(cls, function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int = 0) -> "LookupTable":
-        """Tabulate a float function at the rounded inputs low..high (both included).
+    def build(
+        cls, function: Callable[[NDArray[Any]], NDArray[Any]], low: int, high: int, shift: int = 0
+    ) -> "LookupTable":
+        """Tabulate a float function at the rounded inputs low..high, both included.
 
-        `function` gets the input values `arange(low, high + 1) << shift` as float64 and gives as many float64
-        results, which are rounded half to even (`np.rint`) and stored as int32.
+        function: takes the inputs `arange(low, high + 1) << shift` as float64 (n,) and returns float64 (n,). Results
+        are rounded half to even (`np.rint`) and stored as int32.
 
-        Raises ValueError for an empty range, a negative shift, or a result that is not finite or exceeds int32.
+        Raises ValueError for an empty range, a negative shift, or a result that is not finite or not an int32.
         """
         if high < low or shift < 0:
             raise ValueError(f"a table needs low <= high and shift >= 0; got low {low}, high {high}, shift {shift}")
@@ -43,11 +46,11 @@ class LookupTable:
         bad = ~np.isfinite(rounded) | (rounded < limit.min) | (rounded > limit.max)
         if bad.any():
             first = int(np.argmax(bad))
-            raise ValueError(f"the table of input {inputs[first]} is {results[first]}, which is not an int32")
+            raise ValueError(f"the table's entry for input {inputs[first]} is {results[first]}, which is not an int32")
         return cls(rounded.astype(np.int32), int(low), int(shift))
 
-    def __call__(self, x: Any) -> np.ndarray:
-        """Look up integers of any shape, in NumPy; int64 of the same shape."""
+    def __call__(self, x: Any) -> NDArray[Any]:
+        """Look up integers of any shape, in NumPy. Returns int64 of the same shape."""
         values = np.asarray(self.values, np.int64)
         half = (1 << self.shift) >> 1
         index = ((np.asarray(x, np.int64) + half) >> self.shift) - self.low
@@ -55,14 +58,14 @@ class LookupTable:
 
 
 class Ops(Protocol):
-    """The operations handed to an integer function.
+    """The operations of integer functions.
 
-    Its arrays also take + - * (with arrays and numbers, clear or encrypted), slicing, `.shape`, `.sum(axis,
-    keepdims)`, `.reshape(shape)` and `.transpose(axes)`.
+    Arrays also support + - * (with arrays and numbers, clear or encrypted), slicing, `.shape`, `.sum(axis, keepdims)`,
+    `.reshape(shape)` and `.transpose(axes)`.
     """
 
     def lookup(self, table: LookupTable, x: Any) -> Any:
-        """The table at every element of x; same shape."""
+        """The table's result for every element of x; same shape."""
         ...
 
     def matmul(self, a: Any, b: Any) -> Any:
@@ -70,15 +73,15 @@ class Ops(Protocol):
         ...
 
     def max(self, x: Any, axis: int, keepdims: bool = False) -> Any:
-        """The largest element along an axis."""
+        """The maximum along an axis."""
         ...
 
     def concatenate(self, arrays: Iterable[Any], axis: int) -> Any:
-        """Arrays joined along an existing axis."""
+        """Join arrays along an existing axis."""
         ...
 
     def tag(self, name: str) -> AbstractContextManager[Any]:
-        """Names the stage that the operations inside belong to, for the cost report."""
+        """Name the stage of the operations inside, for the report."""
         ...
 
 
@@ -98,5 +101,5 @@ class NumpyOps:
         return np.concatenate(tuple(arrays), axis=axis)
 
     @contextmanager
-    def tag(self, name: str) -> Iterator[None]:
+    def tag(self, name: str) -> Generator[None, None, None]:
         yield

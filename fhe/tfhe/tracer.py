@@ -1,11 +1,12 @@
-"""What a function of integers does on its input set: every lookup and product, with the range of its input."""
+"""Tracing of integer functions on their input sets: every lookup and product, with the range of its inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fhe.backend import Function, FunctionBody
 from fhe.signatures import Signature, Signatures
@@ -16,11 +17,13 @@ UNTAGGED = "untagged"
 
 @dataclass
 class OperationRecord:
-    """One operation of a function, as an input set saw it.
+    """One operation of a function, with ranges over the whole input set.
 
-    kind: "lookup", "product" of two encrypted arrays, or "join" (a concatenation, which costs nothing); count: how
-    many elements or products; inputs: the least and the greatest input (of a product: of a + b and of a - b);
-    results: the least and the greatest result (of a lookup); shift: bits a lookup rounds away first.
+    kind: "lookup", "product" of two encrypted arrays, or "join" (a concatenation, which costs nothing).
+    count: number of elements or products.
+    inputs: (least, greatest) input; for a product, of a + b and of a - b.
+    results: (least, greatest) result of a lookup.
+    shift: bits that a lookup rounds away first.
     """
 
     kind: str
@@ -31,8 +34,8 @@ class OperationRecord:
     shift: int = 0
 
 
-class _Encrypted(np.ndarray):
-    """Marks what derives from an input: NumPy hands a subclass on through arithmetic, slicing and reshaping."""
+class _Encrypted(np.ndarray[Any, Any]):
+    """Marks arrays that depend on an input: NumPy keeps a subclass through arithmetic, slicing and reshaping."""
 
     tracer: "RangeTracer | None" = None
 
@@ -43,23 +46,26 @@ class _Encrypted(np.ndarray):
         if ufunc in (np.multiply, np.matmul) and all(isinstance(value, _Encrypted) for value in inputs):
             assert self.tracer is not None
             self.tracer.product(ufunc, np.asarray(inputs[0]), np.asarray(inputs[1]))
-        kwargs.pop("out", None)  # x += y names a new array, as it does for tracers
-        plain = [np.asarray(value) if isinstance(value, _Encrypted) else value for value in inputs]
+        kwargs.pop("out", None)  # x += y makes a new array, as with Concrete's tracer
+        plain: list[Any] = [np.asarray(value) if isinstance(value, _Encrypted) else value for value in inputs]
         result = getattr(ufunc, method)(*plain, **kwargs)
         return self.tracer.mark(result) if self.tracer is not None else result
 
 
 class RangeTracer(NumpyOps):
-    """`NumpyOps` that also notes every `OperationRecord`, in order of execution."""
+    """`NumpyOps` that also records operations, in order of execution.
 
-    def __init__(self):
+    largest: bits of the widest integer.
+    """
+
+    def __init__(self) -> None:
         self.records: list[OperationRecord] = []
         self.largest = 0
         self._next = 0
         self._stages: list[str] = []
 
     def start_sample(self) -> None:
-        """The same function begins anew, on another sample."""
+        """Begin another run of the same function, on another sample."""
         self._next = 0
 
     def mark(self, x: Any) -> Any:
@@ -73,17 +79,17 @@ class RangeTracer(NumpyOps):
     def lookup(self, table: LookupTable, x: Any) -> Any:
         return self.univariate(table, int(table.shift), x)
 
-    def univariate(self, function: Callable[[Any], np.ndarray], shift: int, x: Any) -> Any:
+    def univariate(self, function: Callable[[Any], NDArray[Any]], shift: int, x: Any) -> Any:
         """function(x), an integer function of x with its lowest `shift` bits rounded away, as one lookup each."""
         if not isinstance(x, _Encrypted):
             return function(x)
-        x = np.asarray(x)
-        results = function(x)
-        self._note("lookup", x.size, _range(x), _range(results), shift)
+        values: NDArray[Any] = np.asarray(x)
+        results = function(values)
+        self._note("lookup", values.size, _range(values), _range(results), shift)
         return self.mark(results)
 
-    def product(self, ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> None:
-        """Note a * b or a @ b of encrypted arrays."""
+    def product(self, ufunc: np.ufunc, a: NDArray[Any], b: NDArray[Any]) -> None:
+        """Record a * b or a @ b of encrypted arrays."""
         size = ufunc(a, b).size * (a.shape[-1] if ufunc is np.matmul else 1)
         self._note("product", size, product_range(_range(a), _range(b)))
 
@@ -96,7 +102,7 @@ class RangeTracer(NumpyOps):
         return self.mark(joined)
 
     @contextmanager
-    def tag(self, name: str) -> Iterator[None]:
+    def tag(self, name: str) -> Generator[None, None, None]:
         self._stages.append(name)
         try:
             yield
@@ -111,18 +117,18 @@ class RangeTracer(NumpyOps):
             self.records.append(OperationRecord(kind, stage, count, inputs, results, shift))
         record = self.records[self._next]
         if (record.kind, record.stage, record.count) != (kind, stage, count):
-            raise ValueError(f"stage {stage}: the function takes another path for another input")
+            raise ValueError(f"stage {stage}: the operations of the function depend on its inputs")
         record.inputs, record.results = _hull(record.inputs, inputs), _hull(record.results, results)
         self._next += 1
 
 
 class _Extremes(NumpyOps):
-    """`NumpyOps` that notes which rows hold the extremes of every lookup's input."""
+    """`NumpyOps` that notes the rows with the extremes of every lookup's input."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rows: set[int] = set()
 
-    def note(self, x: np.ndarray) -> None:
+    def note(self, x: NDArray[Any]) -> None:
         for flat in (int(x.argmin()), int(x.argmax())):
             self.rows.add(int(np.unravel_index(flat, x.shape)[0]))
 
@@ -131,13 +137,15 @@ class _Extremes(NumpyOps):
         return table(x)
 
 
-def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
-    """An input set, out of very many samples, that reaches their extremes.
+def extreme_samples(
+    function: FunctionBody, params: Any, inputs: Sequence[NDArray[Any]]
+) -> list[tuple[NDArray[Any], ...]]:
+    """A small input set that reaches the extremes of very many samples.
 
-    function: works on rows that do not meet (leading axis N); inputs: arrays (N, ...).
+    function: treats rows (leading axis N) independently. inputs: arrays (N, ...).
 
-    Returns samples (1, ...) that hold the least and the greatest of every input, of all that is looked up, and of
-    every result.
+    Returns samples (1, ...) with the least and the greatest value of every input, of every lookup's input, and of every
+    result.
     """
     inputs = [np.asarray(x, np.int64) for x in inputs]
     extremes = _Extremes()
@@ -146,7 +154,7 @@ def extreme_samples(function: FunctionBody, params: Any, inputs: Sequence[np.nda
     return [tuple(x[row : row + 1] for x in inputs) for row in sorted(extremes.rows)]
 
 
-def _range(x: np.ndarray) -> tuple[int, int]:
+def _range(x: NDArray[Any]) -> tuple[int, int]:
     return int(x.min()), int(x.max())
 
 
@@ -155,43 +163,45 @@ def _hull(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 def trace(functions: Mapping[str, Function], params: Any) -> tuple[dict[str, RangeTracer], Signatures]:
-    """Run checked functions on their input sets, as int64: what each costs, the range of every lookup's input, and
-    where its arrays come from.
+    """Run functions on their input sets, as int64.
 
-    Raises ValueError for a wire from a result that does not exist or has another shape than its input.
+    functions: as `check_functions` returns them. Returns their tracers, by name, and signatures.
+
+    Raises ValueError for a source that does not exist or has another shape than its input.
     """
-    tracers, shapes = {}, {}
+    tracers: dict[str, RangeTracer] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
     for name, function in functions.items():
         tracers[name] = tracer = RangeTracer()
         for sample in function.inputset:
             tracer.start_sample()
             results = function.run(tracer, params, *(tracer.mark(np.asarray(x, np.int64)) for x in sample))
-        shapes[name] = [np.shape(result) for result in results]
+            shapes[name] = [np.shape(result) for result in results]
     for name, function in functions.items():
         for position, (sources, x) in enumerate(zip(function.sources, function.inputset[0], strict=True)):
             for source in sources:
                 given = shapes[source.function][source.position : source.position + 1]
                 if given != [x.shape]:
                     raise ValueError(
-                        f"input {position} of {name} has shape {x.shape}; output {source.position} of"
-                        f" {source.function}, which is wired to it, {f'has {given[0]}' if given else 'does not exist'}"
+                        f"input {position} of {name} has shape {x.shape}; its source, output {source.position} of"
+                        f" {source.function}, {f'has {given[0]}' if given else 'does not exist'}"
                     )
     signatures = {name: Signature(tuple(map(tuple, f.sources)), len(shapes[name])) for name, f in functions.items()}
     return tracers, Signatures(signatures)
 
 
 def product_range(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[int, int]:
-    """The range of a + b and a - b, whose squares make a product, of two (least, greatest)."""
+    """The range of a + b and a - b, whose squares give the product ab. a, b: (least, greatest)."""
     return int(min(a[0] + b[0], a[0] - b[1])), int(max(a[1] + b[1], a[1] - b[0]))
 
 
 def signed_bits(low: int, high: int) -> int:
-    """Bits of an integer between low and high: two's complement if low is negative, else unsigned; at least 1."""
+    """Bits for integers low..high: two's complement if low is negative, else unsigned; at least 1."""
     return max(1, (max(high, -low - 1)).bit_length() + (low < 0))
 
 
 def maximum_by_lookups(ops: Any, x: Any, axis: int, keepdims: bool) -> Any:
-    """The largest element along an axis, as a knockout of max(a, b) = b + relu(a - b): one lookup per comparison."""
+    """The maximum along an axis, as a knockout of max(a, b) = b + relu(a - b): one lookup per comparison."""
     axis %= len(x.shape)
 
     def part(start: int, stop: int) -> Any:
@@ -204,18 +214,18 @@ def maximum_by_lookups(ops: Any, x: Any, axis: int, keepdims: bool) -> Any:
     return x if keepdims else x.reshape(x.shape[:axis] + x.shape[axis + 1 :])
 
 
-def _relu(x: Any) -> np.ndarray:
+def _relu(x: Any) -> NDArray[Any]:
     return np.maximum(np.asarray(x, np.int64), 0)
 
 
 def lookup_slots(low: int, high: int, shift: int, rounding: str) -> tuple[int, int]:
-    """How a lookup of inputs low..high is laid out: (first rounded input, bits), 2**bits entries from the first.
+    """The entries of a lookup of inputs low..high: (first rounded input, bits), for 2**bits entries from the first.
 
-    Rounding approximately leaves half a step free at both ends, because noise that pushed an input past either end
-    would give a wrong result, not a neighbouring one. Entries to spare are shared between both ends.
+    Approximate rounding leaves half a step free at both ends, because noise that pushes an input past an end would give
+    a wrong result, not a neighbouring one. Spare entries are divided between both ends.
 
-    Every width in a circuit has evaluation keys of its own, a third of those of a head. A lookup of four bits takes but
-    a twentieth less time than one of five (`MILLISECONDS_PER_LOOKUP`), so it is laid out as one of five.
+    Four bits become five: every width in a circuit needs its own evaluation keys, and a lookup of four bits takes only
+    a twentieth less time than one of five (`MILLISECONDS_PER_LOOKUP`).
     """
     if rounding == "none":
         shift = 0
@@ -229,7 +239,7 @@ def lookup_slots(low: int, high: int, shift: int, rounding: str) -> tuple[int, i
 
 
 def count_lookups(records: Iterable[OperationRecord], rounding: str) -> dict[str, dict[int, int]]:
-    """{stage: {bits: lookups}} as Concrete would charge for records; bits are estimates."""
+    """{stage: {bits: lookups}} of records on Concrete. Bits are estimates."""
     stages: dict[str, dict[int, int]] = {}
 
     def add(stage: str, bits: int, count: int) -> None:

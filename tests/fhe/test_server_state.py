@@ -1,4 +1,4 @@
-"""Several functions in one circuit that hand each other encrypted arrays: a cache of keys and values, in small."""
+"""Functions of one circuit that take each other's results: a small cache of keys and values on the server."""
 
 import functools
 import itertools
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import fhe
-from fhe import wire
+from fhe.signatures import Signature, Signatures
 
 NUMPY = fhe.NumpyOps()
-SETTINGS = fhe.FHEConfig(rounding="none")
+# The tests look up some thousands of times: at this p_error one of them is wrong with a probability below 1e-6.
+CONFIG = fhe.FHEConfig(p_error=1e-10, rounding="none")
 BLOCKS = (1, 2)
 
 
@@ -91,12 +92,12 @@ def made(request):
     if request.param == "concrete":
         pytest.importorskip("concrete.fhe", reason="needs the extra 'fhe'")
     backend = fhe.get_backend(request.param)
-    circuit = backend.compile(functions(), PARAMS, SETTINGS)
+    circuit = backend.compile(functions(), PARAMS, CONFIG)
     return backend, circuit, circuit.make_keys()
 
 
 class Session:
-    """One client and its server: tokens come in one by one, their keys and values stay encrypted."""
+    """A client and its server. Tokens are read one by one; their keys and values stay on the server."""
 
     def __init__(self, circuit, keys):
         self.circuit, self.keys = circuit, keys
@@ -104,13 +105,13 @@ class Session:
         self.arrays: list[list[bytes]] = []
 
     def read(self, x):
-        """Projects one more token, in clear and encrypted."""
+        """Project one more token, in clear and encrypted."""
         self.tokens.append(project(NUMPY, PARAMS, x))
         sent = self.circuit.encrypt(self.keys, "project", x)
         self.arrays.append(self.circuit.run("project", sent, self.keys.evaluation))
 
     def attend(self, tokens):
-        """The last token's query against some tokens: encrypted, and in clear."""
+        """Attention of the last token to some tokens: encrypted, and in clear."""
         name = f"attend_{len(tokens)}"
         cached = [array for token in tokens for array in self.arrays[token][1:]]
         clear = [array for token in tokens for array in self.tokens[token][1:]]
@@ -133,7 +134,7 @@ def assert_same(results, expected):
 
 
 def test_a_chain_of_calls_decrypts_to_the_clear_integers(made):
-    """Every token attends to all before it, in blocks of 1 and 2 in any order, summed on the server."""
+    """The last token attends to blocks of 1 and 2 tokens in any order, summed on the server."""
     _, circuit, keys = made
     session = read_tokens(circuit, keys, 4)
     for array, wanted in zip(session.arrays, session.tokens, strict=True):
@@ -200,7 +201,7 @@ def test_arrays_in_the_wrong_place_are_refused(made):
         circuit.decrypt(stranger, "project", arrays)
 
 
-def test_calls_that_make_no_sense_are_refused(made):
+def test_unknown_functions_and_wrong_numbers_of_arrays(made):
     _, circuit, keys = made
     x = np.zeros((1, 4), int)
     with pytest.raises(ValueError, match=r"no function 'attend'.*there are: project, attend_1"):
@@ -217,11 +218,11 @@ def test_calls_that_make_no_sense_are_refused(made):
         circuit.encrypt(keys, "project", x, x)
     with pytest.raises(ValueError, match="the inputs of project are 1 arrays, not 0"):
         circuit.simulate("project")
-    assert circuit.encrypt(keys, "attend_1") == []  # all of its inputs are wired
+    assert circuit.encrypt(keys, "attend_1") == []  # all of its inputs come from other functions
 
 
 def test_a_circuit_and_keys_from_disk(made, tmp_path):
-    """They carry on with arrays that were made before."""
+    """They work with arrays of the original circuit."""
     backend, circuit, keys = made
     session = read_tokens(circuit, keys, 2)
     circuit.save(tmp_path / "circuit")
@@ -236,19 +237,19 @@ def test_a_circuit_and_keys_from_disk(made, tmp_path):
 
 def test_cached_circuit_and_keys(made, tmp_path, monkeypatch):
     backend, circuit, keys = made
-    fhe.compile_cached(backend, functions(), PARAMS, SETTINGS, tmp_path)
+    fhe.compile_cached(backend, functions(), PARAMS, CONFIG, tmp_path)
     monkeypatch.setattr(type(backend), "compile", None)
-    again = fhe.compile_cached(backend, functions(), PARAMS, SETTINGS, tmp_path)
+    again = fhe.compile_cached(backend, functions(), PARAMS, CONFIG, tmp_path)
     assert again.id == circuit.id
     keys.save(tmp_path / f"{circuit.id}.keys")
     assert fhe.cached_keys(again, tmp_path).evaluation == keys.evaluation
 
 
-def test_wires_are_part_of_what_a_circuit_is(made):
+def test_the_id_of_a_circuit_depends_on_sources(made):
     backend, circuit, _ = made
     changed = functions()
     changed["numerators"] = replace(changed["numerators"], sources=[[fhe.Output("attend_1", 0)]] * 2)
-    assert backend.compile(changed, PARAMS, SETTINGS).id != circuit.id
+    assert backend.compile(changed, PARAMS, CONFIG).id != circuit.id
 
 
 def test_report(made):
@@ -265,7 +266,7 @@ def test_report(made):
     assert stages == {"scores": 4, "softmax": 2, "output": 6}
     assert report.pbs_count == sum(cost.pbs_count for cost in report.functions.values())
     assert report.max_bit_width == max(cost.max_bit_width for cost in report.functions.values())
-    clear = fhe.get_backend("clear").compile(functions(), PARAMS, SETTINGS).report
+    clear = fhe.get_backend("clear").compile(functions(), PARAMS, CONFIG).report
     assert {name: cost.pbs_by_stage for name, cost in report.functions.items()} == {
         name: cost.pbs_by_stage for name, cost in clear.functions.items()
     }
@@ -278,22 +279,24 @@ def test_functions_that_do_not_fit_together_are_refused():
     def refused(message, **changes):
         base = functions() | changes
         with pytest.raises(ValueError, match=message):
-            fhe.get_backend("clear").compile(base, PARAMS, SETTINGS)
+            fhe.get_backend("clear").compile(base, PARAMS, CONFIG)
 
     attend_1 = functions()["attend_1"]
     q, k, v, squares = attend_1.sources
-    refused("wired to nowhere, which is no function", attend_1=replace(attend_1, sources=[[fhe.Output("nowhere")]]))
+    refused(
+        "comes from nowhere, which is not a function", attend_1=replace(attend_1, sources=[[fhe.Output("nowhere")]])
+    )
     refused("output 4 of project.*does not exist", attend_1=replace(attend_1, sources=[[fhe.Output("project", 4)]]))
     refused(r"input 0 of attend_1 has shape \(1, 2\).*\(1, 1\)", attend_1=replace(attend_1, sources=[squares]))
     refused("4 inputs, and sources for 5", attend_1=replace(attend_1, sources=[q, k, v, squares, q]))
     refused("must be an identifier", **{"attend to": attend_1})
     refused("input set of attend_1 is empty", attend_1=replace(attend_1, inputset=[]))
-    with pytest.raises(ValueError, match="needs a function"):
-        fhe.get_backend("clear").compile({}, PARAMS, SETTINGS)
+    with pytest.raises(ValueError, match="needs at least one function"):
+        fhe.get_backend("clear").compile({}, PARAMS, CONFIG)
 
 
-def test_concrete_cannot_hand_on_an_input():
-    """What is handed on must come out of a lookup; the error says where it does not."""
+def test_on_concrete_a_result_for_another_function_comes_out_of_a_lookup():
+    """The error says which one does not."""
     pytest.importorskip("concrete.fhe", reason="needs the extra 'fhe'")
 
     def shift(ops, params, x):
@@ -303,15 +306,14 @@ def test_concrete_cannot_hand_on_an_input():
     results = [shift(NUMPY, PARAMS, *sample) for sample in inputset]
     made = {"shift": fhe.Function(shift, inputset)}
     made["next"] = fhe.Function(total, [(r[1],) for r in results], [[fhe.Output("shift", 1)]])
-    with pytest.raises(fhe.CompilationError, match="output 1 of shift is handed to next and contains input 0 as it is"):
-        fhe.get_backend("concrete").compile(made, PARAMS, SETTINGS)
+    with pytest.raises(fhe.CompilationError, match="output 1 of shift is an input of next and contains input 0"):
+        fhe.get_backend("concrete").compile(made, PARAMS, CONFIG)
     made["next"] = fhe.Function(total, [(r[0],) for r in results], [[fhe.Output("shift", 0)]])
-    assert (
-        fhe.get_backend("concrete").compile(made, PARAMS, SETTINGS).report.pbs_count == 2
-    )  # the same lookup twice is one
+    # The same lookup twice is one.
+    assert fhe.get_backend("concrete").compile(made, PARAMS, CONFIG).report.pbs_count == 2
 
 
-def test_concrete_cannot_hand_on_what_is_not_used():
+def test_on_concrete_a_result_for_another_function_must_be_used():
     pytest.importorskip("concrete.fhe", reason="needs the extra 'fhe'")
 
     def levels(ops, params, x):
@@ -320,19 +322,17 @@ def test_concrete_cannot_hand_on_what_is_not_used():
     def first(ops, params, x, y):
         return (ops.lookup(params.square, x),)
 
-    wired = [[fhe.Output("levels", 0)], [fhe.Output("levels", 1)]]
+    sources = [[fhe.Output("levels", 0)], [fhe.Output("levels", 1)]]
     made = {
         "levels": fhe.Function(levels, [(np.arange(-2, 2),)]),
-        "first": fhe.Function(first, [(np.array([-1, 0, 0, 1]), np.arange(4) % 2)], wired),
+        "first": fhe.Function(first, [(np.array([-1, 0, 0, 1]), np.arange(4) % 2)], sources),
     }
-    with pytest.raises(
-        fhe.CompilationError, match="output 1 of levels to input 1 of first: nothing that first returns"
-    ):
-        fhe.get_backend("concrete").compile(made, PARAMS, SETTINGS)
+    with pytest.raises(fhe.CompilationError, match="output 1 of levels cannot be input 1 of first: no result of first"):
+        fhe.get_backend("concrete").compile(made, PARAMS, CONFIG)
 
 
-def test_a_negative_result_where_none_was_expected():
-    """Concrete refuses, at run time, to hand a signed result to an unsigned input; both ends are made alike."""
+def test_a_signed_result_for_an_unsigned_input():
+    """When it runs, Concrete refuses a signed result for an unsigned input, so both get the same sign."""
     pytest.importorskip("concrete.fhe", reason="needs the extra 'fhe'")
 
     def square(ops, params, x):
@@ -343,7 +343,7 @@ def test_a_negative_result_where_none_was_expected():
         name: fhe.Function(square, [(values,)], [[fhe.Output("levels")]])
         for name, values in {"signed": np.array([-2, -1, 0, 0, 1, 1, 0, 1]), "unsigned": np.array([0, 1] * 4)}.items()
     }
-    circuit = fhe.get_backend("concrete").compile({"levels": levels} | both, PARAMS, SETTINGS)
+    circuit = fhe.get_backend("concrete").compile({"levels": levels} | both, PARAMS, CONFIG)
     keys = circuit.make_keys()
     x = np.array([0, 1, 2, 3, 2, 1, 0, 0])
     arrays = circuit.run("levels", circuit.encrypt(keys, "levels", x), keys.evaluation)
@@ -352,8 +352,6 @@ def test_a_negative_result_where_none_was_expected():
         assert_same(circuit.decrypt(keys, name, results), (PARAMS.square(PARAMS.narrow(x)),))
 
 
-def test_ports_are_what_they_were(made):
-    signatures = wire.Signatures(
-        {"f": wire.Signature(((), (fhe.Output("g", 1), fhe.Output("f", 0))), 2), "g": wire.Signature((), 2)}
-    )
-    assert wire.Signatures.from_json(json.loads(json.dumps(signatures.to_json()))) == signatures
+def test_signatures_survive_json():
+    signatures = Signatures({"f": Signature(((), (fhe.Output("g", 1), fhe.Output("f", 0))), 2), "g": Signature((), 2)})
+    assert Signatures.from_json(json.loads(json.dumps(signatures.to_json()))) == signatures

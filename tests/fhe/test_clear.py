@@ -1,9 +1,11 @@
-"""The interface, the tables, the caches and the clear backend: everything of `fhe` that needs no Concrete."""
+"""The interface, lookup tables, caches and the clear backend: all of `fhe` that needs no library of encryption."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import pickle
 import stat
 import struct
 import subprocess
@@ -16,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fhe
-from fhe import cache, clear, wire
+from fhe import cache, clear, envelope, registry
+from fhe.tfhe.tracer import RangeTracer, lookup_slots
 
 RNG = np.random.default_rng(0)
 SQUARE = fhe.LookupTable.build(lambda v: v * v, -8, 7)
@@ -52,7 +55,7 @@ def compiled(function: Any = small_head, params: Any = PARAMS, inputset: Any = I
     shift=st.integers(0, 6),
     x=st.lists(st.integers(-5000, 5000), min_size=1, max_size=20),
 )
-def test_table_is_its_definition(values, low, shift, x):
+def test_a_lookup_table_is_its_definition(values, low, shift, x):
     table = fhe.LookupTable(np.array(values), low, shift)
     naive = []
     for value in x:
@@ -62,7 +65,7 @@ def test_table_is_its_definition(values, low, shift, x):
     assert table(np.array(x)).dtype == np.int64
 
 
-def test_table_build():
+def test_building_a_lookup_table():
     table = fhe.LookupTable.build(lambda v: v / 8, -2, 2, shift=2)
     assert table.values.tolist() == [-1, 0, 0, 0, 1]  # of -8, -4, 0, 4, 8: halves to even
     assert table.values.dtype == np.int32
@@ -72,7 +75,7 @@ def test_table_build():
 @pytest.mark.parametrize(
     ("function", "low", "high", "shift", "message"),
     [
-        (np.log, 0, 3, 0, "table of input 0 is -inf"),
+        (np.log, 0, 3, 0, "entry for input 0 is -inf"),
         (lambda v: v * 1e9, 0, 3, 0, "not an int32"),
         (lambda v: v, 3, 2, 0, "low <= high"),
         (lambda v: v, 0, 2, -1, "shift >= 0"),
@@ -80,13 +83,13 @@ def test_table_build():
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero")
-def test_table_build_refuses(function, low, high, shift, message):
+def test_functions_that_make_no_lookup_table(function, low, high, shift, message):
     with pytest.raises(ValueError, match=message):
         fhe.LookupTable.build(function, low, high, shift)
 
 
 @pytest.mark.parametrize("changes", [{"p_error": 0.0}, {"p_error": 1.0}, {"rounding": "up"}])
-def test_settings_refuse(changes):
+def test_options_out_of_range(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         fhe.FHEConfig(**changes)
 
@@ -100,22 +103,22 @@ def test_settings_refuse(changes):
 )
 def test_a_lookup_has_room_for_its_range_and_its_rounding(low, span, shift, rounding):
     high = low + span
-    first, bits = clear.lookup_slots(low, high, shift, rounding)
+    first, bits = lookup_slots(low, high, shift, rounding)
     step = 1 if rounding == "none" else 1 << shift
-    assert low - first * step >= 0  # laid out unsigned
+    assert low - first * step >= 0  # unsigned
     last = ((1 << bits) - 1) * step
     assert high - first * step <= last if rounding == "approximate" else high - first * step < last + (step + 1) // 2
-    assert bits != 4  # what would be is laid out as 5
+    assert bits != 4  # four become five
     assert 1 << (4 if bits == 5 else bits) <= max(2, 2 * (span // step + 2))  # no more than twice what is needed
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 7])
 def test_a_maximum_is_one_lookup_per_comparison(size):
     x = np.random.default_rng(size).integers(-50, 50, (4, size))
-    observer = clear.RangeTracer()
-    assert np.array_equal(observer.max(observer.mark(x), axis=1), x.max(1))
-    assert np.array_equal(observer.max(observer.mark(x), axis=-2, keepdims=True), x.max(0, keepdims=True))
-    assert sum(site.count for site in observer.sites if site.kind == "lookup") == 4 * (size - 1) + 3 * size
+    tracer = RangeTracer()
+    assert np.array_equal(tracer.max(tracer.mark(x), axis=1), x.max(1))
+    assert np.array_equal(tracer.max(tracer.mark(x), axis=-2, keepdims=True), x.max(0, keepdims=True))
+    assert sum(record.count for record in tracer.records if record.kind == "lookup") == 4 * (size - 1) + 3 * size
 
 
 def test_report_counts_by_stage():
@@ -194,12 +197,12 @@ def test_key_files_are_private_and_whole(tmp_path):
 
 
 @given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
-def test_any_flipped_byte_is_noticed(position, flip):
-    data = bytearray(wire.pack("results", "circuit", "keys", [b"one", b"", b"three"]))
-    assert wire.unpack(bytes(data), "results", "circuit", "keys") == ("keys", "results", [b"one", b"", b"three"])
+def test_any_flipped_byte_is_detected(position, flip):
+    data = bytearray(envelope.pack("results", "circuit", "keys", [b"one", b"", b"three"]))
+    assert envelope.unpack(bytes(data), "results", "circuit", "keys") == ("keys", "results", [b"one", b"", b"three"])
     data[position % len(data)] ^= flip
     with pytest.raises(fhe.CircuitFormatError):
-        wire.unpack(bytes(data), "results", "circuit", "keys")
+        envelope.unpack(bytes(data), "results", "circuit", "keys")
 
 
 def test_saved_circuit(tmp_path):
@@ -214,11 +217,11 @@ def test_saved_circuit(tmp_path):
     with pytest.raises(fhe.CircuitFormatError, match="damaged"):
         fhe.get_backend("clear").load(tmp_path / "circuit")
     nameless = compiled(lambda ops, params, x: (x,), None)
-    with pytest.raises(fhe.CompilationError, match="saved with its functions' names"):
+    with pytest.raises(fhe.CompilationError, match="saved with the names of its functions"):
         nameless.save(tmp_path)
 
 
-def test_half_of_a_saved_circuit_is_a_client(tmp_path):
+def test_the_clients_half_of_a_saved_circuit(tmp_path):
     circuit = compiled()
     circuit.save(tmp_path, server=False)
     client = fhe.get_backend("clear").load(tmp_path)
@@ -236,12 +239,54 @@ def test_half_of_a_saved_circuit_is_a_client(tmp_path):
             computing()
 
 
+@pytest.mark.parametrize("name", ["clear", "ckks"])
+def test_a_client_never_opens_the_servers_file(name, tmp_path):
+    """Whoever hands a circuit to a client must not be able to run code there."""
+    if name == "ckks":
+        pytest.importorskip("tenseal", reason="the CKKS engine is optional")
+    backend = fhe.get_backend(name)
+    x = np.arange(4096) % 4
+    circuit = backend.compile({"double": fhe.Function(double, [(x,)])}, None, fhe.FHEConfig())
+    circuit.save(tmp_path)  # both halves
+    client = backend.load(tmp_path, server=False)
+    with pytest.raises(fhe.NoWeights):
+        client.simulate("double", x)
+
+    marker = tmp_path / "marker"
+    kind = {"clear": clear.KIND, "ckks": "CKKS circuit"}[name]
+    bomb = envelope.pack(kind, circuit.id, "", [pickle.dumps(Bomb(str(marker)))])
+    circuit.save(tmp_path / "client", server=False)
+    (tmp_path / "client" / "server.bin").write_bytes(bomb)
+    client = backend.load(tmp_path / "client", server=False)
+    keys = client.make_keys()
+    results = circuit.run("double", client.encrypt(keys, "double", x), keys.evaluation)
+    assert np.allclose(client.decrypt(keys, "double", results)[0], 2 * x, atol=0.1)
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        backend.load(tmp_path / "client")
+    assert marker.exists()  # the bomb is one
+
+
+def double(ops, params, x):
+    return (ops.add(x, x) if hasattr(ops, "add") else x + x,)
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: str):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
 @given(content=st.binary(max_size=200), header=st.one_of(st.none(), st.binary(max_size=80)))
-def test_a_checksum_alone_opens_no_envelope(content, header):
-    """Whoever sends bytes can sum them too: what is within must be checked all the same."""
-    body = wire.MAGIC + (struct.pack("<I", len(header)) + header if header is not None else b"") + content
+def test_a_right_checksum_does_not_open_an_envelope(content, header):
+    """A checksum proves nothing about the sender: the content must be checked as well."""
+    body = envelope.MAGIC + (struct.pack("<I", len(header)) + header if header is not None else b"") + content
     with pytest.raises(fhe.CircuitFormatError):
-        wire.unpack(body + hashlib.sha256(body).digest(), "results", "circuit", "keys")
+        envelope.unpack(body + hashlib.sha256(body).digest(), "results", "circuit", "keys")
 
 
 @pytest.mark.parametrize(
@@ -256,15 +301,15 @@ def test_a_checksum_alone_opens_no_envelope(content, header):
         {"kind": []},
     ],
 )
-def test_a_header_must_be_true(changes):
+def test_headers_that_do_not_fit(changes):
     header = json.dumps({"kind": "results", "circuit": "c", "keys": "k", "sizes": [3]} | changes).encode()
-    body = wire.MAGIC + struct.pack("<I", len(header)) + header + b"abc"
+    body = envelope.MAGIC + struct.pack("<I", len(header)) + header + b"abc"
     with pytest.raises(fhe.CircuitFormatError):
-        wire.unpack(body + hashlib.sha256(body).digest(), "results", "c", "k")
+        envelope.unpack(body + hashlib.sha256(body).digest(), "results", "c", "k")
 
 
 @given(content=st.binary(max_size=200))
-def test_bytes_that_are_no_array_are_refused(content):
+def test_bytes_that_are_not_an_array(content):
     circuit = compiled()
     keys = circuit.make_keys(1)
     (array,) = circuit.signatures.pack_inputs("head", circuit.id, keys.id, [b"\x93NUMPY" + content])
@@ -273,18 +318,18 @@ def test_bytes_that_are_no_array_are_refused(content):
 
 
 class CountingBackend(clear.ClearBackend):
-    """A backend from outside, which notes how often it compiles."""
+    """A backend from elsewhere, which counts its compilations."""
 
     name = "counting"
     compilations = 0
 
-    def compile(self, functions, params, settings):
+    def compile(self, functions, params, config):
         self.compilations += 1
-        return super().compile(functions, params, settings)
+        return super().compile(functions, params, config)
 
 
 def test_a_third_backend(monkeypatch):
-    monkeypatch.setattr(fhe.backend._registry, "factories", dict(fhe.backend._registry.factories))
+    monkeypatch.setattr(registry._registry, "factories", dict(registry._registry.factories))
     fhe.register_backend("counting", CountingBackend)
     assert fhe.backends() == ("ckks", "clear", "concrete", "counting")
     assert isinstance(fhe.get_backend("counting"), CountingBackend)
@@ -314,7 +359,7 @@ def test_circuits_are_cached(tmp_path, caplog):
     make(rounding="none")
     make(name="other")
     assert backend.compilations == 6
-    assert len(list(tmp_path.iterdir())) == 6  # nothing unfinished is left
+    assert len(list(tmp_path.iterdir())) == 6  # no temporary directory is left
     for entry in tmp_path.glob("*/server.bin"):
         entry.write_bytes(entry.read_bytes()[:100])
     with caplog.at_level(logging.WARNING, logger="fhe.cache"):
@@ -324,7 +369,7 @@ def test_circuits_are_cached(tmp_path, caplog):
     assert backend.compilations == 7
 
 
-def test_what_a_function_closes_over_is_hashed():
+def test_the_fingerprint_includes_what_a_function_closes_over():
     def make(factor):
         return lambda ops, params, x: (x * factor,)
 
@@ -356,7 +401,7 @@ def test_keys_are_cached(tmp_path, caplog):
         (
             "sys.modules['concrete'] = None\nimport fhe\ntry: fhe.get_backend('concrete')\n"
             "except fhe.BackendUnavailable as error: print(error)",
-            "pip install jaxgpt2[fhe]",
+            "the backend 'concrete' needs concrete-python, which cannot be imported",
         ),
     ],
 )
