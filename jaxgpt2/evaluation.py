@@ -1,7 +1,7 @@
 """How much a quantized head changes the model.
 
 Agreement with the float model's best token alone misleads: deleting a head often keeps nearly all of it. So every
-measure fhe_config beside the one of the model with the head's output set to zero.
+measure stands beside the one of the model with the head's output set to zero.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def evaluate(
     ks: Sequence[int] = (1, 5, 10),
     max_tokens: int | None = None,
 ) -> Evaluation:
-    """Compares a encrypted model with its float model on every token of every passage, in one pass.
+    """Compares an encrypted model with its float model on every token of every passage, in one pass.
 
     Args:
         encrypted: calibrated, on other text.

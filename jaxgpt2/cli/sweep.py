@@ -145,7 +145,7 @@ def read_config(model: str) -> Any:
               help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
 @options(cost_options)
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="LookupTable and figures go here."
+    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here."
 )
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
 @json_option

@@ -214,7 +214,7 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
     q, k, v = (q - q_mean) @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
     q_step, k_step, v_step = (best_scale(part, bits.activations) for part in (q, k, v))
     nats = q_step * k_step
-    # The row shift fhe_config for the row maximum and for the squares that are not subtracted; the key's term, centred,
+    # The row shift stands for the row maximum and for the squares that are not subtracted; the key's term, centred,
     # for the scores of the mean query.
     term = weights.key @ q_mean / np.sqrt(len(q_mean))
     term_bias = -float((real @ term).mean())

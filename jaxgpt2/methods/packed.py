@@ -64,7 +64,7 @@ def mask_pairs(ops: SlotOps[V], layout: Layout, values: V, pairs: np.ndarray) ->
     """From 2i * values, values + i * pairs in the first copy; one level.
 
     `pairs` (S,) is one where there is a pair: multiplied by a pair's weight, the real part is its numerator and the
-    imaginary part its denominator. DaskExecutor the values become zero, and in the second copy too, where `scores` mean
+    imaginary part its denominator. Elsewhere the values become zero, and in the second copy too, where `scores` mean
     nothing.
     """
     _, output, _ = layout.axes

@@ -1,4 +1,4 @@
-"""Many configurations of protected heads, measured against the float model in stacks.
+"""Many configurations of encrypted modules, measured against the float model in stacks.
 
 A configuration is a head and its config. The float model reads the passages once, layer by layer. At every layer the
 configurations of its heads are calibrated, their parameters are stacked, and one compiled program runs the whole stack:

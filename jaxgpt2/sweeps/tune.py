@@ -66,7 +66,7 @@ class Encryption:
 
     Args:
         fhe_config: error probability and rounding.
-        complexity: of a text of the length that was asked for, all heads, in the engine's own module.
+        complexity: of a text of the length that was asked for, all heads, in the engine's own unit.
         kl: KL(float || simulated) in nats, summed over heads, each alone; quantized_kl: the same without encryption;
             kl_ablated: the same without the head.
         error: why one of the heads cannot be compiled with it; then the numbers are those of the heads before.
