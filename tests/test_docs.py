@@ -19,9 +19,9 @@ def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
     try:
         helpers.random_checkpoint(tmp_path, n_embd=24, n_head=3)
         passages = ["the cat", "sat on", "a mat", "one dog"]
-        hybrid = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
-        hybrid = hybrid.compile(passages, 5, backend="clear")
-        texts = [list(hybrid.generate("cat", 2, mode, keys=hybrid.make_keys())) for mode in
+        encrypted = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
+        encrypted = encrypted.compile(passages, 5, backend="clear")
+        texts = [list(encrypted.generate("cat", 2, mode, keys=encrypted.make_keys())) for mode in
                  ("quantized", "simulate", "encrypted")]  # fmt: skip
         assert texts[0] == texts[1] == texts[2]
     finally:

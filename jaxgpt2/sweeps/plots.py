@@ -31,7 +31,7 @@ def draw(frame: Any, directory: Path) -> list[str]:
 
 def formula_of(rows: Any) -> list[str]:
     """Columns that name a config but for its widths: the method and its options."""
-    first, last = list(rows.columns).index("lookup_bits") + 1, list(rows.columns).index("top_" + first_k(rows))
+    first, last = list(rows.columns).index("rounding_threshold_bits") + 1, list(rows.columns).index("top_" + first_k(rows))
     return ["attention", *rows.columns[first:last]]
 
 

@@ -8,10 +8,10 @@ import the_post
 
 def test_the_yardstick_has_the_posts_number_of_lookups():
     """GPT-2's shape, 6 tokens, 4 bits, one head: compiled, not run."""
-    hybrid = the_post.compile_yardstick(
-        width=768, heads=12, tokens=6, bits=4, lookup_bits=6, rounding="approximate", p_error=1e-5
+    encrypted = the_post.compile_yardstick(
+        width=768, heads=12, tokens=6, bits=4, rounding_threshold_bits=6, rounding="approximate", p_error=1e-5
     )
-    (circuit,) = hybrid.circuits.values()
+    (circuit,) = encrypted.circuits.values()
     assert circuit.report.pbs_count == pytest.approx(the_post.POST_LOOKUPS, rel=0.05)
     stages = circuit.report.pbs_by_stage
     assert sum(count for widths in stages.values() for count in widths.values()) == circuit.report.pbs_count

@@ -62,7 +62,7 @@ def model(tmp_path_factory) -> Path:
 def compiled(model, tmp_path_factory) -> Path:
     """Both bundles, and the circuits in a cache from which the same text is made in one process."""
     directory = tmp_path_factory.mktemp("compiled")
-    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", HEADS, *LOWRANK,
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--encrypt", HEADS, *LOWRANK,
               "--cache", directory / "cache"]  # fmt: skip
     report = run("compile", *common, "--seq-len", LENGTH, "--out", directory / "out")
     assert json.loads((directory / "out" / "report.json").read_text()) == report
@@ -95,15 +95,15 @@ def whole_model(model: Path, compiled: Path) -> EncryptedGPT2:
         module: fhe.get_backend("concrete").load(compiled / "server" / "circuits" / str(module))
         for module in client.modules
     }
-    return EncryptedGPT2(GPT2.from_pretrained(model), client.configs, client.calibrated, circuits, client.seq_len)
+    return EncryptedGPT2(GPT2.from_pretrained(model), client.configs, client.quantized, circuits, client.seq_len)
 
 
 @pytest.fixture(scope="module")
 def wanted(model, compiled, keys) -> list[int]:
     """The text that one process makes on ciphertexts."""
-    hybrid = whole_model(model, compiled)
-    text = list(hybrid.generate(PROMPT, NEW, "encrypted", keys=hybrid.make_keys(keys / "alice")))
-    assert text == list(hybrid.generate(PROMPT, NEW, "simulate"))
+    encrypted = whole_model(model, compiled)
+    text = list(encrypted.generate(PROMPT, NEW, "encrypted", keys=encrypted.make_keys(keys / "alice")))
+    assert text == list(encrypted.generate(PROMPT, NEW, "simulate"))
     return text
 
 
@@ -193,10 +193,10 @@ def test_bundles_say_what_they_are(compiled, tmp_path):
     assert [entry.id for entry in client.circuits] == [entry.id for entry in server.circuits]
     with pytest.raises(BundleError, match="is a server bundle, wanted the client's"):
         read_client(Bundle.read(compiled / "server", "client"))
-    hybrid = read_client(client)
-    assert hybrid.seq_len == LENGTH
+    encrypted = read_client(client)
+    assert encrypted.seq_len == LENGTH
     with pytest.raises(fhe.NoWeights, match="without its weights"):
-        list(hybrid.generate(PROMPT, 1, "simulate"))
+        list(encrypted.generate(PROMPT, 1, "simulate"))
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_the_text_through_the_server_is_the_text_of_one_process(server, compiled
 
 def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, model):
     prompts = dict(zip(TOKENS, ("tq", "he", "ox", "ab"), strict=True))
-    hybrid = whole_model(model, compiled)
+    encrypted = whole_model(model, compiled)
 
     def generate(name: str) -> list[int]:
         with RemoteGPT2.connect(server.url, compiled / "client", keys / name, token=TOKENS[name]) as remote:
@@ -233,7 +233,7 @@ def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, mo
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         texts = dict(zip(prompts, pool.map(generate, prompts), strict=True))
     assert len(set(map(tuple, texts.values()))) > 1
-    assert texts == {name: list(hybrid.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
+    assert texts == {name: list(encrypted.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
 
 
 def test_a_session_that_expires_does_not_end_the_text(server, compiled, keys, wanted):
@@ -294,7 +294,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
     with running(compiled / "server", tmp_path / "state", "--workers", 1) as server:
         with RemoteGPT2.connect(server.url, compiled / "client", tmp_path / "keys") as remote:
             inputs: list[np.ndarray] = []
-            for module, circuit in remote.hybrid.circuits.items():
+            for module, circuit in remote.encrypted.circuits.items():
                 original = circuit.encrypt
 
                 def spy(own: Any, name: str, *x: np.ndarray, original: Any = original) -> list[bytes]:
@@ -354,7 +354,7 @@ def test_a_worker_and_then_the_server_killed_in_the_middle_of_a_text(compiled, k
 def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, compiled, keys, wanted):
     """Rightly summed envelopes around damaged ciphertexts: natively read, so that workers may die of them."""
     with RemoteGPT2.connect(server.url, compiled / "client", keys / "bob", token=TOKENS["bob"]) as remote:
-        module, circuit = next(iter(remote.hybrid.circuits.items()))
+        module, circuit = next(iter(remote.encrypted.circuits.items()))
         own: Any = remote.keys[module]
         client = httpx2.Client(
             base_url=server.url, headers={"Authorization": f"Bearer {TOKENS['bob']}"}, timeout=120
@@ -413,7 +413,7 @@ def test_ckks_through_the_server(model, tmp_path):
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join([f"{a}{b}" for a in CALIBRATION for b in CALIBRATION]) + "\n")
-    common = ["--model", model, "--calibration", texts, "--head", "0.1", "--attention", "polynomial",
+    common = ["--model", model, "--calibration", texts, "--encrypt", "0.1", "--attention", "polynomial",
               "--backend", "ckks", "--cache", tmp_path / "cache"]  # fmt: skip
     run("compile", *common, "--seq-len", 4, "--out", tmp_path / "out")
     quantized = run("generate", PROMPT, *common[:-4], "--mode", "quantized", "--max-new-tokens", 2)

@@ -34,7 +34,7 @@ pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
 # The tokenizer of the random models has a token a byte.
 CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 2
 TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def mixed(bench) -> list[dict]:
 @pytest.mark.parametrize("index", range(len(MIXED)))
 def test_a_row_equals_eval(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-    wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1, 3))
+    encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+    wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1, 3))
     assert (row["layer"], row["head"], row["attention"]) == (each.module.layer, each.module.head, each.config.method)
     assert row["positions"] == wanted.positions
     assert row["passages"] == wanted.passages
@@ -104,8 +104,8 @@ def test_a_row_equals_eval(bench, gpt2, mixed, index):
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-    compiled = hybrid.compile(CALIBRATION, 4, backend="clear")
+    encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+    compiled = encrypted.compile(CALIBRATION, 4, backend="clear")
     cost = compiled.costs(4)[each.module]
     assert isinstance(cost, fhe.Cost)
     assert row["pbs_count"] == cost.pbs_count
@@ -118,8 +118,8 @@ def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
 
 def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
-    hybrid = EncryptedGPT2(gpt2, {MIXED[0].module: MIXED[0].config}).calibrate(CALIBRATION, bench.max_tokens)
-    cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].module]
+    encrypted = EncryptedGPT2(gpt2, {MIXED[0].module: MIXED[0].config}).calibrate(CALIBRATION, bench.max_tokens)
+    cost = encrypted.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].module]
     assert isinstance(cost, fhe.Cost)
     assert mixed[0]["pbs_count"] == cost.pbs_count
     assert mixed[0]["max_bit_width"] == cost.max_bit_width
@@ -133,11 +133,11 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
     chosen = [configuration("0.1", method, 4, squarings=3), configuration("0.2", method, 4, squarings=4)]
     rows = rows_of(bench, [*chosen, MIXED[0]])
     for row, each in zip(rows, chosen, strict=False):
-        hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-        wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
+        encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+        wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
-        assert row["levels"] == each.config.settings["squarings"] + 4
+        assert row["levels"] == each.config.options["squarings"] + 4
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
     frame = sweep_table.table(rows)
@@ -316,7 +316,7 @@ def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
 
 def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
+    tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
               "--set", "value_rank=4,8", "--seq-len", 3, "--simulated", 0]  # fmt: skip
     result = run(*tuning, "--recovered-kl", 0.5, "--out", out, "--json")
     assert result.exit_code == 0, result.output
@@ -325,7 +325,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
     assert set(found["heads"]) == {"0.1", "1.2"}
     assert found["recovered_kl"] >= 0.5
     for name, config in found["heads"].items():
-        evaluated = run("eval", *common(model), "--configs", out, "--head", name, "--json")
+        evaluated = run("eval", *common(model), "--configs", out, "--encrypt", name, "--json")
         measured = json.loads(evaluated.stdout)
         assert measured["recovered_kl"] == pytest.approx(config["measured"]["recovered_kl"], abs=2e-3)
     generated = run("generate", "dog", "--model", model, "--configs", out, "--mode", "quantized", "--calibration",
@@ -349,7 +349,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         ]
         swept = run("sweep", *common(model), *grid, "--top-k", 1, "--seq-len", 3, "--out", directories[-1])
         assert swept.exit_code == 0, swept.output
-    chosen = run("tune", "--model", model, "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
+    chosen = run("tune", "--model", model, "--encrypt", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
                  "--json")  # fmt: skip
     assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
         name: config["options"] for name, config in found["heads"].items()
@@ -361,7 +361,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
 
 def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_path):
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
+    tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
               "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 3, "--p-error",
               "1e-5,0.2"]  # fmt: skip
     result = run(*tuning, "--noise", 0.3, "--out", out, "--json")
@@ -378,13 +378,13 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_pa
     assert [config["encryption"] for config in found["heads"].values()] == [chosen] * 2
 
     compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--configs", out,
-                 "--seq-len", 3, "--head", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
+                 "--seq-len", 3, "--encrypt", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
     report = json.loads(run(*compiling).stdout)
     assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
     other = json.loads(run(*compiling, "--p-error", 1e-3).stdout)
     assert (other["p_error"], other["rounding"]) == (1e-3, chosen["rounding"])
 
-    hopeless = run(*tuning, "--head", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
+    hopeless = run(*tuning, "--encrypt", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
     assert hopeless.exit_code == 2
     assert "costs more than -9 of the KL, the best" in hopeless.stderr.replace("\n", " ")
 
@@ -394,11 +394,11 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
         raise fhe.BackendUnavailable("concrete is not installed: install it")
 
     monkeypatch.setitem(fhe.backend._registry.factories, "concrete", missing)
-    refused = run("tune", *common(model), "--head", "0.1")
+    refused = run("tune", *common(model), "--encrypt", "0.1")
     assert refused.exit_code == 2
     assert "install it, or leave error probability and rounding to the method: --simulated 0" in refused.stderr
     assert "configurations" not in refused.stderr
-    tuned = run("tune", *common(model), "--head", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
+    tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
                 "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
     assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
@@ -428,7 +428,7 @@ def test_the_cheapest_encryption_loses_no_more_than_allowed():
     ],
 )
 def test_what_cannot_be_tried_is_said_before_anything_is_measured(model, arguments, message):
-    result = run("tune", *common(model), "--head", "0.1", *arguments)
+    result = run("tune", *common(model), "--encrypt", "0.1", *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")
     assert "configurations" not in result.stderr
@@ -521,7 +521,7 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
     """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
     arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
-    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--lookup-bits", "none"),
+    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--rounding-threshold-bits", "none"),
                                               (6, 7, 3, None))]):  # fmt: skip
         out = tmp_path / str(number)
         assert run("sweep", *common(model), *arguments, *given, "--out", out).exit_code == 0

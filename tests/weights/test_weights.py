@@ -24,7 +24,7 @@ from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
 from weights import CheckpointError, load_config, load_tensors, locate, save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(directory: Path) -> dict[str, np.ndarray]:
