@@ -124,11 +124,11 @@ def stoppable(said: str) -> Iterator[None]:
 
 
 def read_config(model: str) -> Any:
-    """A model's sizes, without its weights."""
+    """A model's configuration, without its weights."""
     import weights
-    from jaxgpt2.models.gpt2.config import GPT2Config
+    from jaxgpt2.models.gpt2 import pretrained
 
-    return GPT2Config.from_dict(weights.load_config(weights.locate(model)))
+    return pretrained.read_config(weights.locate(model))
 
 
 @click.command()
