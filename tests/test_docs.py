@@ -11,7 +11,7 @@ from jaxgpt2.methods import method
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
+def test_the_method_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-method.md").read_text(), re.DOTALL)
     (tmp_path / "inhibitor.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -25,4 +25,4 @@ def test_the_formula_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
                  ("quantized", "simulate", "encrypted")]  # fmt: skip
         assert texts[0] == texts[1] == texts[2]
     finally:
-        method._FORMULAS.pop("inhibitor")
+        method._METHODS.pop("inhibitor")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import head_error, integers, random_head, random_inputs
+from test_methods import head_error
 
 from fhe import NumpyOps
+from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
 from jaxgpt2.methods import lowrank
 from jaxgpt2.methods.method import float_head

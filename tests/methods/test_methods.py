@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 import fhe
 from fhe import NumpyOps
+from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
 from jaxgpt2.executors import LocalExecutor, SimulatedExecutor
 from jaxgpt2.methods.jax_ops import JaxOps
-from jaxgpt2.methods.method import HeadWeights, float_head, quantize_input
+from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
 
 SOFTMAX = methods.get("softmax")
@@ -26,34 +27,6 @@ by_name = pytest.mark.parametrize("method", BY_LOOKUPS, ids=lambda method: metho
 
 def options(method: methods.Method) -> dict[str, int]:
     return {**method.options, **QUICK.get(method.name, {})}
-
-
-def random_head(seed: int, width: int, head_dim: int, sharpness: float = 1.0) -> HeadWeights:
-    random = np.random.default_rng(seed)
-
-    def matrix(*shape: int) -> np.ndarray:
-        return random.normal(size=shape) / np.sqrt(shape[0])
-
-    output = matrix(head_dim, width)
-    return HeadWeights(
-        query=matrix(width, head_dim) * sharpness,
-        query_bias=random.normal(size=head_dim) * 0.1,
-        key=matrix(width, head_dim) * sharpness,
-        key_bias=random.normal(size=head_dim) * 0.1,
-        value=matrix(width, head_dim),
-        value_bias=random.normal(size=head_dim) * 0.1,
-        output=output,
-        metric=output @ output.T,
-    )
-
-
-def random_inputs(seed: int, count: int, tokens: int, width: int) -> list[np.ndarray]:
-    random = np.random.default_rng(seed + 1000)
-    return [random.normal(size=(tokens, width)) for _ in range(count)]
-
-
-def integers(calibrated, x: np.ndarray) -> np.ndarray:
-    return np.asarray(quantize_input(calibrated, jnp.asarray(x, jnp.float32)), np.int64)
 
 
 @by_name

@@ -1,9 +1,6 @@
 """The polynomial method: its fit, and the same head in floating point and on slots."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +12,7 @@ from fhe import Function
 from fhe.backend import check_functions
 from fhe.ckks.linalg import Layout
 from fhe.ckks.slots import CleartextSimulator
+from heads import Rehearsal
 from jaxgpt2 import methods
 from jaxgpt2.decoding import NotReady
 from jaxgpt2.methods import polynomial
@@ -243,29 +241,6 @@ def test_low_rank_reads_more_tokens_with_fewer_products():
         polynomial.prefill(layout, simulator, found.params, *x)
         calls[layout.outputs] = layout.tokens, simulator.counts.by_stage()["projection"]["clear product"]
     assert calls == {64: (8, 12 + 1), 16: (16, 6 + 1)}  # one to lower the queries
-
-
-@dataclass
-class Rehearsal:
-    """An executor without encryption: functions on a `CleartextSimulator`, with every call noted."""
-
-    functions: dict[str, Function]
-    params: PolynomialParams
-    calls: list[str] = field(default_factory=list)
-
-    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        return arrays
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        self.calls.append(name)
-        function, simulator = self.functions[name], CleartextSimulator(512)
-        assert len(arrays) == len(function.sources)
-        loaded = [simulator.load(v, 2 if group else 0) for v, group in zip(arrays, function.sources, strict=True)]
-        return [result.values for result in function.run(simulator, self.params, *loaded)]
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        self.calls.append(f"decrypt {name}")
-        return results
 
 
 STRATEGY = PackedSequence(512)

@@ -26,8 +26,9 @@ from safetensors.numpy import load_file
 import fhe
 import helpers
 from jaxgpt2.cli import main
-from jaxgpt2.encrypted import EncryptedGPT2, head_weights, parse_modules
+from jaxgpt2.encrypted import EncryptedGPT2, head_weights
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.models import read_client
@@ -149,7 +150,7 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
     size = gpt2.config.head_dim
 
     def windows(length: int) -> Iterator[tuple[str, np.ndarray]]:
-        """All runs of numbers of a length in every array, as it is and transposed, of module length."""
+        """All runs of numbers of a length in every array, as it is and transposed, of unit length."""
         for name, array in arrays.items():
             for flat in (array.reshape(-1), array.T.reshape(-1)):
                 if flat.size >= length:
@@ -158,8 +159,8 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
                     yield name, runs[norms > 0] / norms[norms > 0, None]
 
     for module in parse_modules(HEADS, gpt2.config):
-        secret = head_weights(gpt2.model, module.layer, module.head or 0)
-        kept = head_weights(gpt2.model, module.layer, 0)
+        secret = head_weights(gpt2, module.layer, module.head or 0)
+        kept = head_weights(gpt2, module.layer, 0)
         stored = load_file(compiled / "client" / "model" / "model.safetensors")[
             f"transformer.h.{module.layer}.attn.c_attn.weight"
         ]
@@ -173,7 +174,7 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
                 for name, runs in windows(len(column)):
                     assert np.abs(runs @ (column / np.linalg.norm(column))).max() < 0.999, name
     # The search finds what is there: the same head's rows of the output projection, which the client needs.
-    assert occurs(head_weights(gpt2.model, 1, 2).output[0], files) == ["model/model.safetensors"]
+    assert occurs(head_weights(gpt2, 1, 2).output[0], files) == ["model/model.safetensors"]
     # The circuit's integers are where they belong, and nowhere else.
     circuits = (compiled / "server").rglob("*.mlir")
     constants = [dense for path in circuits for dense in re.findall(r"dense<(\[\[.*?\]\])>", path.read_text())]
@@ -209,7 +210,7 @@ def test_the_text_through_the_server_is_the_text_of_one_process(server, compiled
     first = json.loads(shown.stdout)
     assert first["tokens"] == wanted
     assert re.search(r"MB of ciphertexts sent, .* MB received, in \d+ requests; evaluation keys sent, ", shown.stderr)
-    assert first["mode"] == "server" and first["head"] == HEADS
+    assert first["mode"] == "server" and first["modules"] == HEADS
     assert first["keys"] > 1_000_000 and first["sent"] > 0 and first["received"] > 0
     paths = list((keys / "alice").glob("*.keys"))
     assert len(paths) == 1 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in paths)
