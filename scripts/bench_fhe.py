@@ -144,7 +144,7 @@ def make(directory: str, head: str, config: Mapping[str, Any], width: int, token
     program = method.head
     given = random_head(width, 64, tokens) if head == "random" else trained_head(head, width, tokens)
     weights, inputs, texts = given
-    calibrated = program.calibrate(weights, inputs, chosen.bits, tokens, **chosen.settings)
+    calibrated = program.calibrate(weights, inputs, chosen.bits, tokens, **chosen.options)
     functions = program.reading.functions(program, calibrated, inputs, tokens)
     circuit = fhe.get_backend(method.backend).compile(functions, calibrated.params, chosen.fhe_config)
     circuit.save(path / "circuit")
@@ -199,7 +199,7 @@ def execute(directory: str, method: str, tokens: int, texts: int) -> dict:
                 started = time.perf_counter()
                 outputs = reader.read(inputs[number][:length])
                 seconds = time.perf_counter() - started
-                given = np.asarray(program.decode(calibrated.decoding, tuple(map(jnp.asarray, outputs))))[known:]
+                given = np.asarray(program.decode(calibrated.dequantization, tuple(map(jnp.asarray, outputs))))[known:]
                 wanted = in_float[number][known:length]
                 error = float(np.sum((given - wanted) ** 2)), float(np.sum(wanted**2))
                 if number >= 0:
@@ -235,17 +235,17 @@ def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
 
 
 @main.command()
-@click.option("--head", default="0.2", show_default=True, metavar="L.H|random",
+@click.option("--encrypt", default="0.2", show_default=True, metavar="L.H|random",
               help="Of the bundled model, whose head_dim is 64.")  # fmt: skip
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
 @click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
-@click.option("--baseline-lookup-bits", "lookup_bits", default=9, show_default=True,
+@click.option("--baseline-lookup-bits", "rounding_threshold_bits", default=9, show_default=True,
               help="Top bits of a sum that a lookup of the post's head sees.")  # fmt: skip
 @click.option("--baseline-p-error", "p_error", default=1e-6, show_default=True,
               help="Of its lookups: at 1e-6 one run in a hundred goes wrong; less takes more than 24 GB.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Execute the baseline too.")
-def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_error: float,
+def cost(head: str, width: int, tokens: int, texts: int, rounding_threshold_bits: int, p_error: float,
          full: bool) -> None:  # fmt: skip
     """One head at GPT-2's shape on both engines: seconds, bytes, keys, memory, error."""
     cases: dict[str, tuple[MethodConfig, int]] = {"polynomial": (MethodConfig.of("polynomial", 4), tokens)}
@@ -253,10 +253,10 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
     if head != "random":
         tuned = json.loads((TINY / "configs.json").read_text())["heads"][head]
         config = MethodConfig.from_json(tuned)
-        baseline = MethodConfig.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.FHEConfig(p_error, "exact"))
+        baseline = MethodConfig.of("softmax", Bits.of(4, rounding_threshold_bits), encryption=fhe.FHEConfig(p_error, "exact"))
         cases = {"softmax": (baseline, FEW), "lowrank": (config, tokens)} | cases
         described = (
-            f"head {head} of tiny; lowrank {config.settings}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
+            f"head {head} of tiny; lowrank {config.options}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
         )
     made, ran = {}, {}
     for name, (config, longest) in cases.items():
@@ -272,7 +272,7 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
         how = "executed" if full else "run, keys and memory as its prototype was measured"
         errors = {name: f"p_error {config.fhe_config.p_error:g}" for name, (config, _) in cases.items()}
         click.echo(
-            f"baseline: softmax, 4 bits, lookups see {lookup_bits}, {errors['softmax']}, {how}; lowrank: "
+            f"baseline: softmax, 4 bits, lookups see {rounding_threshold_bits}, {errors['softmax']}, {how}; lowrank: "
             f"{errors['lowrank']}, beyond {SHORT} tokens one text"
         )
     click.echo("")
@@ -386,27 +386,27 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
         for module in modules:
             index = list(known).index(module)
             started = time.perf_counter()
-            hybrid = EncryptedGPT2(gpt2, {module: known[module]}).calibrate(calibration, 40)
-            whole = evaluate(hybrid, passages, hybrid.engine("quantized"), (1,))
-            hybrid = hybrid.compile(calibration, tokens, hybrid.settings(p_error), backend)
-            keys = hybrid.make_keys()
+            encrypted = EncryptedGPT2(gpt2, {module: known[module]}).calibrate(calibration, 40)
+            whole = evaluate(encrypted, passages, encrypted.runner("quantized"), (1,))
+            encrypted = encrypted.compile(calibration, tokens, encrypted.settings(p_error), backend)
+            keys = encrypted.make_keys()
             # Other passages for every head, so that all heads together read many.
             some = [passages[(index * inputs + i) % len(passages)] for i in range(inputs)]
             row: dict[str, Any] = {
                 "head": str(module),
                 "options": known[module].settings,
-                "cost": hybrid.costs(tokens)[module].describe(),
+                "cost": encrypted.costs(tokens)[module].describe(),
                 "evaluation": losses(whole),
             }
             # What the client refuses to read counts for no mode.
-            encrypted, readable = hybrid.engine("encrypted", keys), []
+            encrypted, readable = encrypted.runner("encrypted", keys), []
             for text in some:
                 with contextlib.suppress(fhe.FHEError):
-                    evaluate(hybrid, [text], encrypted, (1,), tokens)
+                    evaluate(encrypted, [text], encrypted, (1,), tokens)
                     readable.append(text)
             row["refused"] = len(some) - len(readable)
             for mode in modes:
-                row[mode] = losses(evaluate(hybrid, readable, hybrid.engine(mode, keys), (1,), tokens))
+                row[mode] = losses(evaluate(encrypted, readable, encrypted.runner(mode, keys), (1,), tokens))
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             if out is not None:
@@ -444,23 +444,23 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
 def cores(heads: str, tokens: int, texts: int) -> None:
     """Heads of a layer on CKKS, in one process and in several: seconds to read a text."""
     gpt2, calibration = GPT2.from_pretrained("tiny"), calibration_passages(None)
-    hybrid = EncryptedGPT2.protect(gpt2, heads, MethodConfig.of("polynomial", 4))
-    hybrid = hybrid.calibrate(calibration, tokens).compile(calibration, tokens)
+    encrypted = EncryptedGPT2.encrypt(gpt2, heads, MethodConfig.of("polynomial", 4))
+    encrypted = encrypted.calibrate(calibration, tokens).compile(calibration, tokens)
     passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in read_passages(TINY / "eval.txt")]
     some = [np.array([ids]) for ids in passages if len(ids) == tokens][: texts + 1]
-    keys = hybrid.make_keys()
+    keys = encrypted.make_keys()
 
     def median(engine: Any) -> float:
         """Of all texts but the first, which finds keys and clear vectors not loaded."""
         took = []
         for ids in some:
             started = time.perf_counter()
-            hybrid.trace(ids, engine).logits.block_until_ready()
+            encrypted.forward(ids, engine).logits.block_until_ready()
             took.append(time.perf_counter() - started)
         return statistics.median(took[1:])
 
-    together = median(hybrid.engine("encrypted", keys))
-    with hybrid.over_cores(keys) as engine:
+    together = median(encrypted.runner("encrypted", keys))
+    with encrypted.over_cores(keys) as engine:
         apart = median(engine)
     click.echo(environment(*PACKAGES))
     click.echo(f"heads {heads} of tiny, {tokens} tokens: {together:.2f} s in one process, {apart:.2f} s in several")

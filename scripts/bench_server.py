@@ -145,15 +145,15 @@ def compiled(heads: str, prompt: str, tokens: int, directory: Path) -> Encrypted
         raise click.BadParameter(f"there is no config for {', '.join(missing)}", param_hint="--heads")
     passages = calibration_passages(None)
     length = len(gpt2.encode(prompt, room=tokens)) + tokens - 1
-    hybrid = EncryptedGPT2(gpt2, {module: known[module] for module in modules}).calibrate(passages, length)
-    hybrid = hybrid.compile(passages, length)
-    write_bundles(hybrid, directory, compile_result(hybrid))
+    encrypted = EncryptedGPT2(gpt2, {module: known[module] for module in modules}).calibrate(passages, length)
+    encrypted = encrypted.compile(passages, length)
+    write_bundles(encrypted, directory, compile_result(encrypted))
     # The server's circuits, as the server loads them: keys of its clients fit them.
     circuits = {
         module: fhe.get_backend(circuit.report.backend).load(directory / "server" / "circuits" / str(module))
-        for module, circuit in hybrid.circuits.items()
+        for module, circuit in encrypted.circuits.items()
     }
-    return dataclasses.replace(hybrid, circuits=circuits)
+    return dataclasses.replace(encrypted, circuits=circuits)
 
 
 def times(tokens: Iterable[int]) -> tuple[list[int], list[float]]:
@@ -226,7 +226,7 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with step("calibrating, compiling, writing bundles"):
-            hybrid = compiled(heads, prompt, tokens, directory / "compiled")
+            encrypted = compiled(heads, prompt, tokens, directory / "compiled")
         server = stack.enter_context(serving(directory / "compiled" / "server", directory / "state", *arguments))
 
         def connect(url: str, number: int) -> RemoteGPT2:
@@ -243,14 +243,14 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
             text = remote.generate(prompt, tokens)
             bytes_of = [tap.crossed(lambda: next(text, None)) for _ in range(tokens)]
             list(text)  # is at its end, and closes its session
-        own = hybrid.make_keys(directory / "keys0")
-        list(hybrid.generate(prompt, 1, "encrypted", keys=own))
+        own = encrypted.make_keys(directory / "keys0")
+        list(encrypted.generate(prompt, 1, "encrypted", keys=own))
 
         remote = connect(server.url, 0)
         here, there = [], []
         for number in range(texts):
             with step(f"text {number + 1} of {texts}"):
-                expected, seconds = times(hybrid.generate(prompt, tokens, "encrypted", keys=own))
+                expected, seconds = times(encrypted.generate(prompt, tokens, "encrypted", keys=own))
                 here.append(seconds)
                 got, seconds = times(remote.generate(prompt, tokens))
                 there.append(seconds)
@@ -258,9 +258,9 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
                 raise click.ClickException(f"the text ends after {min(len(got), len(expected))} tokens: give fewer")
             if got != expected:
                 note("the texts differ: lookups go wrong now and then, see --p-error of jaxgpt2 compile")
-        length = hybrid.seq_len or 0
+        length = encrypted.seq_len or 0
         click.echo(f"{environment(*PACKAGES)}\n")
-        click.echo(describe(hybrid, prompt, tokens, texts) + "\n")
+        click.echo(describe(encrypted, prompt, tokens, texts) + "\n")
         click.echo(token_table(here, there, bytes_of, length - tokens + 1) + "\n")
         evaluation = remote.evaluation_key_bytes
         click.echo(
@@ -291,13 +291,13 @@ def main(heads: str, prompt: str, tokens: int, texts: int, clients: list[int], w
         )
 
 
-def describe(hybrid: EncryptedGPT2, prompt: str, tokens: int, texts: int) -> str:
+def describe(encrypted: EncryptedGPT2, prompt: str, tokens: int, texts: int) -> str:
     def one(module: Module) -> str:
-        config = hybrid.configs[module]
-        return f"{module} ({config.method}, {', '.join(f'{name} {value}' for name, value in config.settings.items())})"
+        config = encrypted.configs[module]
+        return f"{module} ({config.method}, {', '.join(f'{name} {value}' for name, value in config.options.items())})"
 
     return (
-        f"Head {', '.join(map(one, hybrid.modules))} of tiny, {prompt!r} and {tokens} new tokens; medians of {texts} "
+        f"Head {', '.join(map(one, encrypted.modules))} of tiny, {prompt!r} and {tokens} new tokens; medians of {texts} "
         f"texts a side, alternating; server and client on one machine."
     )
 

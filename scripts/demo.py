@@ -28,27 +28,27 @@ def demo(prompt: str, new_tokens: int) -> None:
     with step("loading the model"):
         gpt2 = GPT2.from_pretrained("tiny")
         (module,) = parse_modules(HEAD, gpt2.config)
-        hybrid = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
+        encrypted = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
     passages = calibration_passages(None)
     length = len(gpt2.encode(prompt, room=new_tokens)) + new_tokens - 1
     with step("calibrating head 0.1"):
-        hybrid = hybrid.calibrate(passages, length)
-    hybrid = compiled(hybrid, passages, length, None, None, None)
-    keys = make_keys(hybrid, None)
-    announce_run(hybrid, length)
+        encrypted = encrypted.calibrate(passages, length)
+    encrypted = compiled(encrypted, passages, length, None, None, None)
+    keys = make_keys(encrypted, None)
+    announce_run(encrypted, length)
 
-    in_float = list(hybrid.generate(prompt, new_tokens, "float"))
-    quantized = list(hybrid.generate(prompt, new_tokens, "quantized"))
+    in_float = list(encrypted.generate(prompt, new_tokens, "float"))
+    quantized = list(encrypted.generate(prompt, new_tokens, "quantized"))
     click.echo(f"\nfloat      {prompt}{gpt2.text(in_float)}")
     click.echo(f"encrypted  {prompt}", nl=False)
     started, stream = time.monotonic(), gpt2.stream()
     encrypted, times = [], []
-    for token in hybrid.generate(prompt, new_tokens, "encrypted", keys=keys):
+    for token in encrypted.generate(prompt, new_tokens, "encrypted", keys=keys):
         encrypted.append(token)
         times.append(time.monotonic() - started)
         click.echo(stream(token), nl=False)
     click.echo("\n")
-    cost, report = hybrid.costs(length)[module], hybrid.circuits[module].report
+    cost, report = encrypted.costs(length)[module], encrypted.circuits[module].report
     click.echo(f"Head {HEAD} read {length} tokens as ciphertexts, one after the other, in {seconds(times[-1])}.")
     click.echo(cost.describe() + ".")
     sent, received = cost.input_ciphertext_bytes / 1e6, cost.output_ciphertext_bytes / 1e6

@@ -46,22 +46,22 @@ def picked(result: dict[str, Any], *names: str) -> dict[str, Any]:
 def evaluations() -> dict[str, Any]:
     return {
         f"{method} {head}": picked(
-            command("eval", "--head", head, "--attention", method, *more, "--limit", "24"), *EVAL
+            command("eval", "--encrypt", head, "--attention", method, *more, "--limit", "24"), *EVAL
         )
         for method, more in METHODS.items()
         for head in HEADS
     } | {
         "softmax block": picked(
-            command("eval", "--head", "1.all", "--attention", "softmax", "--bits", "6", "--limit", "8"), *EVAL
+            command("eval", "--encrypt", "1.attn", "--attention", "softmax", "--bits", "6", "--limit", "8"), *EVAL
         )
     }
 
 
 def costs(cache: str) -> dict[str, Any]:
-    cases = {f"lowrank {head}": ("--head", head, "--attention", "lowrank") for head in HEADS[:2]}
-    cases |= {f"config {head}": ("--head", head) for head in HEADS}
-    cases["softmax 0.1"] = ("--head", "0.1", "--attention", "softmax", "--backend", "clear")
-    cases["polynomial 0.1"] = ("--head", "0.1", "--attention", "polynomial", "--seq-len", "12")
+    cases = {f"lowrank {head}": ("--encrypt", head, "--attention", "lowrank") for head in HEADS[:2]}
+    cases |= {f"config {head}": ("--encrypt", head) for head in HEADS}
+    cases["softmax 0.1"] = ("--encrypt", "0.1", "--attention", "softmax", "--backend", "clear")
+    cases["polynomial 0.1"] = ("--encrypt", "0.1", "--attention", "polynomial", "--seq-len", "12")
     return {
         name: picked(
             command("compile", *arguments, "--cache", cache),
@@ -75,13 +75,13 @@ def costs(cache: str) -> dict[str, Any]:
 def texts(cache: str) -> dict[str, Any]:
     prompts = ("Privacy is", "If you want to keep a secret,", "The")
     cases = {
-        "float": (), "quantized": ("--mode", "quantized", "--head", "0.1"),
-        "two heads": ("--mode", "quantized", "--head", "0.1,2.3"),
-        "softmax": ("--mode", "quantized", "--head", "0.1", "--attention", "softmax", "--bits", "6"),
-        "block": ("--mode", "quantized", "--head", "1.all", "--attention", "softmax", "--bits", "6"),
-        "polynomial": ("--mode", "quantized", "--head", "0.1", "--attention", "polynomial"),
-        "simulated polynomial": ("--mode", "simulate", "--head", "0.1", "--attention", "polynomial"),
-        "encrypted polynomial": ("--mode", "encrypted", "--head", "0.1", "--attention", "polynomial"),
+        "float": (), "quantized": ("--mode", "quantized", "--encrypt", "0.1"),
+        "two heads": ("--mode", "quantized", "--encrypt", "0.1,2.3"),
+        "softmax": ("--mode", "quantized", "--encrypt", "0.1", "--attention", "softmax", "--bits", "6"),
+        "block": ("--mode", "quantized", "--encrypt", "1.attn", "--attention", "softmax", "--bits", "6"),
+        "polynomial": ("--mode", "quantized", "--encrypt", "0.1", "--attention", "polynomial"),
+        "simulated polynomial": ("--mode", "simulate", "--encrypt", "0.1", "--attention", "polynomial"),
+        "encrypted polynomial": ("--mode", "encrypted", "--encrypt", "0.1", "--attention", "polynomial"),
     }  # fmt: skip
     return {
         f"{name}: {prompt}": command(
@@ -107,10 +107,10 @@ def decrypted() -> dict[str, Any]:
     """Two tokens of a head, with exact rounding and rare errors: what every set of keys gives."""
     gpt2 = GPT2.from_pretrained("tiny")
     (module,) = parse_modules("0.1", gpt2.config)
-    hybrid = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
+    encrypted = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
     passages = calibration_passages(None)
-    hybrid = hybrid.calibrate(passages, 3).compile(passages, 3, fhe.FHEConfig(1e-7, "exact"))
-    circuit = hybrid.circuits[module]
+    encrypted = encrypted.calibrate(passages, 3).compile(passages, 3, fhe.FHEConfig(1e-7, "exact"))
+    circuit = encrypted.circuits[module]
     keys = circuit.make_keys(seed=7)
     rng = np.random.default_rng(0)
     rows = rng.integers(-20, 21, (2, 1, gpt2.config.n_embd))

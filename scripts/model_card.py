@@ -20,7 +20,7 @@ from jaxgpt2.generation import Sampling
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import disassemble, parameter_shapes
 from machine import environment
-from train import Data, MethodConfig, TrainingError, bits_per_byte, read_documents
+from train import Data, TrainingConfig, TrainingError, bits_per_byte, read_documents
 from weights.checkpoint import write_atomically
 
 PROMPTS = [
@@ -56,7 +56,7 @@ each token is predicted from at least {half} tokens before it where there are so
 
 ![Loss over tokens](../../docs/figures/training.svg)
 
-## MethodConfig
+## Recipe
 
 `scripts/build_corpus.py`, then `scripts/train.py --steps {steps}`, then `scripts/cut_passages.py` and
 `scripts/model_card.py`. Muon for the matrices inside the blocks, AdamW for the rest; learning rate {learning_rate} \
@@ -130,10 +130,10 @@ def continuations(gpt2: GPT2, max_new_tokens: int) -> str:
 @click.option("--figure", type=click.Path(path_type=Path), default=Path("docs/figures/training.svg"))
 @click.option("--max-new-tokens", default=30, show_default=True)
 def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path, max_new_tokens: int) -> None:
-    for path in (run / "config.json", run / "encoded.npz", run / "log.csv", manifest):
+    for path in (run / "recipe.json", run / "encoded.npz", run / "log.csv", manifest):
         if not path.exists():
             raise TrainingError(f"{path} is missing: the card is written where the training ran")
-    config = MethodConfig(**json.loads((run / "config.json").read_text()))
+    recipe = TrainingConfig(**json.loads((run / "recipe.json").read_text()))
     log = list(csv.DictReader((run / "log.csv").open()))
     with np.load(run / "encoded.npz") as arrays:
         data = Data(arrays["train"], arrays["evaluation"], int(arrays["evaluation_bytes"]))
@@ -144,7 +144,7 @@ def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path
     packages = [package for package in listed["packages"] if package["bytes"]]
     held_out = bits_per_byte(disassemble(gpt2.model), data, gpt2.config)
     card = CARD.format(
-        **dataclasses.asdict(config),
+        **dataclasses.asdict(recipe),
         parameters=sum(int(np.prod(shape)) for shape in parameter_shapes(gpt2.config).values()),
         head_dim=gpt2.config.head_dim,
         bits_per_byte=held_out,
@@ -154,7 +154,7 @@ def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path
         half=gpt2.config.n_positions // 2,
         environment=environment("jax", "numpy"),
         steps=log[-1]["step"],
-        decay_percent=100 * config.decay_fraction,
+        decay_percent=100 * recipe.decay_fraction,
         tokens=int(log[-1]["tokens"]),
         train_tokens=len(data.train),
         hours=float(log[-1]["seconds"]) / 3600,

@@ -46,8 +46,8 @@ class TrainingError(click.ClickException):
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """What shapes a run. A run goes on only with the config that it was started with."""
+class TrainingConfig:
+    """What shapes a run. A run goes on only with the recipe that it was started with."""
 
     vocab_size: int
     n_positions: int
@@ -143,22 +143,22 @@ def prepare_data(corpus: Path, out: Path, vocab_size: int) -> Data:
     return data
 
 
-def batches(tokens: np.ndarray, config: MethodConfig, first_step: int) -> Iterator[np.ndarray]:
+def batches(tokens: np.ndarray, recipe: TrainingConfig, first_step: int) -> Iterator[np.ndarray]:
     """Batches (batch_size, n_positions + 1) from `first_step` on; each pass over the corpus is cut and mixed anew.
 
     Batch k is a function of the seed and k alone, so a run that goes on sees what an uninterrupted one would.
     """
-    length = config.n_positions + 1
-    per_pass = (len(tokens) - length) // (length * config.batch_size)
+    length = recipe.n_positions + 1
+    per_pass = (len(tokens) - length) // (length * recipe.batch_size)
     epoch, order, offset = -1, np.empty(0, np.int64), 0
     step = first_step
     while True:
         if step // per_pass != epoch:
             epoch = step // per_pass
-            random = np.random.default_rng((config.seed, epoch))
+            random = np.random.default_rng((recipe.seed, epoch))
             offset = int(random.integers(length))
-            order = random.permutation(per_pass * config.batch_size)
-        rows = order[(step % per_pass) * config.batch_size :][: config.batch_size]
+            order = random.permutation(per_pass * recipe.batch_size)
+        rows = order[(step % per_pass) * recipe.batch_size :][: recipe.batch_size]
         yield np.stack([tokens[offset + row * length :][:length] for row in rows]).astype(np.int32)
         step += 1
 
@@ -166,21 +166,21 @@ def batches(tokens: np.ndarray, config: MethodConfig, first_step: int) -> Iterat
 # --- optimisation -------------------------------------------------------------------------------
 
 
-def schedule(config: MethodConfig, steps: int) -> optax.Schedule:
+def schedule(recipe: TrainingConfig, steps: int) -> optax.Schedule:
     """Warm up, hold, then decay linearly to nothing. Holding makes `steps` free to change until the decay begins."""
-    decay_steps = max(1, int(steps * config.decay_fraction))
+    decay_steps = max(1, int(steps * recipe.decay_fraction))
     return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps),
-            optax.constant_schedule(config.learning_rate),
-            optax.linear_schedule(config.learning_rate, 0.0, decay_steps),
+            optax.linear_schedule(0.0, recipe.learning_rate, recipe.warmup_steps),
+            optax.constant_schedule(recipe.learning_rate),
+            optax.linear_schedule(recipe.learning_rate, 0.0, decay_steps),
         ],
-        [config.warmup_steps, steps - decay_steps],
+        [recipe.warmup_steps, steps - decay_steps],
     )
 
 
 @functools.cache  # one object for equal arguments, so that `train_step` compiles once
-def make_optimizer(config: MethodConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(recipe: TrainingConfig, steps: int) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
 
     def is_block_matrix(params: dict[str, jax.Array]) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def make_optimizer(config: MethodConfig, steps: int) -> optax.GradientTransforma
         }
 
     muon = optax.contrib.muon(
-        schedule(config, steps),
-        weight_decay=config.weight_decay,
+        schedule(recipe, steps),
+        weight_decay=recipe.weight_decay,
         muon_weight_dimension_numbers=is_block_matrix,  # pyright: ignore[reportArgumentType]
         consistent_rms=0.2,
         adam_b2=0.95,
@@ -240,32 +240,32 @@ def bits_per_byte(tensors, data: Data, config: GPT2Config, limit: int | None = N
         batch = np.stack([tokens[start : start + length + 1] for start in group])
         nats += float(window_nats(tensors, batch, config, half).sum())
         scored += half * len(group)
-    # The last tokens do not fill a window; the rest of the text fhe_config for them.
+    # The last tokens do not fill a window; the rest of the text stands for them.
     return nats / math.log(2) * (len(tokens) / scored) / (data.evaluation_bytes * fraction)
 
 
 # --- a run --------------------------------------------------------------------------------------
 
 
-def check_recipe(out: Path, config: MethodConfig) -> None:
-    path = out / "config.json"
+def check_recipe(out: Path, recipe: TrainingConfig) -> None:
+    path = out / "recipe.json"
     if not path.exists():
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
         write_atomically(path, lambda temporary: Path(temporary).write_text(text))
         return
     started = json.loads(path.read_text())
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in dataclasses.asdict(recipe).items():
         if started.get(name) != value:
             raise TrainingError(
                 f"{out} was started with {name}={started.get(name)}, now {value}; use another --out, or the same value"
             )
 
 
-def train(config: MethodConfig, data: Data, out: Path, steps: int, save_every: int) -> dict[str, jax.Array]:
+def train(recipe: TrainingConfig, data: Data, out: Path, steps: int, save_every: int) -> dict[str, jax.Array]:
     """Trains to `steps`, from the saved state where there is one. Returns the tensors."""
-    config = config.model()
-    optimizer = make_optimizer(config, steps)
-    tensors = disassemble(Transformer(config, nnx.Rngs(config.seed)))
+    config = recipe.model()
+    optimizer = make_optimizer(recipe, steps)
+    tensors = disassemble(Transformer(config, nnx.Rngs(recipe.seed)))
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tensors": tensors, "optimizer": optimizer.init(tensors)}
     state_path, log_path = out / "state.msgpack", out / "log.csv"
     if state_path.exists():
@@ -274,10 +274,10 @@ def train(config: MethodConfig, data: Data, out: Path, steps: int, save_every: i
     before = float(state["seconds"])
     if not log_path.exists():
         log_path.write_text("step,tokens,seconds,loss,tokens_per_second,evaluation_bits_per_byte\n")
-    tokens_per_step = config.batch_size * config.n_positions
+    tokens_per_step = recipe.batch_size * recipe.n_positions
     started = last = time.monotonic()
     losses: list[jax.Array] = []
-    stream = batches(data.train, config, step)
+    stream = batches(data.train, recipe, step)
     progress = tqdm(total=steps, initial=step, unit="step", smoothing=0.05)
     while step < steps:
         tensors, optimizer_state, loss = train_step(
@@ -338,18 +338,18 @@ def train(config: MethodConfig, data: Data, out: Path, steps: int, save_every: i
 @click.option("--export", type=click.Path(path_type=Path), help="Write the checkpoint here when done.")
 def main(corpus: Path, out: Path, steps: int, context: int, width: int, layers: int, heads: int, save_every: int,
          export: Path | None, **options: Any) -> None:  # fmt: skip
-    config = MethodConfig(n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **options)
+    recipe = TrainingConfig(n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **options)
     out.mkdir(parents=True, exist_ok=True)
-    check_recipe(out, config)
-    data = prepare_data(corpus, out, config.vocab_size)
+    check_recipe(out, recipe)
+    data = prepare_data(corpus, out, recipe.vocab_size)
     click.echo(f"{len(data.train):,} tokens to train on, {len(data.evaluation):,} held out", err=True)
-    tensors = train(config, data, out, steps, save_every)
-    held_out = bits_per_byte(tensors, data, config.model())
+    tensors = train(recipe, data, out, steps, save_every)
+    held_out = bits_per_byte(tensors, data, recipe.model())
     click.echo(f"held-out bits per byte: {held_out:.4f}")
     if export is not None:
         save_checkpoint(
             export,
-            dataclasses.asdict(config.model()) | {"bos_token_id": 0},
+            dataclasses.asdict(recipe.model()) | {"bos_token_id": 0},
             {name: np.asarray(tensor) for name, tensor in tensors.items()},
         )
         write_atomically(

@@ -1,4 +1,4 @@
-"""Checks the claims of "Towards LocalExecutor Large Language Models with FHE"; docs/the-post.md has what came out.
+"""Checks the claims of "Towards Encrypted Large Language Models with FHE"; docs/the-post.md has what came out.
 
     python scripts/the_post.py accuracy                                   # agreement over bits, with a figure
     python scripts/the_post.py demonstration                              # a prompt at several bit widths
@@ -21,12 +21,12 @@ import click
 import numpy as np
 
 import fhe
+from jaxgpt2.attention import Recipe
 from jaxgpt2.cli import Commands, calibration_passages, compile_result, cost_lines, describe, model_options
-from jaxgpt2.encrypted import EncryptedGPT2
-from jaxgpt2.evaluation import check_disjoint, evaluate, longest_passage, read_passages
-from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.evaluation import check_disjoint, evaluate, longest_passage, read_passages
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.models.gpt2.state_dict import parameter_shapes
 from jaxgpt2.progress import seconds, step
 from jaxgpt2.quantize import Bits
@@ -62,7 +62,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
         f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
     )
     for bits in range(2, 10):
-        hybrid = EncryptedGPT2.protect(gpt2, head, MethodConfig.of("softmax", Bits.of(bits)))
+        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
         hybrid = hybrid.calibrate(calibration, longest_passage(hybrid.gpt2, passages))
         measured = evaluate(hybrid, passages, hybrid.engine("quantized"))
         rows.append((bits, measured))
@@ -113,7 +113,7 @@ def demonstration(model: str, head: str, prompt: str, max_new_tokens: int) -> No
     length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens
     click.echo(f"{'float':>9}  {prompt}{gpt2.text(list(gpt2.generate(prompt, max_new_tokens)))}")
     for bits in (2, 3, 4, 6, 8):
-        hybrid = EncryptedGPT2.protect(gpt2, head, MethodConfig.of("softmax", Bits.of(bits)))
+        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
         hybrid = hybrid.calibrate(calibration_passages(None), length)
         text = gpt2.text(list(hybrid.generate(prompt, max_new_tokens, "quantized")))
         click.echo(f"{bits:>2} bits    {prompt}{text}")
@@ -156,11 +156,11 @@ def with_shape(function):
 def compile_yardstick(width: int, heads: int, tokens: int, bits: int, lookup_bits: int, rounding: str, p_error: float):
     with tempfile.TemporaryDirectory() as directory:
         gpt2 = GPT2.from_pretrained(random_model(Path(directory), width, heads))
-    hybrid = EncryptedGPT2.protect(gpt2, "0.0", MethodConfig.of("softmax", Bits.of(bits, lookup_bits)))
+    hybrid = HybridGPT2.protect(gpt2, "0.0", Recipe.of("softmax", Bits.of(bits, lookup_bits)))
     passages = calibration_passages(None)
     hybrid = hybrid.calibrate(passages, tokens)
     with step(f"compiling for {tokens} tokens"):
-        return hybrid.compile(passages, tokens, fhe.FHEConfig(p_error, rounding))  # pyright: ignore[reportArgumentType]
+        return hybrid.compile(passages, tokens, fhe.Settings(p_error, rounding))  # pyright: ignore[reportArgumentType]
 
 
 @main.command()
@@ -197,9 +197,9 @@ def run(as_json: bool, **shape) -> None:
     result["run_seconds"] = time.monotonic() - started
     (decrypted,) = circuit.decrypt(keys, "head", outputs)
     from fhe import NumpyOps
-    from jaxgpt2 import methods
+    from jaxgpt2 import attention
 
-    (wanted,) = methods.get("softmax").head.run(NumpyOps(), calibrated.params, x)
+    (wanted,) = attention.get("softmax").head.run(NumpyOps(), calibrated.params, x)
     result["equal_share"] = float(np.mean(decrypted == wanted))
     result["relative_error"] = float(np.linalg.norm(decrypted - wanted) / np.linalg.norm(wanted))
     result["evaluation_key_bytes"] = len(keys.evaluation)

@@ -26,7 +26,7 @@ def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_
     helpers.random_checkpoint(model, n_embd=24, n_head=3)
     texts = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"]
     (model / "calibration.txt").write_text("\n".join(texts) + "\n")
-    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", "0.0,0.1", "--cache", tmp_path,
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--encrypt", "0.0,0.1", "--cache", tmp_path,
               "--backend", "ckks", "--json"]  # fmt: skip
 
     def run(*arguments: object) -> dict:
@@ -59,7 +59,7 @@ SMALL = ["--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1", "--set",
 def test_encrypted_text_is_the_quantized_text(model, tmp_path, method, heads, options):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
     common = ["generate", "a", "--model", model, "--calibration", model / "calibration.txt", "--attention", method,
-              "--head", heads, *options, "--max-new-tokens", 2, "--p-error", 1e-6, "--rounding", "exact",
+              "--encrypt", heads, *options, "--max-new-tokens", 2, "--p-error", 1e-6, "--rounding", "exact",
               "--cache", tmp_path, "--json"]  # fmt: skip
 
     def run(*arguments: object) -> dict:

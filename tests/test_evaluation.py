@@ -6,10 +6,10 @@ import scipy.special
 
 import helpers
 from jaxgpt2.encrypted import EncryptedGPT2
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, PromptError
 from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
 from jaxgpt2.methods import MethodConfig
-from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.quantize import Bits
 
 # The tokenizer of the random models has a token a byte.
@@ -18,23 +18,23 @@ TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory) -> EncryptedGPT2:
+def encrypted(tmp_path_factory) -> EncryptedGPT2:
     directory = tmp_path_factory.mktemp("three-heads")
     helpers.random_checkpoint(directory, n_embd=24, n_head=3)
     gpt2 = GPT2.from_pretrained(directory)
-    return EncryptedGPT2.protect(gpt2, "0.1", MethodConfig.of("lowrank", Bits.of(3))).calibrate(CALIBRATION, 8)
+    return EncryptedGPT2.encrypt(gpt2, "0.1", MethodConfig.of("lowrank", Bits.of(3))).calibrate(CALIBRATION, 8)
 
 
-def test_measures_equal_their_definitions(hybrid):
+def test_measures_equal_their_definitions(encrypted):
     """Against a plain loop over passages, without padding or batches."""
-    engine = hybrid.engine("quantized")
-    measured = evaluate(hybrid, TEXT, engine, (1, 2, 5))
+    runner = encrypted.runner("quantized")
+    measured = evaluate(encrypted, TEXT, runner, (1, 2, 5))
     kl = kl_ablated = error = norm = 0.0
     agree = {1: 0, 2: 0, 5: 0}
     positions = 0
     for text in TEXT:
-        tokens = np.array([hybrid.gpt2.encode(text)], np.int32)
-        reference, quantized, ablated = (hybrid.trace(tokens, e) for e in ("float", engine, "ablated"))
+        tokens = np.array([encrypted.model.encode(text)], np.int32)
+        reference, quantized, ablated = (encrypted.forward(tokens, e) for e in ("float", runner, "ablated"))
         p, q, a = (scipy.special.log_softmax(np.asarray(t.logits[0], np.float64), axis=-1)
                    for t in (reference, quantized, ablated))  # fmt: skip
         kl += float((np.exp(p) * (p - q)).sum())
@@ -53,29 +53,29 @@ def test_measures_equal_their_definitions(hybrid):
     assert measured.top_k == pytest.approx({k: count / positions for k, count in agree.items()})
 
 
-def test_the_float_model_is_perfect_and_the_ablated_one_is_worth_nothing(hybrid):
-    perfect = evaluate(hybrid, TEXT, "float")
+def test_the_float_model_is_perfect_and_the_ablated_one_is_worth_nothing(encrypted):
+    perfect = evaluate(encrypted, TEXT, "float")
     assert perfect.top_k[1] == 1.0
     assert perfect.recovered_kl == pytest.approx(1.0, abs=1e-4)
     assert perfect.head_error == 0.0
-    nothing = evaluate(hybrid, TEXT, "ablated")
+    nothing = evaluate(encrypted, TEXT, "ablated")
     assert nothing.recovered_kl == pytest.approx(0.0, abs=1e-6)
     assert nothing.head_error == pytest.approx(1.0)
     assert nothing.top_k == nothing.top_k_ablated
 
 
-def test_circuits_give_the_same_evaluation(hybrid):
-    compiled = hybrid.compile(CALIBRATION, 8, backend="clear")
-    in_jax = evaluate(hybrid, TEXT[:4], hybrid.engine("quantized"))
-    simulated = evaluate(compiled, TEXT[:4], compiled.engine("simulate"))
+def test_circuits_give_the_same_evaluation(encrypted):
+    compiled = encrypted.compile(CALIBRATION, 8, backend="clear")
+    in_jax = evaluate(encrypted, TEXT[:4], encrypted.runner("quantized"))
+    simulated = evaluate(compiled, TEXT[:4], compiled.runner("simulate"))
     assert simulated.kl == pytest.approx(in_jax.kl, rel=1e-3)
     assert simulated.head_error == pytest.approx(in_jax.head_error, rel=1e-4)
 
 
-def test_long_passages_are_cut_where_a_length_is_given(hybrid):
-    engine = hybrid.engine("quantized")
-    cut = evaluate(hybrid, ["one cat sat", "a"], engine, max_tokens=5)
-    short = evaluate(hybrid, ["one c", "a"], engine)  # a token a byte
+def test_long_passages_are_cut_where_a_length_is_given(encrypted):
+    runner = encrypted.runner("quantized")
+    cut = evaluate(encrypted, ["one cat sat", "a"], runner, max_tokens=5)
+    short = evaluate(encrypted, ["one c", "a"], runner)  # a token a byte
     assert cut.positions == 6
     assert cut.kl == pytest.approx(short.kl, rel=1e-4)
 
@@ -91,9 +91,9 @@ def test_long_passages_are_cut_where_a_length_is_given(hybrid):
         (["a"], (), "every k must be 1 to"),
     ],
 )
-def test_what_cannot_be_evaluated(hybrid, passages, ks, message):
+def test_what_cannot_be_evaluated(encrypted, passages, ks, message):
     with pytest.raises(InputError, match=message):
-        evaluate(hybrid, passages, hybrid.engine("quantized"), ks)
+        evaluate(encrypted, passages, encrypted.runner("quantized"), ks)
 
 
 def test_evaluation_text_must_not_be_calibration_text():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,32 @@ def _files(directory: Path) -> list[Path]:
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what the library raises is a CheckpointError."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from None
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint by its name, from the headers of its files alone.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged.
+    """
+    shapes = {}
+    for path in _files(directory):
+        with _opened(path) as file:
+            for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
+                name = canonical_name(stored_name)
+                if name is not None:
+                    shapes[name] = tuple(file.get_slice(stored_name).get_shape())
+    return shapes
+
+
 def _check_tensors(directory: Path, found: Shapes, wanted: Shapes) -> None:
     """One line for the first thing wrong: a misshapen tensor, a missing one, one too many."""
     for name, shape in wanted.items():
@@ -165,28 +192,25 @@ def load_tensors(directory: Path, wanted: Shapes) -> dict[str, np.ndarray]:
     shapes: dict[str, tuple[int, ...]] = {}
     tied_head: np.ndarray | None = None
     for path in _files(directory):
-        try:
-            with safe_open(path, framework="np") as file:
-                for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
-                    name = canonical_name(stored_name)
-                    if name is None:
-                        continue
-                    part = file.get_slice(stored_name)
-                    if part.get_dtype() not in _DTYPES:
-                        raise CheckpointError(
-                            f"{path}: tensor {name} is of type {part.get_dtype()}, wanted {', '.join(_DTYPES)}"
-                        )
-                    shape = tuple(part.get_shape())
-                    if name == "lm_head.weight" and name not in wanted:
-                        tied_head = file.get_tensor(stored_name)
-                        continue
-                    if name in shapes:
-                        raise CheckpointError(f"{path}: tensor {name} is stored twice")
-                    shapes[name] = shape
-                    if wanted.get(name) == shape:
-                        tensors[name] = np.asarray(file.get_tensor(stored_name), np.float32)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or not a safetensors file: {_first_line(error)}") from None
+        with _opened(path) as file:
+            for stored_name in file.keys():  # noqa: SIM118 (not a mapping)
+                name = canonical_name(stored_name)
+                if name is None:
+                    continue
+                part = file.get_slice(stored_name)
+                if part.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is of type {part.get_dtype()}, wanted {', '.join(_DTYPES)}"
+                    )
+                shape = tuple(part.get_shape())
+                if name == "lm_head.weight" and name not in wanted:
+                    tied_head = file.get_tensor(stored_name)
+                    continue
+                if name in shapes:
+                    raise CheckpointError(f"{path}: tensor {name} is stored twice")
+                shapes[name] = shape
+                if wanted.get(name) == shape:
+                    tensors[name] = np.asarray(file.get_tensor(stored_name), np.float32)
     _check_tensors(directory, shapes, wanted)
     if tied_head is not None and not np.array_equal(tied_head.astype(np.float32), tensors["wte.weight"]):
         raise CheckpointError(

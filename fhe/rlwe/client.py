@@ -161,7 +161,7 @@ def _seal() -> SealModule:
     try:
         import tenseal.sealapi as seal  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
-        raise BackendUnavailable(f"encryption needs the package tenseal ({error})") from error
+        raise BackendUnavailable("rlwe", "tenseal", error) from error
     return seal
 
 
@@ -204,7 +204,7 @@ class _File:
     def __init__(self, capacity: int) -> None:
         self._descriptor = -1
         if not hasattr(os, "memfd_create"):
-            raise BackendUnavailable("SEAL's objects pass through a file, and this system has none outside of disks")
+            raise BackendUnavailable("rlwe", "Linux", "SEAL's objects pass through a file in memory (memfd_create)")
         self._descriptor = os.memfd_create("rlwe", os.MFD_CLOEXEC)
         self._path = f"/proc/self/fd/{self._descriptor}"
         self._buffer = bytearray(capacity)
@@ -239,7 +239,7 @@ class _Reader:
         try:
             import zstandard
         except ImportError as error:
-            raise BackendUnavailable(f"reading SEAL's objects needs the package zstandard ({error})") from error
+            raise BackendUnavailable("rlwe", "zstandard", error) from error
         self._decompressor = zstandard.ZstdDecompressor()
         self._degree = parameters.poly_modulus_degree
         self._most_bytes = _CIPHERTEXT.size + _HEADER.size + _COUNT.size + 16 * self._degree
@@ -290,4 +290,4 @@ class _Reader:
 
 
 def _other_format() -> BackendUnavailable:
-    return BackendUnavailable("this version of the package tenseal writes SEAL's objects in another format")
+    return BackendUnavailable("rlwe", "tenseal 0.3.18", "this version writes SEAL's objects in another format")

@@ -54,5 +54,5 @@ def _library() -> tuple[Any, Any]:
         from cryptography.hazmat.primitives.ciphers import Cipher
         from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
     except ImportError as error:
-        raise BackendUnavailable(f"masks need the package cryptography ({error})") from error
+        raise BackendUnavailable("rlwe", "cryptography", error) from error
     return Cipher, ChaCha20

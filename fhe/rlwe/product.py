@@ -169,12 +169,14 @@ def _jax_namespace() -> Namespace:
     try:
         import jax.numpy as jnp
     except ImportError as error:
-        raise BackendUnavailable(f"the product on JAX needs the package jax ({error})") from error
+        raise BackendUnavailable("rlwe", "jax", error) from error
     with _float64("jax"):
         # TPUs emulate float64 with fewer bits.
-        factor = jnp.full((1, 1), 2.0**26 + 1)
+        factor: Any = jnp.asarray([[2.0**26 + 1]])
         if int((factor @ factor)[0, 0]) != (2**26 + 1) ** 2:
-            raise BackendUnavailable("the product on JAX needs a device with 53 bits in a float64; use NumPy's")
+            raise BackendUnavailable(
+                "rlwe", "JAX device with 53 bits in a float64", "this one has fewer: use NumPy's arrays"
+            )
     return jnp
 
 
@@ -187,4 +189,5 @@ def _jax_multiply() -> Any:
     def multiply(left: Array, low: Array, high: Array, parameters: Parameters) -> Array:
         return recombine(jnp, left.T @ low, left.T @ high, parameters)
 
-    return jax.jit(multiply, static_argnums=3)
+    compiled: Any = jax.jit(multiply, static_argnums=3)  # pyright: ignore[reportUnknownMemberType]
+    return compiled

@@ -130,11 +130,11 @@ def stoppable(said: str) -> Iterator[None]:
 
 
 def read_config(model: str) -> Any:
-    """A model's sizes, without its weights."""
+    """A model's configuration, without its weights."""
     import weights
-    from jaxgpt2.models.gpt2.config import GPT2Config
+    from jaxgpt2.models.gpt2 import pretrained
 
-    return GPT2Config.from_dict(weights.load_config(weights.locate(model)))
+    return pretrained.read_config(weights.locate(model))
 
 
 @click.command()
@@ -152,9 +152,7 @@ def read_config(model: str) -> Any:
 @click.option("--rounding", type=ROUNDING, default="approximate", show_default=True,
               help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
 @options(cost_options)
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="LookupTable and figures go here."
-)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here.")
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
 @json_option
 def sweep(model: str, encrypt: str | None, layers: str, heads: str, methods: str, bits: str, input_bits: str | None,

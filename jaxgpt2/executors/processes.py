@@ -100,7 +100,7 @@ def cores() -> int:
 
 @contextmanager
 def over_cores(circuits: Mapping[K, Circuit], keys: Mapping[K, Keys], at_once: int) -> Iterator[dict[K, LocalExecutor]]:
-    """Parties that compute so many circuits at the same time: in processes, where the engine uses one core.
+    """Executors that compute so many circuits at the same time: in processes, where the engine uses one core.
 
     The processes are spawned: a script that calls this needs the usual `if __name__ == "__main__":`.
 

@@ -7,7 +7,7 @@
       bundle.json                     the same, and how to decode
       circuits/L.H/                   the circuit's client half
       heads/L.H.safetensors           scales and decoding
-      model/                          the float model, in Hugging Face's format, without the protected heads' weights
+      model/                          the float model, in Hugging Face's format, without the encrypted modules' weights
 
 A server bundle holds code: load only what you trust. A client bundle holds none.
 """

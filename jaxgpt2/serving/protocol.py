@@ -4,7 +4,7 @@ A client uploads evaluation keys once, opens a session for one circuit and one s
 What a call returns stays in the session, under the number that the client gave the call, for later calls; only the
 results that the batch asks for travel. A batch has an identity: sent again, it is answered again and not run again.
 
-Batches and answers are MessagePack; everything else is JSON. LocalExecutor arrays are byte strings that only `fhe`'s
+Batches and answers are MessagePack; everything else is JSON. Encrypted arrays are byte strings that only `fhe`'s
 circuits look into.
 """
 

@@ -20,9 +20,6 @@ TASK = 16
 _busy = threading.Lock()
 
 
-_busy = threading.Lock()
-
-
 @functools.lru_cache(maxsize=1)
 def _runner(experiment: Experiment) -> SweepRunner:
     return SweepRunner(experiment)

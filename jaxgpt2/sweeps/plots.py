@@ -19,11 +19,10 @@ def draw(frame: Any, directory: Path) -> list[str]:
     rows = frame[frame["error"].isna() & frame["recovered_kl"].notna()]
     if rows.empty:
         return []
-    figures = {
-        "over_bits.png": over_bits(rows),
-        "over_heads.png": over_heads(rows),
-        "over_cost.png": over_cost(rows),
-    }
+    figures = {"over_bits.png": over_bits(rows), "over_cost.png": over_cost(rows)}
+    heads = rows[rows["head"].notna()]  # a whole attention has no place on a map of heads
+    if not heads.empty:
+        figures["over_heads.png"] = over_heads(heads)
     for name, figure in figures.items():
         write_atomically(directory / name, lambda path, figure=figure: figure.savefig(path, format="png", dpi=120))
     return list(figures)
@@ -31,7 +30,8 @@ def draw(frame: Any, directory: Path) -> list[str]:
 
 def formula_of(rows: Any) -> list[str]:
     """Columns that name a configuration, but for its widths: the method and its options."""
-    first, last = list(rows.columns).index("lookup_bits") + 1, list(rows.columns).index("top_" + first_k(rows))
+    columns = list(rows.columns)
+    first, last = columns.index("rounding_threshold_bits") + 1, columns.index("top_" + first_k(rows))
     return ["attention", *rows.columns[first:last]]
 
 

@@ -11,7 +11,7 @@ from jaxgpt2.errors import InputError
 
 ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
 
-# FHEConfig of Hugging Face's GPT-2 that change the arithmetic and that no published GPT-2 uses: refused, not ignored.
+# Settings of Hugging Face's GPT-2 that change the arithmetic and that no published GPT-2 uses: refused, not ignored.
 _ONLY_SUPPORTED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,

@@ -45,7 +45,7 @@ class Cache(NamedTuple):
 
 
 def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, first: jax.Array | int = 0) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v, where query i fhe_config at position `first + i` and sees keys up to its own.
+    """softmax(q k^T / sqrt(D)) v, where query i stands at position `first + i` and sees keys up to its own.
 
     Args:
         queries: (B, H, T, D).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,6 +49,31 @@ def _checked(input_ids: np.ndarray | Sequence[Sequence[int]], vocab_size: int) -
     return ids.astype(np.int32)
 
 
+def read_config(directory: Path) -> GPT2Config:
+    """The configuration of a checkpoint, no larger than its tensors.
+
+    What is built later takes time and memory by what the configuration says. So it is first compared with the names and
+    shapes in the headers of the files, whose sizes bound both.
+
+    Raises:
+        ConfigError, weights.CheckpointError: one line that says what is wrong, and where.
+    """
+    path = directory / "config.json"
+    try:
+        config = GPT2Config.from_dict(weights.load_config(directory))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    shapes = weights.stored_shapes(directory)
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("h.")}
+    if config.n_layer > len(blocks):
+        raise ConfigError(f"{path}: n_layer is {config.n_layer}, but the tensors are those of {len(blocks)} blocks")
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for name in ("vocab_size", "n_positions", "n_embd", "inner_dim"):
+        if getattr(config, name) > largest:
+            raise ConfigError(f"{path}: {name} is {getattr(config, name)}, but no tensor has a side above {largest}")
+    return config
+
+
 class GPT2:
     """A GPT-2 with its tokenizer.
 
@@ -73,10 +99,7 @@ class GPT2:
             weights.CheckpointError, ConfigError, TokenizerError: one line that says what is wrong, and where.
         """
         directory = weights.locate(name)
-        try:
-            config = GPT2Config.from_dict(weights.load_config(directory))
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+        config = read_config(directory)
         tokenizer = load_tokenizer(directory, config.vocab_size)
         tensors = weights.load_tensors(directory, parameter_shapes(config))
         model = assemble(config, {name: jnp.asarray(tensor) for name, tensor in tensors.items()})

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import END_OF_TEXT, one_line
+from jaxgpt2.errors import PromptError
 from jaxgpt2.generation import GREEDY, Sampling, choose, generate_tokens
-from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
+from jaxgpt2.models.gpt2.pretrained import GPT2
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
 LOGITS = np.log(PROBABILITIES).astype(np.float32) + 3.0

@@ -82,4 +82,4 @@ def test_widths_out_of_range_are_refused(widths):
 
 
 def test_one_width_for_all():
-    assert Bits.of(5, lookup=7) == Bits(5, 5, 5, 7)
+    assert Bits.of(5, rounding_threshold=7) == Bits(5, 5, 5, 7)

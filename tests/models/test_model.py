@@ -12,9 +12,10 @@ import torch
 import transformers
 
 from helpers import one_line, random_checkpoint, torch_logits
+from jaxgpt2.errors import PromptError
 from jaxgpt2.generation import generate_tokens
 from jaxgpt2.models.gpt2.model import causal_attention
-from jaxgpt2.models.gpt2.pretrained import GPT2, PromptError
+from jaxgpt2.models.gpt2.pretrained import GPT2
 
 SHAPES: dict[str, dict[str, Any]] = {
     "odd heads": {"n_head": 3, "n_embd": 39},
@@ -140,7 +141,7 @@ def test_refuses_ids(gpt2: GPT2, ids: Any, part: str):
 
 @pytest.mark.parametrize("batch, heads, time, size", [(1, 1, 1, 1), (2, 3, 5, 6)])
 @pytest.mark.parametrize("first, spare", [(0, 0), (0, 3), (4, 3)])
-def test_causal_attention_is_the_formula(batch: int, heads: int, time: int, size: int, first: int, spare: int):
+def test_causal_attention_is_its_definition(batch: int, heads: int, time: int, size: int, first: int, spare: int):
     random = np.random.default_rng(0)
     q = random.normal(size=(batch, heads, time, size)).astype(np.float32)
     k, v = random.normal(size=(2, batch, heads, first + time + spare, size)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Sweeps: rows equal `evaluate`, directories resume, whatever dies; tune finds the cheapest config."""
+"""Sweeps: rows equal `evaluate`, directories resume, whatever dies; tune finds the cheapest configuration."""
 
 import json
 import os
@@ -14,17 +14,16 @@ from click.testing import CliRunner, Result
 
 import fhe
 import helpers
-from jaxgpt2 import figures, sweep
-from jaxgpt2 import table as sweep_table
 from jaxgpt2.cli import main
-from jaxgpt2.encrypted import EncryptedGPT2, Module
+from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import evaluate
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import Module
 from jaxgpt2.quantize import Bits, CalibrationError
-from jaxgpt2.sweeps.plots import pareto
-from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
+from jaxgpt2.sweeps import plots, runner, store, sweep
+from jaxgpt2.sweeps.runner import Configuration, Experiment, StackedBits, SweepRunner
 from jaxgpt2.sweeps.store import DirectoryError, SweepDirectory, read_rows
 from jaxgpt2.sweeps.tune import Encryption, cheapest, cheapest_encryption
 
@@ -34,7 +33,7 @@ pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
 # The tokenizer of the random models has a token a byte.
 CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 2
 TEXT = ["the dog", "a", "it ran", "two cats", "mat"] * 4
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +85,8 @@ def mixed(bench) -> list[dict]:
 @pytest.mark.parametrize("index", range(len(MIXED)))
 def test_a_row_equals_eval(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-    wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1, 3))
+    encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+    wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1, 3))
     assert (row["layer"], row["head"], row["attention"]) == (each.module.layer, each.module.head, each.config.method)
     assert row["positions"] == wanted.positions
     assert row["passages"] == wanted.passages
@@ -104,8 +103,8 @@ def test_a_row_equals_eval(bench, gpt2, mixed, index):
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
     row, each = mixed[index], MIXED[index]
-    hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-    compiled = hybrid.compile(CALIBRATION, 4, backend="clear")
+    encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+    compiled = encrypted.compile(CALIBRATION, 4, backend="clear")
     cost = compiled.costs(4)[each.module]
     assert isinstance(cost, fhe.Cost)
     assert row["pbs_count"] == cost.pbs_count
@@ -118,8 +117,8 @@ def test_a_rows_cost_is_what_compiling_reports(bench, gpt2, mixed, index):
 
 def test_a_rows_cost_is_that_of_the_compiled_circuit(bench, gpt2, mixed):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
-    hybrid = EncryptedGPT2(gpt2, {MIXED[0].module: MIXED[0].config}).calibrate(CALIBRATION, bench.max_tokens)
-    cost = hybrid.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].module]
+    encrypted = EncryptedGPT2(gpt2, {MIXED[0].module: MIXED[0].config}).calibrate(CALIBRATION, bench.max_tokens)
+    cost = encrypted.compile(CALIBRATION, 4, backend="concrete").costs(4)[MIXED[0].module]
     assert isinstance(cost, fhe.Cost)
     assert mixed[0]["pbs_count"] == cost.pbs_count
     assert mixed[0]["max_bit_width"] == cost.max_bit_width
@@ -129,28 +128,58 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
     """Of any number of squarings, with what the engine itself would do as their cost; widths do not concern them."""
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
     method = "polynomial"
-    assert len(sweep.grid([Module(0, 1)], [method], [3, 4, 5], {})) == 1
+    assert len(runner.grid([Module(0, 1)], [method], [3, 4, 5], {})) == 1
     chosen = [configuration("0.1", method, 4, squarings=3), configuration("0.2", method, 4, squarings=4)]
     rows = rows_of(bench, [*chosen, MIXED[0]])
     for row, each in zip(rows, chosen, strict=False):
-        hybrid = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
-        wanted = evaluate(hybrid, TEXT, hybrid.engine("quantized"), (1,))
+        encrypted = EncryptedGPT2(gpt2, {each.module: each.config}).calibrate(CALIBRATION, bench.max_tokens)
+        wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
-        assert row["levels"] == each.config.settings["squarings"] + 4
+        assert row["levels"] == each.config.options["squarings"] + 4
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
-    frame = sweep_table.table(rows)
+    frame = store.table(rows)
     assert frame["estimated_seconds_per_token"].notna().all()
     assert frame["rotations"].notna().tolist() == [True, True, False]
     assert frame["pbs_count"].notna().tolist() == [False, False, True]
-    figures.over_cost(frame)
-    figures.over_bits(frame)
+    plots.over_cost(frame)
+    plots.over_bits(frame)
+
+
+def test_a_whole_attention_is_a_row_like_any_other(model, gpt2, tmp_path):
+    """Its numbers are those of `evaluate`, its cost is that of its circuit, and its figures can be drawn."""
+    experiment = Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=2)
+    whole = Configuration(Module(1, None), MethodConfig.of("softmax", 5))
+    configurations = [whole, configuration("1.0", "softmax", 5), configuration("0.1", "lowrank", 4)]
+    frame = sweep.sweep(experiment, configurations, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "over_bits.png", "over_cost.png", "over_heads.png"
+    ]  # fmt: skip
+    row = read_rows(tmp_path / "out")[whole.key]
+    assert (row["layer"], row["head"]) == (1, None)
+    encrypted = EncryptedGPT2(gpt2, {whole.module: whole.config}).calibrate(CALIBRATION, 8)
+    wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1, 3))
+    for k in (1, 3):
+        assert row[f"top_{k}"] == pytest.approx(wanted.top_k[k], abs=1e-12)
+        assert row[f"top_{k}_ablated"] == pytest.approx(wanted.top_k_ablated[k], abs=1e-12)
+    assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
+    assert row["kl_ablated"] == pytest.approx(wanted.kl_ablated, rel=1e-3, abs=1e-6)
+    assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-5)
+    compiled = encrypted.compile(CALIBRATION, 4, fhe.FHEConfig(rounding="approximate"), "clear")
+    assert row["pbs_count"] == compiled.costs(4)[whole.module].counts["pbs_count"]
+    alone = read_rows(tmp_path / "out")[configurations[1].key]
+    assert row["kl_ablated"] != pytest.approx(alone["kl_ablated"], rel=0.01)  # all heads, and not the first of them
+    assert row["pbs_count"] > 2 * alone["pbs_count"]
+    assert len(frame) == 3
+    # A table of nothing else has no map of heads.
+    sweep.sweep(experiment, [whole], tmp_path / "alone")
+    assert not (tmp_path / "alone" / "over_heads.png").exists()
 
 
 def test_several_packs_give_what_one_gives(model, gpt2, mixed, monkeypatch):
-    monkeypatch.setattr(sweep, "PACK_TOKENS", 30)
-    monkeypatch.setattr(sweep, "LOGITS", 300 * 3 * 7)
+    monkeypatch.setattr(runner, "PACK_TOKENS", 30)
+    monkeypatch.setattr(runner, "LOGITS", 300 * 3 * 7)
     small = SweepRunner(Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1, 3), seq_len=4, batch=2), gpt2)
     assert len(small._packs) > 1
     (row,) = rows_of(small, [MIXED[0]])
@@ -176,17 +205,17 @@ def test_what_cannot_be_calibrated_gets_a_row_that_says_why(bench, monkeypatch):
 
 def test_stacks_hold_equal_shapes_and_run_full():
     def member(size: int) -> tuple:
-        return None, sweep.Stackable(np.zeros(size), np.zeros(()), np.zeros(()), ())
+        return None, runner.Stackable(np.zeros(size), np.zeros(()), StackedBits(np.zeros(())), ())
 
-    found = sweep.stacks([member(3)] * 5 + [member(4)] * 3, 4, 1)
+    found = runner.stacks([member(3)] * 5 + [member(4)] * 3, 4, 1)
     assert sorted(map(len, found)) == [1, 1, 2, 4]
     assert sorted(index for stack in found for index in stack) == list(range(8))
-    assert [sorted(set(stack)) for stack in sweep.stacks([member(3)] * 3, 8, 2)] == [[0, 1], [2]]  # two devices
+    assert [sorted(set(stack)) for stack in runner.stacks([member(3)] * 3, 8, 2)] == [[0, 1], [2]]  # two devices
 
 
 def test_logits_of_a_large_model_are_never_all_there():
     """GPT-2 XL's vocabulary: a chunk of positions at a time, whatever the stack."""
-    chunk = max(16, sweep.LOGITS // (50257 * 17))
+    chunk = max(16, runner.LOGITS // (50257 * 17))
     assert chunk * 50257 * 17 * 4 < 2**28
 
 
@@ -200,7 +229,7 @@ bench = SweepRunner(Experiment({str(model)!r}, tuple(TEXT), tuple(CALIBRATION), 
 print(json.dumps(rows_of(bench, MIXED[:2] + MIXED[4:])))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     for row, wanted in zip(json.loads(ran.stdout), mixed[:2] + mixed[4:], strict=True):
@@ -211,15 +240,15 @@ print(json.dumps(rows_of(bench, MIXED[:2] + MIXED[4:])))
 # --- the grid -----------------------------------------------------------------------------------
 
 
-def test_a_grid_is_a_product_in_which_options_concern_their_formula():
+def test_a_grid_is_a_product_in_which_options_concern_their_method():
     modules = [Module(0, 0), Module(0, 1)]
-    found = sweep.grid(modules, ["softmax", "lowrank"], [Bits.of(3), Bits.of(4)], {"score_rank": (8, 16)})
+    found = runner.grid(modules, ["softmax", "lowrank"], [Bits.of(3), Bits.of(4)], {"score_rank": (8, 16)})
     assert len(found) == 2 * (2 + 2 * 2)
     assert len({each.key for each in found}) == len(found)
     with pytest.raises(InputError, match="none of the methods softmax has an option 'score_rank'"):
-        sweep.grid(modules, ["softmax"], [Bits.of(3)], {"score_rank": (8,)})
+        runner.grid(modules, ["softmax"], [Bits.of(3)], {"score_rank": (8,)})
     with pytest.raises(InputError, match="the grid is empty"):
-        sweep.grid([], ["softmax"], [Bits.of(3)], {})
+        runner.grid([], ["softmax"], [Bits.of(3)], {})
 
 
 # --- directories --------------------------------------------------------------------------------
@@ -248,7 +277,7 @@ def test_directories_of_something_else_are_refused(tmp_path):
 
 
 def test_a_pareto_front_holds_what_nothing_beats():
-    assert pareto([3.0, 1.0, 2.0, 2.0, 5.0], [0.9, 0.1, 0.5, 0.4, 0.8]) == [1, 2, 0]
+    assert plots.pareto([3.0, 1.0, 2.0, 2.0, 5.0], [0.9, 0.1, 0.5, 0.4, 0.8]) == [1, 2, 0]
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -314,9 +343,9 @@ def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
     assert read_rows(out).items() >= before.items()
 
 
-def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
+def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_path):
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
+    tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
               "--set", "value_rank=4,8", "--seq-len", 3, "--simulated", 0]  # fmt: skip
     result = run(*tuning, "--recovered-kl", 0.5, "--out", out, "--json")
     assert result.exit_code == 0, result.output
@@ -325,7 +354,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
     assert set(found["heads"]) == {"0.1", "1.2"}
     assert found["recovered_kl"] >= 0.5
     for name, config in found["heads"].items():
-        evaluated = run("eval", *common(model), "--configs", out, "--head", name, "--json")
+        evaluated = run("eval", *common(model), "--configs", out, "--encrypt", name, "--json")
         measured = json.loads(evaluated.stdout)
         assert measured["recovered_kl"] == pytest.approx(config["measured"]["recovered_kl"], abs=2e-3)
     generated = run("generate", "dog", "--model", model, "--configs", out, "--mode", "quantized", "--calibration",
@@ -349,7 +378,7 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
         ]
         swept = run("sweep", *common(model), *grid, "--top-k", 1, "--seq-len", 3, "--out", directories[-1])
         assert swept.exit_code == 0, swept.output
-    chosen = run("tune", "--model", model, "--head", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
+    chosen = run("tune", "--model", model, "--encrypt", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
                  "--json")  # fmt: skip
     assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
         name: config["options"] for name, config in found["heads"].items()
@@ -361,30 +390,30 @@ def test_tune_writes_the_cheapest_recipe_that_keeps_enough(model, tmp_path):
 
 def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_path):
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--head", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
+    tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
               "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 3, "--p-error",
               "1e-5,0.2"]  # fmt: skip
     result = run(*tuning, "--noise", 0.3, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    tried = {tuple(each["settings"].values()): each for each in found["encryptions"]["lowrank"]}
+    tried = {tuple(each["fhe_config"].values()): each for each in found["encryptions"]["lowrank"]}
     assert set(tried) == {(p_error, rounding) for p_error in (1e-5, 0.2) for rounding in ("approximate", "exact")}
     assert tried[1e-5, "exact"]["lost"] == pytest.approx(0, abs=1e-6)  # the integers of the quantized heads
     assert tried[0.2, "approximate"]["lost"] != 0
     assert tried[0.2, "approximate"]["complexity"] < tried[1e-5, "approximate"]["complexity"]
     assert tried[1e-5, "approximate"]["complexity"] < tried[1e-5, "exact"]["complexity"]
     enough = [each for each in tried.values() if each["lost"] <= 0.3]
-    chosen = min(enough, key=lambda each: each["complexity"])["settings"]
+    chosen = min(enough, key=lambda each: each["complexity"])["fhe_config"]
     assert [config["encryption"] for config in found["heads"].values()] == [chosen] * 2
 
     compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--configs", out,
-                 "--seq-len", 3, "--head", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
+                 "--seq-len", 3, "--encrypt", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
     report = json.loads(run(*compiling).stdout)
     assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
     other = json.loads(run(*compiling, "--p-error", 1e-3).stdout)
     assert (other["p_error"], other["rounding"]) == (1e-3, chosen["rounding"])
 
-    hopeless = run(*tuning, "--head", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
+    hopeless = run(*tuning, "--encrypt", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
     assert hopeless.exit_code == 2
     assert "costs more than -9 of the KL, the best" in hopeless.stderr.replace("\n", " ")
 
@@ -393,12 +422,12 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     def missing() -> fhe.Backend:
         raise fhe.BackendUnavailable("concrete is not installed: install it")
 
-    monkeypatch.setitem(fhe.backend._registry.factories, "concrete", missing)
-    refused = run("tune", *common(model), "--head", "0.1")
+    monkeypatch.setitem(fhe.registry._registry.factories, "concrete", missing)
+    refused = run("tune", *common(model), "--encrypt", "0.1")
     assert refused.exit_code == 2
     assert "install it, or leave error probability and rounding to the method: --simulated 0" in refused.stderr
     assert "configurations" not in refused.stderr
-    tuned = run("tune", *common(model), "--head", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
+    tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
                 "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
     assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
@@ -428,7 +457,7 @@ def test_the_cheapest_encryption_loses_no_more_than_allowed():
     ],
 )
 def test_what_cannot_be_tried_is_said_before_anything_is_measured(model, arguments, message):
-    result = run("tune", *common(model), "--head", "0.1", *arguments)
+    result = run("tune", *common(model), "--encrypt", "0.1", *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr.replace("\n", " ")
     assert "configurations" not in result.stderr
@@ -494,7 +523,7 @@ def test_a_worker_killed_in_mid_run_costs_no_row(model, tmp_path, monkeypatch):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         victim = next(iter(cluster.workers.values())).process.pid
         experiment = Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1,), seq_len=3, batch=1)
-        configurations = sweep.grid([Module(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
+        configurations = runner.grid([Module(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
 
         def kill_after_the_first(count: int) -> None:
             nonlocal victim
@@ -521,9 +550,9 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
     """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
     arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
-    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--lookup-bits", "none"),
+    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--rounding-threshold-bits", "none"),
                                               (6, 7, 3, None))]):  # fmt: skip
         out = tmp_path / str(number)
         assert run("sweep", *common(model), *arguments, *given, "--out", out).exit_code == 0
         (row,) = read_rows(out).values()
-        assert tuple(row[f"{name}_bits"] for name in ("input", "weight", "activation", "lookup")) == wanted
+        assert tuple(row[f"{name}_bits"] for name in ("input", "weight", "activation", "rounding_threshold")) == wanted

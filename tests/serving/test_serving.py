@@ -26,8 +26,9 @@ from safetensors.numpy import load_file
 import fhe
 import helpers
 from jaxgpt2.cli import main
-from jaxgpt2.encrypted import EncryptedGPT2, head_weights, parse_modules
+from jaxgpt2.encrypted import EncryptedGPT2, head_weights
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.models import read_client
@@ -62,7 +63,7 @@ def model(tmp_path_factory) -> Path:
 def compiled(model, tmp_path_factory) -> Path:
     """Both bundles, and the circuits in a cache from which the same text is made in one process."""
     directory = tmp_path_factory.mktemp("compiled")
-    common = ["--model", model, "--calibration", model / "calibration.txt", "--head", HEADS, *LOWRANK,
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--encrypt", HEADS, *LOWRANK,
               "--cache", directory / "cache"]  # fmt: skip
     report = run("compile", *common, "--seq-len", LENGTH, "--out", directory / "out")
     assert json.loads((directory / "out" / "report.json").read_text()) == report
@@ -95,15 +96,15 @@ def whole_model(model: Path, compiled: Path) -> EncryptedGPT2:
         module: fhe.get_backend("concrete").load(compiled / "server" / "circuits" / str(module))
         for module in client.modules
     }
-    return EncryptedGPT2(GPT2.from_pretrained(model), client.configs, client.calibrated, circuits, client.seq_len)
+    return EncryptedGPT2(GPT2.from_pretrained(model), client.configs, client.quantized, circuits, client.seq_len)
 
 
 @pytest.fixture(scope="module")
 def wanted(model, compiled, keys) -> list[int]:
     """The text that one process makes on ciphertexts."""
-    hybrid = whole_model(model, compiled)
-    text = list(hybrid.generate(PROMPT, NEW, "encrypted", keys=hybrid.make_keys(keys / "alice")))
-    assert text == list(hybrid.generate(PROMPT, NEW, "simulate"))
+    encrypted = whole_model(model, compiled)
+    text = list(encrypted.generate(PROMPT, NEW, "encrypted", keys=encrypted.make_keys(keys / "alice")))
+    assert text == list(encrypted.generate(PROMPT, NEW, "simulate"))
     return text
 
 
@@ -149,7 +150,7 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
     size = gpt2.config.head_dim
 
     def windows(length: int) -> Iterator[tuple[str, np.ndarray]]:
-        """All runs of numbers of a length in every array, as it is and transposed, of module length."""
+        """All runs of numbers of a length in every array, as it is and transposed, of unit length."""
         for name, array in arrays.items():
             for flat in (array.reshape(-1), array.T.reshape(-1)):
                 if flat.size >= length:
@@ -158,8 +159,8 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
                     yield name, runs[norms > 0] / norms[norms > 0, None]
 
     for module in parse_modules(HEADS, gpt2.config):
-        secret = head_weights(gpt2.model, module.layer, module.head or 0)
-        kept = head_weights(gpt2.model, module.layer, 0)
+        secret = head_weights(gpt2, module.layer, module.head or 0)
+        kept = head_weights(gpt2, module.layer, 0)
         stored = load_file(compiled / "client" / "model" / "model.safetensors")[
             f"transformer.h.{module.layer}.attn.c_attn.weight"
         ]
@@ -173,7 +174,7 @@ def test_the_client_bundle_lacks_the_protected_weights(model, compiled):
                 for name, runs in windows(len(column)):
                     assert np.abs(runs @ (column / np.linalg.norm(column))).max() < 0.999, name
     # The search finds what is there: the same head's rows of the output projection, which the client needs.
-    assert occurs(head_weights(gpt2.model, 1, 2).output[0], files) == ["model/model.safetensors"]
+    assert occurs(head_weights(gpt2, 1, 2).output[0], files) == ["model/model.safetensors"]
     # The circuit's integers are where they belong, and nowhere else.
     circuits = (compiled / "server").rglob("*.mlir")
     constants = [dense for path in circuits for dense in re.findall(r"dense<(\[\[.*?\]\])>", path.read_text())]
@@ -193,10 +194,10 @@ def test_bundles_say_what_they_are(compiled, tmp_path):
     assert [entry.id for entry in client.circuits] == [entry.id for entry in server.circuits]
     with pytest.raises(BundleError, match="is a server bundle, wanted the client's"):
         read_client(Bundle.read(compiled / "server", "client"))
-    hybrid = read_client(client)
-    assert hybrid.seq_len == LENGTH
+    encrypted = read_client(client)
+    assert encrypted.seq_len == LENGTH
     with pytest.raises(fhe.NoWeights, match="without its weights"):
-        list(hybrid.generate(PROMPT, 1, "simulate"))
+        list(encrypted.generate(PROMPT, 1, "simulate"))
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_the_text_through_the_server_is_the_text_of_one_process(server, compiled
     first = json.loads(shown.stdout)
     assert first["tokens"] == wanted
     assert re.search(r"MB of ciphertexts sent, .* MB received, in \d+ requests; evaluation keys sent, ", shown.stderr)
-    assert first["mode"] == "server" and first["head"] == HEADS
+    assert first["mode"] == "server" and first["modules"] == HEADS
     assert first["keys"] > 1_000_000 and first["sent"] > 0 and first["received"] > 0
     paths = list((keys / "alice").glob("*.keys"))
     assert len(paths) == 1 and all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in paths)
@@ -224,7 +225,7 @@ def test_the_text_through_the_server_is_the_text_of_one_process(server, compiled
 
 def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, model):
     prompts = dict(zip(TOKENS, ("tq", "he", "ox", "ab"), strict=True))
-    hybrid = whole_model(model, compiled)
+    encrypted = whole_model(model, compiled)
 
     def generate(name: str) -> list[int]:
         with RemoteGPT2.connect(server.url, compiled / "client", keys / name, token=TOKENS[name]) as remote:
@@ -233,7 +234,7 @@ def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, mo
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         texts = dict(zip(prompts, pool.map(generate, prompts), strict=True))
     assert len(set(map(tuple, texts.values()))) > 1
-    assert texts == {name: list(hybrid.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
+    assert texts == {name: list(encrypted.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
 
 
 def test_a_session_that_expires_does_not_end_the_text(server, compiled, keys, wanted):
@@ -294,7 +295,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
     with running(compiled / "server", tmp_path / "state", "--workers", 1) as server:
         with RemoteGPT2.connect(server.url, compiled / "client", tmp_path / "keys") as remote:
             inputs: list[np.ndarray] = []
-            for module, circuit in remote.hybrid.circuits.items():
+            for module, circuit in remote.encrypted.circuits.items():
                 original = circuit.encrypt
 
                 def spy(own: Any, name: str, *x: np.ndarray, original: Any = original) -> list[bytes]:
@@ -354,7 +355,7 @@ def test_a_worker_and_then_the_server_killed_in_the_middle_of_a_text(compiled, k
 def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, compiled, keys, wanted):
     """Rightly summed envelopes around damaged ciphertexts: natively read, so that workers may die of them."""
     with RemoteGPT2.connect(server.url, compiled / "client", keys / "bob", token=TOKENS["bob"]) as remote:
-        module, circuit = next(iter(remote.hybrid.circuits.items()))
+        module, circuit = next(iter(remote.encrypted.circuits.items()))
         own: Any = remote.keys[module]
         client = httpx2.Client(
             base_url=server.url, headers={"Authorization": f"Bearer {TOKENS['bob']}"}, timeout=120
@@ -413,7 +414,7 @@ def test_ckks_through_the_server(model, tmp_path):
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join([f"{a}{b}" for a in CALIBRATION for b in CALIBRATION]) + "\n")
-    common = ["--model", model, "--calibration", texts, "--head", "0.1", "--attention", "polynomial",
+    common = ["--model", model, "--calibration", texts, "--encrypt", "0.1", "--attention", "polynomial",
               "--backend", "ckks", "--cache", tmp_path / "cache"]  # fmt: skip
     run("compile", *common, "--seq-len", 4, "--out", tmp_path / "out")
     quantized = run("generate", PROMPT, *common[:-4], "--mode", "quantized", "--max-new-tokens", 2)

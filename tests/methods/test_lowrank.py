@@ -1,4 +1,4 @@
-"""The parts of the low-rank head, each against the float mathematics that it fhe_config for."""
+"""The parts of the low-rank head, each against the float mathematics that it stands for."""
 
 import dataclasses
 
@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import head_error, integers, random_head, random_inputs
+from test_methods import head_error
 
 from fhe import NumpyOps
+from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
 from jaxgpt2.methods import lowrank
 from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
+
+
+STRATEGY = lowrank.LOWRANK.head.strategy
 
 
 def activations(seed: int, count: int, size: int) -> np.ndarray:
@@ -88,8 +92,8 @@ def calibrated_head(steps: int = 0, texts: int = 40, bits: int = 4, **options: i
     head = random_head(0, 20, 6, sharpness=1.5)
     plane = np.random.default_rng(5).normal(size=(5, 20)) * 0.4
     inputs = [x[:, :5] @ plane for x in random_inputs(0, texts, 8, 20)]
-    settings = {**lowrank.LOWRANK.options, "training_steps": steps, **options}
-    return head, inputs, lowrank.calibrate(head, inputs, lowrank.LOWRANK.bits(bits), 8, **settings)
+    chosen = {**lowrank.LOWRANK.options, "training_steps": steps, **options}
+    return head, inputs, lowrank.calibrate(head, inputs, lowrank.LOWRANK.bits(bits), 8, **chosen)
 
 
 def output_error(head, inputs, calibrated) -> float:
@@ -97,8 +101,8 @@ def output_error(head, inputs, calibrated) -> float:
     error = size = 0.0
     for x in inputs:
         wanted = float_head(head, x)
-        outputs = lowrank.run_head(NumpyOps(), calibrated.params, integers(calibrated, x))
-        got = np.asarray(lowrank.decode(calibrated.decoding, tuple(map(jnp.asarray, outputs))))
+        outputs = STRATEGY.whole(NumpyOps(), calibrated.params, integers(calibrated, x))
+        got = np.asarray(lowrank.decode(calibrated.dequantization, tuple(map(jnp.asarray, outputs))))
         error += np.einsum("td,de,te->", got - wanted, head.metric, got - wanted)
         size += np.einsum("td,de,te->", wanted, head.metric, wanted)
     return float(error / size)
@@ -127,31 +131,11 @@ def test_aligned_levels_are_the_rounded_projection(seed, activations, weight_bit
     ops, made = NumpyOps(), lowrank.aligned("query", weight, bias, bits, saturate, activations + 1)
     x = random.integers(-15, 16, size=(20, 6))
     total = x @ made.weight + made.bias
-    module = 2 ** (made.requantize.shift + activations - (2 * saturate).bit_length())
+    unit = 2 ** (made.requantize.shift + activations - (2 * saturate).bit_length())
     got = ops.lookup(made.requantize, total)
-    exact = np.clip(total / module, -saturate, saturate)
+    exact = np.clip(total / unit, -saturate, saturate)
     assert np.abs(got - exact).max() <= 0.5 + 0.25  # half a level, and what the table's cells add
     assert np.abs(got).max() <= saturate
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(1, 8), st.integers(0, 3))
-def test_token_by_token_gives_the_integers_of_the_whole(tokens, seed):
-    _, inputs, calibrated = calibrated_head()
-    x = integers(calibrated, inputs[seed][:tokens])
-    whole = lowrank.run_head(NumpyOps(), calibrated.params, x)
-    steps = lowrank.LOWRANK.head.reading.steps  # pyright: ignore[reportAttributeAccessIssue]
-    assert steps is not None
-    bodies = {"project": steps.project, "first": steps.first} | {f"attend_{n}": steps.attend for n in steps.blocks}
-    state: list = []
-    rows = []
-    for row in x:
-        sums = steps.advance(
-            lambda name, arrays: bodies[name](NumpyOps(), calibrated.params, *arrays), state, [row[None]]
-        )
-        rows.append([np.sum(parts, axis=0) for parts in zip(*(results for _, results in sums), strict=True)])
-    for position, part in enumerate(whole):
-        assert np.array_equal(part, np.concatenate([row[position] for row in rows]))
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,24 @@
 """The polynomial method: its fit, and the same head in floating point and on slots."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fhe.ckks.slots import CleartextSimulator, Layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fhe import Function
 from fhe.backend import check_functions
-from jaxgpt2.decoding import NotReady, quantize_input
+from fhe.ckks.linalg import Layout
+from fhe.ckks.slots import CleartextSimulator
+from heads import Rehearsal
+from jaxgpt2 import methods
+from jaxgpt2.decoding import NotReady
 from jaxgpt2.methods import polynomial
 from jaxgpt2.methods.jax_ops import JaxOps
 from jaxgpt2.methods.method import HeadWeights, QuantizedModule, float_head
-from jaxgpt2.methods.polynomial import PolynomialParams
+from jaxgpt2.methods.polynomial import DenseOps, PackedSequence, PolynomialParams
 from jaxgpt2.quantize import Bits, CalibrationError
 
 WIDTH, SIZE = 24, 8
@@ -63,22 +63,32 @@ def error(given: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def outputs(found: QuantizedModule, results: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    return results[0] / results[1] @ found.decoding.basis + found.decoding.mean
+    return results[0] / results[1] @ found.dequantization.basis + found.dequantization.mean
+
+
+def dense(params: PolynomialParams, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numerators and denominators of a text in float64, by the same statement of the weights that runs on slots."""
+    q, k = x @ params.query + params.query_bias, x @ params.key + params.key_bias
+    e = polynomial.attention_weights(DenseOps(), params, q, k) * np.tri(len(x))
+    return e @ (x @ params.value + params.value_bias), e.sum(axis=1, keepdims=True)
 
 
 def test_the_head_is_close_to_the_softmax_it_stands_for(calibrated):
     weights, found, texts = calibrated
     for x in texts:
-        assert error(outputs(found, polynomial.attend(found.params, x)), float_head(weights, x)) < 0.05
+        assert error(outputs(found, dense(found.params, x)), float_head(weights, x)) < 0.05
 
 
-def test_rounded_in_jax_it_is_the_same_head(calibrated):
+def test_in_jax_it_is_the_same_head(calibrated):
     weights, found, texts = calibrated
-    program = methods.get("polynomial").head
+    function = methods.get("polynomial").head
     for x in texts[:3]:
-        levels = quantize_input(found, jnp.asarray(x, jnp.float32))
-        output = program.decode(found.decoding, program.run(JaxOps(), found.params, levels))
-        assert error(np.asarray(output), float_head(weights, x)) < 0.05
+        rows = jnp.asarray(x, jnp.float32)
+        results = function.strategy.whole(JaxOps(), found.params, function.encode(found, rows))
+        for got, wanted in zip(results, dense(found.params, x), strict=True):
+            assert error(np.asarray(got), wanted) < 1e-5
+        assert error(np.asarray(function.decode(found.dequantization, results)), float_head(weights, x)) < 0.05
+        assert error(np.asarray(function.whole(JaxOps(), found, rows)), float_head(weights, x)) < 0.05
 
 
 @pytest.mark.parametrize("squarings", [2, 3, 4])
@@ -93,7 +103,7 @@ def test_no_row_depends_on_a_later_one(calibrated):
     x = next(x for x in texts if len(x) > 5)
     changed = x.copy()
     changed[4:] += 1.0
-    for a, b in zip(polynomial.attend(found.params, x), polynomial.attend(found.params, changed), strict=True):
+    for a, b in zip(dense(found.params, x), dense(found.params, changed), strict=True):
         assert np.allclose(a[:4], b[:4])
 
 
@@ -125,10 +135,10 @@ def test_the_fit_follows_its_gradient():
 
 
 def on_slots(layout: Layout, params: PolynomialParams, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Results and caches of `prompt`."""
-    machine = CleartextSimulator(layout.slots)
-    tiles = [machine.load(tile) for tile in polynomial.pack(layout, x)]
-    results = polynomial.prompt(layout, machine, params, *tiles)
+    """Results and caches of `prefill`."""
+    simulator = CleartextSimulator(layout.slots)
+    tiles = [simulator.load(tile) for tile in polynomial.pack(layout, x)]
+    results = polynomial.prefill(layout, simulator, params, *tiles)
     return [r.values for r in results[: len(tiles)]], [r.values for r in results[len(tiles) :]]
 
 
@@ -150,21 +160,21 @@ def test_tiles_are_the_head_in_floating_point(width, size, slots, tokens):
         part = layout.unpack(values)[0, :, : tokens - number * layout.tokens]
         got[0].append(part[:size].real.T)
         got[1].append(part[0].imag[:, None])
-    for a, b in zip(got, polynomial.attend(found.params, x), strict=True):
+    for a, b in zip(got, dense(found.params, x), strict=True):
         assert np.allclose(np.concatenate(a), b, rtol=1e-9, atol=1e-9)
 
 
-def test_steps_after_a_prompt_are_the_whole_text(calibrated):
+def test_steps_after_a_prefill_are_the_whole_text(calibrated):
     _, found, texts = calibrated
     layout = Layout.fit(512, WIDTH, SIZE)
     assert layout.tokens == 4 and layout.capacity == 32
     x = np.concatenate(texts)[:40]  # tiles end, and so do caches
-    numerators, denominators = polynomial.attend(found.params, x)
+    numerators, denominators = dense(found.params, x)
     _, caches = on_slots(layout, found.params, x[:6])
     for count in range(6, len(x)):
-        machine = CleartextSimulator(layout.slots)
-        inputs = [machine.load(layout.pack_one(x[count])), *(machine.load(cache, 2) for cache in caches)]
-        result, *updated = polynomial.step(layout, count, machine, found.params, *inputs)
+        simulator = CleartextSimulator(layout.slots)
+        inputs = [simulator.load(layout.pack_one(x[count])), *(simulator.load(cache, 2) for cache in caches)]
+        result, *updated = polynomial.decode_step(layout, count, simulator, found.params, *inputs)
         values = layout.unpack(result.values)
         assert np.allclose(values[0, :SIZE, -1].real, numerators[count])
         assert np.allclose(values[0, 0, -1].imag, denominators[count])
@@ -193,7 +203,7 @@ def test_a_client_reads_what_the_slots_hold(calibrated):
     weights, found, texts = calibrated
     layout = Layout.fit(512, WIDTH, SIZE)
     x = np.concatenate(texts)[:7]
-    results = polynomial.unpack(layout, SIZE, found.decoding, decrypted(found, layout, x), 7)
+    results = polynomial.unpack(layout, SIZE, found.dequantization, decrypted(found, layout, x), 7)
     assert error(outputs(found, results), float_head(weights, x)) < 0.05
 
 
@@ -210,14 +220,14 @@ def test_a_client_refuses_what_no_calibrated_input_can_give(calibrated, spoil):
     else:
         values *= {"large": 1e4, "small": 1e-6}[spoil]
     with pytest.raises(polynomial.OutOfRange):
-        polynomial.unpack(layout, SIZE, found.decoding, [values], 4)
+        polynomial.unpack(layout, SIZE, found.dequantization, [values], 4)
 
 
 def test_an_input_far_out_of_range_is_noticed(calibrated):
     _, found, texts = calibrated
     layout = Layout.fit(512, WIDTH, SIZE)
     with pytest.raises(polynomial.OutOfRange):
-        polynomial.unpack(layout, SIZE, found.decoding, decrypted(found, layout, texts[0][:4] * 10), 4)
+        polynomial.unpack(layout, SIZE, found.dequantization, decrypted(found, layout, texts[0][:4] * 10), 4)
 
 
 def test_low_rank_reads_more_tokens_with_fewer_products():
@@ -226,34 +236,14 @@ def test_low_rank_reads_more_tokens_with_fewer_products():
     for rank in (0, 15):
         found = calibrate(weights, texts, score_rank=rank, value_rank=rank and 16)
         layout = polynomial.layout_for(found, 8192)
-        machine = CleartextSimulator(layout.slots)
-        x = [machine.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]
-        polynomial.prompt(layout, machine, found.params, *x)
-        calls[layout.outputs] = layout.tokens, machine.counts.by_stage()["projection"]["clear product"]
+        simulator = CleartextSimulator(layout.slots)
+        x = [simulator.load(tile) for tile in polynomial.pack(layout, texts[0][:4])]
+        polynomial.prefill(layout, simulator, found.params, *x)
+        calls[layout.outputs] = layout.tokens, simulator.counts.by_stage()["projection"]["clear product"]
     assert calls == {64: (8, 12 + 1), 16: (16, 6 + 1)}  # one to lower the queries
 
 
-@dataclass
-class Rehearsed:
-    """A party without encryption: functions on a `CleartextSimulator`, with every call noted."""
-
-    functions: dict[str, Function]
-    params: PolynomialParams
-    calls: list[str] = field(default_factory=list)
-
-    def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        return arrays
-
-    def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        self.calls.append(name)
-        function, machine = self.functions[name], CleartextSimulator(512)
-        assert len(arrays) == len(function.sources)
-        loaded = [machine.load(v, 2 if group else 0) for v, group in zip(arrays, function.sources, strict=True)]
-        return [result.values for result in function.run(machine, self.params, *loaded)]
-
-    def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
-        self.calls.append(f"decrypt {name}")
-        return results
+STRATEGY = PackedSequence(512)
 
 
 @pytest.fixture(scope="module")
@@ -261,74 +251,64 @@ def compiled(calibrated) -> tuple[QuantizedModule, dict[str, Function], np.ndarr
     """For texts of 37 tokens in tiles of 4, where a cache holds 32; and a text."""
     _, found, texts = calibrated
     x = np.concatenate(texts)[:37]
-    program = methods.get("polynomial").head
-    return found, check_functions(polynomial.Slots(512).functions(program, found, [x], 37)), x
-
-
-def reader_of(found: QuantizedModule, functions: dict[str, Function]) -> tuple[polynomial.SlotReader, Rehearsed]:
-    party = Rehearsed(functions, found.params)
-    return polynomial.Slots(512).reader(found.client, party, 37), party  # pyright: ignore[reportReturnType]
-
-
-def integers(found: QuantizedModule, x: np.ndarray) -> np.ndarray:
-    return np.asarray(quantize_input(found, jnp.asarray(x, jnp.float32)), np.int64)
+    return found, check_functions(STRATEGY.functions(found, [x], 37)), x
 
 
 def test_a_circuit_reads_a_text_together_and_then_token_by_token(compiled):
     found, functions, x = compiled
-    assert set(functions) == {f"prompt_{n}" for n in range(1, 11)} | {f"step_{n}" for n in range(1, 37)}
-    reader, party = reader_of(found, functions)
-    levels = integers(found, x)
-    wanted = methods.get("polynomial").head.run(JaxOps(), found.params, levels)
-    for length in (30, 31, 31, 36, 37):  # the last three steps are made before any is decrypted
-        party.calls.clear()
-        results = reader.read(levels[:length])
+    assert set(functions) == {f"prefill_{n}" for n in range(1, 11)} | {f"decode_{n}" for n in range(1, 37)}
+    executor, cache = Rehearsal(functions, found.params), None
+    wanted = dense(found.params, x)
+    for start, end in ((0, 30), (30, 31), (31, 36), (36, 37)):  # five steps are made before any is decrypted
+        executor.calls.clear()
+        results, cache = STRATEGY.read(found.client, executor, x[start:end], cache, 37)
         for got, exact in zip(results, wanted, strict=True):
-            assert np.abs(got - np.asarray(exact)[:length]).max() <= 2 + 1e-5 * np.abs(exact).max()
-        if length == 30:
-            assert party.calls == ["prompt_8", "decrypt prompt_8"]
-        if length == 36:
-            steps = [f"step_{count}" for count in range(31, 36)]
-            assert party.calls == [*steps, *(f"decrypt {name}" for name in steps)]
-    calls = polynomial.Slots(512).calls(found.client, 30, 37)
-    assert calls == {f"step_{count}": 1 for count in range(30, 37)}
-    assert polynomial.Slots(512).calls(found.client, 0, 30) == {"prompt_8": 1}
-    party.calls.clear()
-    reader.read(levels[1:4])  # another text
-    assert party.calls == ["prompt_1", "decrypt prompt_1"]
+            assert np.allclose(got, exact[start:end], rtol=1e-9, atol=1e-9 * np.abs(exact).max())
+        assert np.array_equal(cache.inputs, x[:end])
+        if end == 30:
+            assert executor.calls == ["prefill_8", "decrypt prefill_8"]
+        if end == 36:
+            steps = [f"decode_{count}" for count in range(31, 36)]
+            assert executor.calls == [*steps, *(f"decrypt {name}" for name in steps)]
+    assert STRATEGY.calls(found.client, 30, 37) == {f"decode_{count}": 1 for count in range(30, 37)}
+    assert STRATEGY.calls(found.client, 0, 30) == {"prefill_8": 1}
+    executor.calls.clear()
+    STRATEGY.read(found.client, executor, x[1:4], None, 37)  # another text
+    assert executor.calls == ["prefill_1", "decrypt prefill_1"]
 
 
-def test_what_is_out_of_range_is_refused_and_the_last_text_stays_read(compiled):
+def test_what_is_out_of_range_is_refused_and_the_last_cache_stays_good(compiled):
     found, functions, x = compiled
-    reader, party = reader_of(found, functions)
-    levels = integers(found, x)
-    first = reader.read(levels[:9])
+    executor = Rehearsal(functions, found.params)
+    wanted = dense(found.params, x)
+    _, cache = STRATEGY.read(found.client, executor, x[:9], None, 37)
     with pytest.raises(polynomial.OutOfRange):
-        reader.read(np.concatenate([levels[:9], levels[9:10] * 20]))
-    party.calls.clear()
-    assert all(np.array_equal(part[:9], old) for part, old in zip(reader.read(levels[:10]), first, strict=True))
-    assert party.calls == ["step_9", "decrypt step_9"]
+        STRATEGY.read(found.client, executor, x[9:10] * 20, cache, 37)
+    executor.calls.clear()
+    results, after = STRATEGY.read(found.client, executor, x[9:10], cache, 37)
+    assert all(np.allclose(part, exact[9:10]) for part, exact in zip(results, wanted, strict=True))
+    assert executor.calls == ["decode_9", "decrypt decode_9"]
     with pytest.raises(NotReady, match="compiled for 37 tokens, got 38"):
-        reader.read(np.concatenate([levels, levels[:1]]))
+        STRATEGY.read(found.client, executor, x[9:], after, 37)
 
 
 def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
     _, found, texts = calibrated
-    program = methods.get("polynomial").head
-    functions = check_functions(polynomial.Slots(512).functions(program, found, [np.concatenate(texts)[:40]], 40))
+    functions = check_functions(STRATEGY.functions(found, [np.concatenate(texts)[:40]], 40))
     results = {}
     for name, function in functions.items():
-        machine = CleartextSimulator(512)
+        simulator = CleartextSimulator(512)
         inputs = [
-            machine.load(v, 2 if group else 0) for v, group in zip(function.inputset[0], function.sources, strict=True)
+            simulator.load(v, 2 if group else 0)
+            for v, group in zip(function.inputset[0], function.sources, strict=True)
         ]
-        results[name] = function.run(machine, found.params, *inputs)
+        results[name] = function.run(simulator, found.params, *inputs)
     for name, function in functions.items():
         for group, values in zip(function.sources, function.inputset[0], strict=True):
             for source in group:
                 given = results[source.function][source.position]
                 assert given.depth == 2, (name, source)
-                if source.function.startswith("step"):  # of the same text: the very cache
+                if source.function.startswith("decode"):  # of the same text: the very cache
                     assert np.allclose(given.values, values)
 
 

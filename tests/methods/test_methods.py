@@ -9,51 +9,24 @@ from hypothesis import strategies as st
 
 import fhe
 from fhe import NumpyOps
+from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
-from jaxgpt2.decoding import quantize_input
+from jaxgpt2.executors import LocalExecutor, SimulatedExecutor
 from jaxgpt2.methods.jax_ops import JaxOps
-from jaxgpt2.methods.method import HeadWeights, float_head
+from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
 
 SOFTMAX = methods.get("softmax")
-assert SOFTMAX.block is not None
-BLOCK = SOFTMAX.block
-FORMULAS = [SOFTMAX, methods.get("lowrank")]
+assert SOFTMAX.layer is not None
+LAYER = SOFTMAX.layer
+BY_LOOKUPS = [SOFTMAX, methods.get("lowrank")]
 # Training is tested where it matters; here it would learn random numbers by heart.
 QUICK = {"lowrank": {"training_steps": 0}}
-by_name = pytest.mark.parametrize("method", FORMULAS, ids=lambda method: method.name)
+by_name = pytest.mark.parametrize("method", BY_LOOKUPS, ids=lambda method: method.name)
 
 
 def options(method: methods.Method) -> dict[str, int]:
     return {**method.options, **QUICK.get(method.name, {})}
-
-
-def random_head(seed: int, width: int, head_dim: int, sharpness: float = 1.0) -> HeadWeights:
-    random = np.random.default_rng(seed)
-
-    def matrix(*shape: int) -> np.ndarray:
-        return random.normal(size=shape) / np.sqrt(shape[0])
-
-    output = matrix(head_dim, width)
-    return HeadWeights(
-        query=matrix(width, head_dim) * sharpness,
-        query_bias=random.normal(size=head_dim) * 0.1,
-        key=matrix(width, head_dim) * sharpness,
-        key_bias=random.normal(size=head_dim) * 0.1,
-        value=matrix(width, head_dim),
-        value_bias=random.normal(size=head_dim) * 0.1,
-        output=output,
-        metric=output @ output.T,
-    )
-
-
-def random_inputs(seed: int, count: int, tokens: int, width: int) -> list[np.ndarray]:
-    random = np.random.default_rng(seed + 1000)
-    return [random.normal(size=(tokens, width)) for _ in range(count)]
-
-
-def integers(calibrated, x: np.ndarray) -> np.ndarray:
-    return np.asarray(quantize_input(calibrated, jnp.asarray(x, jnp.float32)), np.int64)
 
 
 @by_name
@@ -69,8 +42,10 @@ def test_jax_equals_numpy(method, seed, bits, lookup, tokens, head_dim):
     head = random_head(seed, 7, head_dim)
     calibrated = method.head.calibrate(head, random_inputs(seed, 3, 6, 7), Bits.of(bits, lookup), 6, **options(method))
     x = integers(calibrated, random_inputs(seed + 1, 1, tokens, 7)[0] * 2)  # beyond the calibrated range too
-    in_numpy = method.head.run(NumpyOps(), calibrated.params, x)
-    in_jax = jax.jit(lambda p, x: method.head.run(JaxOps(), p, x))(calibrated.params, jnp.asarray(x, jnp.int32))
+    in_numpy = method.head.strategy.whole(NumpyOps(), calibrated.params, x)
+    in_jax = jax.jit(lambda p, x: method.head.strategy.whole(JaxOps(), p, x))(
+        calibrated.params, jnp.asarray(x, jnp.int32)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(in_numpy, in_jax, strict=True))
 
 
@@ -93,9 +68,9 @@ def test_heads_and_bit_widths_can_be_stacked_under_vmap():
 
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(padded(c.params) for c in calibrated))
     x = integers(calibrated[0], inputs[0])
-    (together,) = jax.vmap(lambda p: SOFTMAX.head.run(JaxOps(), p, jnp.asarray(x, jnp.int32)))(stacked)
+    (together,) = jax.vmap(lambda p: SOFTMAX.head.strategy.whole(JaxOps(), p, jnp.asarray(x, jnp.int32)))(stacked)
     for params, row in zip([c.params for c in calibrated], together, strict=True):
-        assert np.array_equal(SOFTMAX.head.run(NumpyOps(), params, x)[0], row)
+        assert np.array_equal(SOFTMAX.head.strategy.whole(NumpyOps(), params, x)[0], row)
 
 
 @by_name
@@ -106,8 +81,8 @@ def test_a_row_sees_only_rows_before_it(method, seed, tokens):
         random_head(seed, 7, 3), random_inputs(seed, 3, 6, 7), Bits.of(4), 6, **options(method)
     )
     x = integers(calibrated, random_inputs(seed + 1, 1, tokens, 7)[0])
-    whole = method.head.run(NumpyOps(), calibrated.params, x)
-    shorter = method.head.run(NumpyOps(), calibrated.params, x[:-1])
+    whole = method.head.strategy.whole(NumpyOps(), calibrated.params, x)
+    shorter = method.head.strategy.whole(NumpyOps(), calibrated.params, x[:-1])
     assert all(np.array_equal(a[:-1], b) for a, b in zip(whole, shorter, strict=True))
 
 
@@ -117,8 +92,8 @@ def head_error(method: methods.Method, bits: int, seed: int, sharpness: float = 
     difference = norm = 0.0
     for x in random_inputs(seed + 7, 10, 6, 24):
         wanted = float_head(head, x)
-        outputs = method.head.run(NumpyOps(), calibrated.params, integers(calibrated, x))
-        got = np.asarray(method.head.decode(calibrated.decoding, tuple(map(jnp.asarray, outputs))))
+        outputs = method.head.strategy.whole(NumpyOps(), calibrated.params, integers(calibrated, x))
+        got = np.asarray(method.head.decode(calibrated.dequantization, tuple(map(jnp.asarray, outputs))))
         difference, norm = difference + np.sum((got - wanted) ** 2), norm + np.sum(wanted**2)
     return float(np.sqrt(difference / norm))
 
@@ -132,12 +107,12 @@ def test_more_bits_come_closer_to_the_float_head(method, seed):
     assert errors[4] < 0.05
 
 
-def test_a_block_is_its_heads_through_their_projection():
+def test_a_layer_is_its_heads_through_their_projection():
     heads = tuple(random_head(i, 12, 4) for i in range(3))
     inputs = random_inputs(0, 20, 6, 12)
-    calibrated = BLOCK.calibrate(heads, inputs, Bits.of(8), 6)
-    (outputs,) = BLOCK.run(NumpyOps(), calibrated.params, integers(calibrated, inputs[0]))
-    got = np.asarray(BLOCK.decode(calibrated.decoding, (jnp.asarray(outputs),)))
+    calibrated = LAYER.calibrate(heads, inputs, Bits.of(8), 6)
+    (outputs,) = LAYER.strategy.whole(NumpyOps(), calibrated.params, integers(calibrated, inputs[0]))
+    got = np.asarray(LAYER.decode(calibrated.dequantization, (jnp.asarray(outputs),)))
     wanted = sum(float_head(head, inputs[0]) @ head.output for head in heads)
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.06
 
@@ -171,35 +146,32 @@ def test_numpy_equals_jax_equals_simulated_equals_decrypted(concrete, method, se
     head = random_head(seed, width, head_dim)
     inputs = random_inputs(seed, 40, tokens, width)
     calibrated = method.head.calibrate(head, inputs, Bits.of(bits), tokens, **options(method))
-    inputset = [(integers(calibrated, x),) for x in inputs]
+    strategy, texts = method.head.strategy, method.head.samples(calibrated, inputs)
     circuit = concrete.compile(
-        {"head": fhe.Function(method.head.run, inputset)},
-        calibrated.params,
-        fhe.FHEConfig(p_error=1e-6, rounding="exact"),
+        strategy.functions(calibrated, texts, tokens), calibrated.params, fhe.FHEConfig(p_error=1e-6, rounding="exact")
     )
-    keys = circuit.make_keys()
-    for (x,) in inputset[:3]:
-        wanted = method.head.run(NumpyOps(), calibrated.params, x)
-        in_jax = method.head.run(JaxOps(), calibrated.params, jnp.asarray(x, jnp.int32))
-        decrypted = circuit.decrypt(
-            keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation)
-        )
-        for exact, *others in zip(wanted, in_jax, circuit.simulate("head", x), decrypted, strict=True):
+    executors = [SimulatedExecutor(circuit), LocalExecutor(circuit, circuit.make_keys())]
+    for x in [integers(calibrated, x) for x in inputs[:3]]:
+        wanted = strategy.whole(NumpyOps(), calibrated.params, x)
+        in_jax = strategy.whole(JaxOps(), calibrated.params, jnp.asarray(x, jnp.int32))
+        read = [strategy.read(calibrated.client, executor, x, None, tokens)[0] for executor in executors]
+        for exact, *others in zip(wanted, in_jax, *read, strict=True):
             assert all(np.array_equal(exact, other) for other in others)
 
 
-def test_a_block_decrypts_to_its_integers(concrete):
+def test_a_layer_decrypts_to_its_integers(concrete):
     heads = tuple(random_head(i, 4, 1) for i in range(2))
     inputs = random_inputs(5, 40, 2, 4)
-    calibrated = BLOCK.calibrate(heads, inputs, Bits.of(2), 2)
-    inputset = [(integers(calibrated, x),) for x in inputs]
+    calibrated = LAYER.calibrate(heads, inputs, Bits.of(2), 2)
+    texts = [integers(calibrated, x) for x in inputs]
     circuit = concrete.compile(
-        {"head": fhe.Function(BLOCK.run, inputset)}, calibrated.params, fhe.FHEConfig(p_error=1e-6, rounding="none")
+        LAYER.strategy.functions(calibrated, texts, 2),
+        calibrated.params,
+        fhe.FHEConfig(p_error=1e-6, rounding="none"),
     )
-    keys = circuit.make_keys()
-    x = inputset[0][0]
-    (decrypted,) = circuit.decrypt(keys, "head", circuit.run("head", circuit.encrypt(keys, "head", x), keys.evaluation))
-    assert np.array_equal(BLOCK.run(NumpyOps(), calibrated.params, x)[0], decrypted)
+    executor, x = LocalExecutor(circuit, circuit.make_keys()), texts[0]
+    (decrypted,), _ = LAYER.strategy.read(calibrated.client, executor, x, None, 2)
+    assert np.array_equal(LAYER.strategy.whole(NumpyOps(), calibrated.params, x)[0], decrypted)
     assert "projection" not in circuit.report.pbs_by_stage  # clear weights cost no lookup
 
 

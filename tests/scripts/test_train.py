@@ -9,9 +9,9 @@ from click.testing import CliRunner
 pytest.importorskip("optax", reason="the train extra is not installed")
 import cut_passages
 import train
-from train import END_OF_TEXT, MethodConfig, TrainingError
+from train import END_OF_TEXT, TrainingConfig, TrainingError
 
-RECIPE = MethodConfig(
+RECIPE = TrainingConfig(
     vocab_size=280, n_positions=16, n_embd=16, n_layer=1, n_head=2, batch_size=4, learning_rate=3e-3,
     weight_decay=0.05, warmup_steps=5, decay_fraction=0.4, seed=0,
 )  # fmt: skip

@@ -50,7 +50,7 @@ def test_generate_in_float_continues_the_prompt(model):
 
 
 def test_generate_gives_the_same_tokens_in_every_mode(model, tmp_path):
-    common = ["generate", "dog", *head(model), "--head", "0.1,1.0", "--bits", 6, "--max-new-tokens", 3,
+    common = ["generate", "dog", *head(model), "--encrypt", "0.1,1.0", "--bits", 6, "--max-new-tokens", 3,
               "--backend", "clear", "--cache", tmp_path]  # fmt: skip
     quantized, simulated, encrypted = (
         run_json(*common, "--mode", mode)["tokens"] for mode in ("quantized", "simulate", "encrypted")
@@ -95,8 +95,8 @@ def test_info_says_what_is_there():
     ("arguments", "message"),
     [
         (["generate", "x", "--model", "./nowhere"], "no such directory"),
-        (["generate", "x", "--head", "0.99"], "there is no head 0.99"),
-        (["generate", "x", "--head", "first"], "cannot read head 'first'"),
+        (["generate", "x", "--encrypt", "0.99"], "there is no module 0.99"),
+        (["generate", "x", "--encrypt", "first"], "cannot read module 'first'"),
         (["generate", ""], "prompt is empty"),
         (["generate", "x " * 300], "context is"),
         (["generate", "x", "--bits", "1"], "bits of activations must be a whole number from 2 to 12, got 1"),
@@ -147,7 +147,7 @@ def test_on_a_terminal_waiting_leaves_the_text_there():
     script = textwrap.dedent(
         """
         import types
-        from jaxgpt2.cli import write_tokens
+        from jaxgpt2.cli.generate import write_tokens
 
         gpt2 = types.SimpleNamespace(stream=lambda: lambda token: f" {token}", text=lambda tokens: "")
         write_tokens(gpt2, {"prompt": "counting"}, iter([1, 2]), False, lambda number: f"token {number}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from helpers import edit_json, one_line, random_checkpoint, rewrite_tensors, torch_logits
+from jaxgpt2.cli import main
+from jaxgpt2.models.gpt2 import state_dict
 from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
 from weights import CheckpointError, load_config, load_tensors, locate, save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(directory: Path) -> dict[str, np.ndarray]:
@@ -181,6 +184,39 @@ def test_config_of_another_size(small: Path):
     edit_json(small / "config.json", n_embd=48)
     with one_line(CheckpointError, "h.0.attn.c_attn.bias", "(96,)", "(144,)"):
         GPT2.from_pretrained(small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"n_layer": 10**9}, ["n_layer is 1000000000", "those of 2 blocks"]),
+        ({"n_layer": 3}, ["n_layer is 3", "those of 2 blocks"]),
+        ({"n_embd": 4 * 10**30}, ["n_embd is 4", "no tensor has a side above 300"]),
+        ({"vocab_size": 10**12}, ["vocab_size is 1000000000000", "300"]),
+        ({"n_positions": 10**12}, ["n_positions is 1000000000000", "300"]),
+        ({"n_inner": 10**12}, ["inner_dim is 1000000000000", "300"]),
+        ({"n_head": 10**9, "n_embd": 10**9}, ["n_embd is 1000000000", "300"]),
+    ],
+)
+def test_sizes_beyond_the_tensors_are_refused_before_anything_is_built(
+    small: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], parts: list[str]
+):
+    """What is built later grows with these numbers, and the size of the headers does not: nothing is built."""
+    edit_json(small / "config.json", **changes)
+
+    def build(*_: Any) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(state_dict, "_blueprint", build)
+    for read in (GPT2.from_pretrained, lambda name: run("sweep", "--model", name, "--out", small / "out")):
+        with one_line(ConfigError, str(small / "config.json"), *parts):
+            read(small)
+
+
+def run(*arguments: object) -> None:
+    """A command, whose error is raised."""
+    with main.make_context("jaxgpt2", [str(argument) for argument in arguments]) as context:
+        click.Group.invoke(main, context)
 
 
 @pytest.mark.parametrize(

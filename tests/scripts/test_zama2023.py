@@ -1,0 +1,18 @@
+"""What "Towards Encrypted Large Language Models with FHE" claims and this repository promises to reproduce."""
+
+import pytest
+
+pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
+import zama2023
+
+
+def test_the_baseline_has_the_published_number_of_lookups():
+    """GPT-2's shape, 6 tokens, 4 bits, one head: compiled, not run."""
+    encrypted = zama2023.compile_baseline(
+        width=768, heads=12, tokens=6, bits=4, rounding_threshold_bits=6, rounding="approximate", p_error=1e-5
+    )
+    (circuit,) = encrypted.circuits.values()
+    assert circuit.report.pbs_count == pytest.approx(zama2023.PUBLISHED_LOOKUPS, rel=0.05)
+    stages = circuit.report.pbs_by_stage
+    assert sum(count for widths in stages.values() for count in widths.values()) == circuit.report.pbs_count
+    assert {"query", "key", "value", "scores", "softmax", "output"} <= stages.keys()

@@ -1,0 +1,217 @@
+"""Bundles without encryption: what they hold, what a client makes of one, and whole attentions from text to text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import fhe
+import helpers
+from fhe import envelope
+from jaxgpt2 import methods
+from jaxgpt2.cli import main
+from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.executors import SimulatedExecutor
+from jaxgpt2.methods import MethodConfig, QuantizedModule
+from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.serving import bundle as bundles
+from jaxgpt2.serving.bundle import Bundle, BundleError
+from jaxgpt2.serving.client import RemoteGPT2
+from jaxgpt2.serving.models import read_client, write_bundles
+from served import running
+
+CALIBRATION = ["the cat", "sat on", "a mat", "one dog", "ran after", "two", "it was", "not the", "zebras", "xylem"] * 2
+PROMPT, LENGTH = "dog", 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("three-heads")
+    helpers.random_checkpoint(directory, n_embd=24, n_head=3)
+    (directory / "calibration.txt").write_text("\n".join(CALIBRATION) + "\n")
+    (directory / "eval.txt").write_text("the dog\nit ran\na\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gpt2(model: Path) -> GPT2:
+    return GPT2.from_pretrained(model)
+
+
+def compiled(gpt2: GPT2, modules: str, method: str, bits: int = 5) -> EncryptedGPT2:
+    options = {"training_steps": 0} if method == "lowrank" else {}
+    encrypted = EncryptedGPT2.encrypt(gpt2, modules, MethodConfig.of(method, bits, options))
+    return encrypted.calibrate(CALIBRATION, LENGTH).compile(CALIBRATION, LENGTH, backend="clear")
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--json"]])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+# --- what a client makes of a bundle ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "modules"), [("lowrank", "0.1,1.2"), ("softmax", "1.attn,0.0")])
+def test_a_client_bundle_and_the_servers_circuits_give_the_text(gpt2, tmp_path, method, modules):
+    encrypted = compiled(gpt2, modules, method)
+    write_bundles(encrypted, tmp_path / "out", {})
+    client = read_client(Bundle.read(tmp_path / "out" / "client", "client"))
+    assert client.modules == encrypted.modules
+    wanted = list(encrypted.generate(PROMPT, 5, "quantized"))
+    executors = {module: SimulatedExecutor(circuit) for module, circuit in encrypted.circuits.items()}
+    assert list(client.continue_text(PROMPT, 5, client.run_by(executors))) == wanted
+    with pytest.raises(fhe.NoWeights, match="without its weights"):
+        list(client.generate(PROMPT, 1, "simulate"))
+
+
+@pytest.fixture
+def bare():
+    """softmax with nothing but an array as what its results are decoded with."""
+    softmax = methods.get("softmax")
+
+    def calibrate(*arguments: Any) -> QuantizedModule:
+        module = softmax.head.calibrate(*arguments)
+        return dataclasses.replace(module, dequantization=np.asarray(module.dequantization.scale))
+
+    def decode(dequantization: Any, results: Any) -> Any:
+        return results[0].astype(np.float32) * np.float32(1) * dequantization
+
+    head = dataclasses.replace(softmax.head, calibrate=calibrate, decode=decode)
+    methods.register(dataclasses.replace(softmax, name="bare", head=head, layer=None))
+    yield "bare"
+    methods.method._METHODS.pop("bare")
+
+
+def test_results_may_be_decoded_with_a_bare_array(gpt2, tmp_path, bare):
+    encrypted = compiled(gpt2, "0.1", bare)
+    assert isinstance(next(iter(encrypted.quantized.values())).dequantization, np.ndarray)
+    write_bundles(encrypted, tmp_path / "out", {})
+    bundle = Bundle.read(tmp_path / "out" / "client", "client")
+    assert bundle.content["heads"]["0.1"]["dequantization"] == ["dequantization"]
+    client = read_client(bundle)
+    executors = {module: SimulatedExecutor(circuit) for module, circuit in encrypted.circuits.items()}
+    tokens = np.array([gpt2.encode("on a mat")], np.int32)
+    got = client.forward(tokens, client.run_by(executors)).logits
+    for mode in ("quantized", "simulate"):
+        assert np.array_equal(got, encrypted.forward(tokens, encrypted.runner(mode)).logits)
+    softmax = compiled(gpt2, "0.1", "softmax")
+    assert np.allclose(got, softmax.forward(tokens, softmax.runner("quantized")).logits, atol=1e-5)
+
+
+# --- a client bundle that somebody else made ----------------------------------------------------
+
+
+class Evil:
+    """What runs a stranger's code when it is unpickled: it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def poisoned(gpt2, tmp_path) -> tuple[Path, Path, Path]:
+    """A client bundle with the server's half of a circuit in it, which is code; the circuit; and a marker of the code."""
+    write_bundles(compiled(gpt2, "0.1", "lowrank", 3), tmp_path / "out", {})
+    client, marker = tmp_path / "out" / "client", tmp_path / "the code ran"
+    circuit = client / "circuits" / "0.1"
+    identity = Bundle.read(client, "client").circuits[0].id
+    (circuit / "server.bin").write_bytes(
+        envelope.pack("clear circuit", identity, "", [pickle.dumps((Evil(marker), None))])
+    )
+    return client, circuit, marker
+
+
+def test_a_file_that_is_not_part_of_a_bundle_is_refused(poisoned):
+    client, circuit, marker = poisoned
+    with pytest.raises(BundleError, match=r"circuits/0\.1/server\.bin is not part of the bundle"):
+        Bundle.read(client, "client")
+    assert not marker.exists()
+    (circuit / "server.bin").unlink()
+    Bundle.read(client, "client")
+    (circuit / "more").symlink_to(marker)
+    with pytest.raises(BundleError, match=r"circuits/0\.1/more is not part of the bundle"):
+        Bundle.read(client, "client")
+
+
+def test_a_client_runs_no_code_of_a_bundle(poisoned):
+    """Though its maker has listed the file, with the right hash."""
+    client, circuit, marker = poisoned
+    manifest = json.loads((client / bundles.MANIFEST).read_text())
+    manifest["files"]["circuits/0.1/server.bin"] = bundles.hashes(client)["circuits/0.1/server.bin"]
+    (client / bundles.MANIFEST).write_text(json.dumps(manifest))
+    encrypted = read_client(Bundle.read(client, "client"))
+    assert not marker.exists()
+    (own,) = encrypted.circuits.values()
+    with pytest.raises(fhe.NoWeights):
+        own.simulate("project", np.zeros((1, 24), int))
+    assert not marker.exists()
+    # It is code, and would have run.
+    fhe.get_backend("clear").load(circuit)
+    assert marker.exists()
+
+
+# --- over HTTP ----------------------------------------------------------------------------------
+
+
+def test_a_whole_attention_from_eval_to_a_server(model, tmp_path):
+    """Command by command; sweeps of it are in `test_sweep`."""
+    common = ["--model", model, "--calibration", model / "calibration.txt", "--encrypt", "1.attn", "--bits", 5]
+    compiling = ["--backend", "clear", "--cache", tmp_path / "cache"]
+    measured = {
+        mode: run("eval", *common, *(compiling if mode == "simulate" else ()), "--text", model / "eval.txt",
+                  "--mode", mode)
+        for mode in ("quantized", "simulate")
+    }  # fmt: skip
+    assert measured["quantized"]["modules"] == "1.attn"
+    assert measured["quantized"]["configs"]["1.attn"]["attention"] == "softmax"  # the one that computes whole layers
+    assert 0 < measured["quantized"]["kl"] < measured["quantized"]["kl_ablated"]
+    assert measured["simulate"]["kl"] == pytest.approx(measured["quantized"]["kl"], rel=1e-3)
+    continuing = ["generate", PROMPT, *common, "--max-new-tokens", 4, "--mode"]
+    wanted = run(*continuing, "quantized")["tokens"]
+    for mode in ("simulate", "encrypted"):
+        assert run(*continuing, mode, *compiling)["tokens"] == wanted
+    report = run("compile", *common, *compiling, "--seq-len", LENGTH, "--out", tmp_path / "out")
+    assert report["modules"] == "1.attn"
+    assert {"query", "key", "value", "scores", "softmax", "output"} == set(report["pbs_by_stage"])
+    # The client has none of the layer's weights, the output projection's neither, but for its bias.
+    stored = helpers.load_file(tmp_path / "out" / "client" / "model" / "model.safetensors")
+    own = {name.rpartition("attn.")[2]: tensor for name, tensor in stored.items() if ".h.1.attn" in name}
+    assert {name for name, tensor in own.items() if tensor.any()} == {"c_proj.bias"}
+    with running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server:
+        remote = run("generate", PROMPT, "--server", server.url, "--client", tmp_path / "out" / "client",
+                     "--keys", tmp_path / "keys", "--max-new-tokens", 4)  # fmt: skip
+    assert remote["tokens"] == wanted and remote["modules"] == "1.attn"
+
+
+def test_sessions_lost_in_mid_text_do_not_change_it(gpt2, tmp_path):
+    """Again and again, with two heads whose sessions are both lost; later tokens go on from the new ones."""
+    encrypted = compiled(gpt2, "0.1,0.2", "lowrank", 4)
+    write_bundles(encrypted, tmp_path / "out", {})
+    wanted = list(encrypted.generate(PROMPT, 6, "quantized"))
+    with (
+        running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server,
+        RemoteGPT2.connect(server.url, tmp_path / "out" / "client", tmp_path / "keys") as remote,
+        httpx2.Client(base_url=server.url) as client,
+    ):
+        text, got = remote.generate(PROMPT, 6), []
+        for number in range(6):
+            if number in (1, 3, 4):
+                sessions = [path.name for path in (tmp_path / "state" / "sessions").iterdir()]
+                assert len(sessions) == 2
+                for name in sessions:
+                    assert client.delete(f"/sessions/{name}").status_code == 204
+            got.append(next(text))
+        assert got == wanted and next(text, None) is None
