@@ -65,13 +65,22 @@ def store_for(client: LinearClient, directory: Path, ledgers: Path) -> MaskStore
 def prepare(
     client: LinearClient, store: MaskStore, owner: MatrixOwner, tokens: int, progress: Callable[[float], None]
 ) -> None:
-    """Makes masks until there are at least so many; goes on where it was interrupted.
+    """Makes masks until there are at least so many; goes on where it was interrupted. One process at a time may do so.
 
     progress: is told how many tokens more are done, in parts of a token.
 
     Raises:
-        MaskError: the disk is full; what the owner raises.
+        MaskError: the disk is full, or another process makes masks there; what the owner raises.
     """
+    if store.left() >= tokens:
+        return
+    with store.preparing():
+        _prepare(client, store, owner, tokens, progress)
+
+
+def _prepare(
+    client: LinearClient, store: MaskStore, owner: MatrixOwner, tokens: int, progress: Callable[[float], None]
+) -> None:
     parameters = rlwe.Parameters()
     shapes = client.shapes
     names, size = list(shapes), parameters.poly_modulus_degree
