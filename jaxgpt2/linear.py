@@ -154,15 +154,20 @@ class LinearClient:
             logits, after = self.forward(new, products, cache, count)
             assert after is not None
             cache = after
-            return np.asarray(logits[0, 0])
+            return np.nan_to_num(np.asarray(logits[0, 0]))  # wrong products may make anything of them
+
+        def read_the_rest() -> None:
+            while keep_count and cache.length < wanted:
+                read(np.zeros((1, 1), np.int32), 1)
 
         try:
             yield from generate_tokens(
                 read_once(read, size), tokens, max_new_tokens, sampling, self.config.eos_token_id
             )
-        finally:
-            while keep_count and cache.length < wanted:
-                read(np.zeros((1, 1), np.int32), 1)
+        except GeneratorExit:  # whoever reads the text wants no more of it; but not if reading it failed
+            read_the_rest()
+            raise
+        read_the_rest()
 
 
 @dataclass(frozen=True)

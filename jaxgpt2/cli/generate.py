@@ -80,6 +80,9 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
         generate_remotely(prompt, server, client, secret_keys, masks, verify, connecting, max_new_tokens, sampling,
                           as_json)  # fmt: skip
         return
+    for name, value in (("keys", secret_keys), ("masks", masks), ("verify", verify)):
+        if value is not None:
+            raise InputError(f"--{name} is for a server: give --server and --client, or leave it out")
     if chosen["modules"] == linear.LINEAR:
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache, scheduler=scheduler)
         linear.generate_here(prompt, mode, max_new_tokens, sampling, as_json, chosen)

@@ -52,7 +52,9 @@ def quantized_model(
     names = {"method": "attention", "changes": "set"}
     refuse_unused(**{names.get(name, name): value for name, value in unused.items()})
     default = LinearBits()
-    bits = LinearBits(weight_bits or default.weights, input_bits or default.inputs)
+    bits = LinearBits(
+        default.weights if weight_bits is None else weight_bits, default.inputs if input_bits is None else input_bits
+    )
     with step("loading the model"):
         gpt2 = GPT2.from_pretrained(model)
     with step("calibrating"):
@@ -141,10 +143,10 @@ def generate_remotely(
     if verify is not None:
         with step("reading the public weights to verify with"):
             verifiers = verifiers_of(client, verify)
-    store = open_store(client, masks)
     needed = client.masks_needed(prompt, max_new_tokens)
-    claimed = store.claim(needed)
-    masked = Masked(client, owner, claimed, verifiers)
+    with contextlib.closing(open_store(client, masks)) as store:
+        masked = Masked(client, owner, store.claim(needed), verifiers)
+        left = store.left()
     traffic = connection.traffic
     result: dict[str, Any] = {"prompt": prompt, "mode": "server", "modules": LINEAR}
     tokens = client.generate(prompt, max_new_tokens, masked, sampling)
@@ -153,11 +155,11 @@ def generate_remotely(
         result,
         masked_text(tokens, masked),
         as_json,
-        facts=lambda: dataclasses.asdict(traffic) | {"masks_left": store.left()},
+        facts=lambda: dataclasses.asdict(traffic) | {"masks_left": left},
     )
     note(
         f"{megabytes(traffic.sent)} of masked numbers sent, {megabytes(traffic.received)} received, in "
-        f"{traffic.requests} requests; {needed} masks used, {store.left()} left"
+        f"{traffic.requests} requests; {needed} masks used, {left} left"
         + ("; every product verified" if verifiers is not None else "")
     )
 

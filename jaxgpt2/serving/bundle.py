@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Bundle:
             hint = f": give {directory / kind}" if (directory / kind / MANIFEST).exists() else ""
             reason = (error.strerror or str(error)).lower()
             raise BundleError(f"{directory} is no {kind} bundle ({MANIFEST}: {reason}){hint}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BundleError(f"{directory / MANIFEST} is damaged") from None
         try:
             if content["kind"] != kind:
@@ -85,11 +86,13 @@ class Bundle:
                 CircuitEntry(module, facts["id"], facts["backend"], fhe.Signatures.from_json(facts["signatures"]))
                 for module, facts in content["circuits"].items()
             )
+            if not re.fullmatch("[0-9a-f]{64}", content["id"]):  # it names directories
+                raise BundleError(f"{directory / MANIFEST} is damaged: its identity is no SHA-256")
             return cls(directory, kind, content["id"], circuits, content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, BundleError):
                 raise
-            raise BundleError(f"{directory / MANIFEST} is damaged: {error!r}") from None
+            raise BundleError(f"{directory / MANIFEST} is damaged: {repr(error):.200}") from None
 
     def circuit_directory(self, module: str) -> Path:
         return self.directory / "circuits" / module

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from fhe import rlwe
-from jaxgpt2.errors import InputError
 from jaxgpt2.linear import LinearClient, LinearGPT2
 from jaxgpt2.methods.linear import MATRICES, ClientParams, LayerParams, LinearBits
 from jaxgpt2.models.gpt2.config import GPT2Config
@@ -83,12 +81,21 @@ def read_weights(bundle: Bundle) -> dict[str, np.ndarray]:
     try:
         weights = load_file(bundle.directory / "weights.safetensors")
         config = GPT2Config(**bundle.content["linear"]["config"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        shapes = _shapes_among(config, weights)
+        if {name: (weight.shape, weight.dtype) for name, weight in weights.items()} != {
+            name: (shape, np.int16) for name, shape in shapes.items()
+        }:
+            raise BundleError("its matrices are not those of its model")
+    except Exception as error:  # safetensors raises several kinds, for what is not NumPy's, too
         raise _damaged(bundle, error) from None
-    shapes = shapes_of(config)
-    if {name: weight.shape for name, weight in weights.items()} != shapes:
-        raise BundleError(f"{bundle.directory} is damaged: its matrices are not those of its model")
     return {name: weights[name] for name in shapes}
+
+
+def _shapes_among(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """`shapes_of`, for a configuration that may name more layers than memory holds. Raises BundleError."""
+    if config.n_layer > len(tensors):
+        raise BundleError(f"its model has {config.n_layer} layers, and there are {len(tensors)} tensors")
+    return shapes_of(config)
 
 
 def shapes_of(config: GPT2Config) -> dict[str, tuple[int, int]]:
@@ -104,29 +111,34 @@ def read_client(bundle: Bundle) -> LinearClient:
         facts = bundle.content["linear"]
         config, bits = GPT2Config(**facts["config"]), LinearBits(**facts["bits"])
         tensors = load_file(bundle.directory / "client.safetensors")
-        tokenizer = Tokenizer.from_file(str(bundle.directory / "tokenizer.json"))
+        shapes = _shapes_among(config, tensors)
+
+        def vectors(name: str, *shape: int) -> np.ndarray:
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != np.float32:
+                raise BundleError(f"{name} is {tensor.dtype} {tensor.shape}, wanted float32 {shape}")
+            return tensor
+
         layers = []
         for layer in range(config.n_layer):
             params = {}
             for name in MATRICES:
-                inputs, outputs = shapes_of(config)[f"h.{layer}.{name}"]
-                vectors = LayerParams(*(tensors[f"h.{layer}.{name}.{kind}"] for kind in VECTORS))
-                if [len(vector) for vector in vectors] != [inputs, outputs, outputs]:
-                    raise BundleError(f"{bundle.directory} is damaged: h.{layer}.{name} has vectors of other lengths")
-                params[name] = vectors
+                full = f"h.{layer}.{name}"
+                sizes = zip(VECTORS, (shapes[full][0], shapes[full][1], shapes[full][1]), strict=True)
+                params[name] = LayerParams(*(vectors(f"{full}.{kind}", size) for kind, size in sizes))
             layers.append(params)
-        wte = tensors["wte"]
-        norm = (tensors["ln_f.weight"], tensors["ln_f.bias"])
-        params = ClientParams(wte, tensors["wpe"], tensors.get("output", wte), norm, tuple(layers))
-        return LinearClient(config, tokenizer, params, bits, bundle.id)
-    except InputError:
-        raise
+        vocabulary, width = config.vocab_size, config.n_embd
+        wte, wpe = vectors("wte", vocabulary, width), vectors("wpe", config.n_positions, width)
+        output = wte if config.tie_word_embeddings else vectors("output", vocabulary, width)
+        norm = (vectors("ln_f.weight", width), vectors("ln_f.bias", width))
+        tokenizer = Tokenizer.from_file(str(bundle.directory / "tokenizer.json"))
+        return LinearClient(config, tokenizer, ClientParams(wte, wpe, output, norm, tuple(layers)), bits, bundle.id)
     except Exception as error:  # the tokenizer's library raises bare ones
         raise _damaged(bundle, error) from None
 
 
 def _damaged(bundle: Bundle, error: Exception) -> BundleError:
-    return BundleError(f"{bundle.directory} is damaged: {' '.join(str(error).split()):.200}")
+    return BundleError(f"{bundle.directory} is damaged: {' '.join((str(error) or repr(error)).split()):.200}")
 
 
 def traffic(client: LinearClient) -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import structlog
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -32,7 +33,7 @@ from jaxgpt2.serving.accounts import Accounts
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.linear_bundle import read_weights
-from jaxgpt2.serving.server import PATIENCE, ServerSettings, chunks_of, configure_logs, listen, refused
+from jaxgpt2.serving.server import METRICS, PATIENCE, ServerSettings, chunks_of, configure_logs, listen, refused
 
 log = structlog.get_logger()
 
@@ -67,14 +68,25 @@ class LinearServer(Accounts):
     def caller(self, request: Request) -> str:
         """Whose token a request has. Raises APIError."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        return self.client(token if scheme.lower() == "bearer" else None)
+        name = self.client(token if scheme.lower() == "bearer" else None)
+        if name == METRICS:
+            raise APIError(403, "metrics_only", "this token reads /metrics, which this server does not have")
+        return name
+
+
+def announced_size(request: Request) -> int:
+    """A body's size, as it is announced. Raises APIError."""
+    announced = request.headers.get("content-length", "")
+    if not (announced.isascii() and announced.isdigit()):
+        raise APIError(411, "length", "wanted a body with a Content-Length")
+    return int(announced[:20])
 
 
 async def body_of(request: Request, size: int) -> bytearray:
     """A body of exactly so many bytes, whose place is taken as it comes. Raises APIError."""
-    announced = request.headers.get("content-length", "")
-    if announced and announced != str(size):
-        raise APIError(413 if len(announced) > 12 or int(announced) > size else 422, "size", f"wanted {size} bytes")
+    announced = announced_size(request)
+    if announced != size:
+        raise APIError(413 if announced > size else 422, "size", f"wanted {size} bytes")
     body = bytearray()
     async for chunk in chunks_of(request):
         if len(body) + len(chunk) > size:
@@ -120,13 +132,11 @@ def make_app(server: LinearServer) -> Starlette:
 
     async def online(request: Request) -> Response:
         client, matrix = server.caller(request), server.matrix(request)
-        row = 4 * matrix.inputs
-        announced = request.headers.get("content-length", "")
-        if not (announced.isascii() and announced.isdigit() and len(announced) < 12):
-            raise APIError(411, "length", "wanted a body with a Content-Length")
-        rows, rest = divmod(int(announced), row)
+        row, announced = 4 * matrix.inputs, announced_size(request)
+        rows, rest = divmod(announced, row)
         if rest or not 1 <= rows <= MOST_ROWS:
-            raise APIError(422, "size", f"wanted 1 to {MOST_ROWS} rows of {row} bytes, got {announced} bytes")
+            status = 413 if rows > MOST_ROWS else 422
+            raise APIError(status, "size", f"wanted 1 to {MOST_ROWS} rows of {row} bytes, got {announced} bytes")
         with server.admitted(client):
             server.count_calls(client, 1)
             body = await body_of(request, rows * row)
@@ -159,7 +169,7 @@ def make_app(server: LinearServer) -> Starlette:
             Route("/matrices/{number}/online", online, methods=["POST"]),
             Route("/matrices/{number}/ahead", _Raw(ahead), methods=["POST"]),
         ],
-        exception_handlers={APIError: _on_error, ClientDisconnect: _on_disconnect},
+        exception_handlers={APIError: _on_error, ClientDisconnect: _on_disconnect, HTTPException: _on_http},
     )
     return app
 
@@ -177,6 +187,11 @@ class _Raw:
 def _on_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
     return refused(error)
+
+
+def _on_http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return refused(APIError(error.status_code, "http", str(error.detail)))
 
 
 def _on_disconnect(_: Request, error: Exception) -> Response:

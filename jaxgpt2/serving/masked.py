@@ -120,13 +120,22 @@ def in_processes(connect: Callable[[], MatrixOwner], count: int) -> Iterator[Mak
 def prepare(
     client: LinearClient, store: MaskStore, make: Makes, tokens: int, progress: Callable[[float], None]
 ) -> None:
-    """Makes masks until there are at least so many; goes on where it was interrupted.
+    """Makes masks until there are at least so many; goes on where it was interrupted. One process at a time may do so.
 
     progress: is told how many tokens more are done, in parts of a token.
 
     Raises:
-        MaskError: the disk is full; what the owner raises.
+        MaskError: the disk is full, or another process makes masks there; what the owner raises.
     """
+    if store.left() >= tokens:
+        return
+    with store.preparing():
+        _prepare(client, store, make, tokens, progress)
+
+
+def _prepare(
+    client: LinearClient, store: MaskStore, make: Makes, tokens: int, progress: Callable[[float], None]
+) -> None:
     shapes = client.shapes
     work = {name: inputs + outputs for name, (inputs, outputs) in shapes.items()}
     total, size = sum(work.values()), rlwe.Parameters().poly_modulus_degree

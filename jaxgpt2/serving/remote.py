@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.cookiejar
+import json
 import logging
+import re
 import secrets
 import ssl
 import threading
+import time
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,6 +63,24 @@ PIECE = 1 << 20
 # A batch whose worker died is sent again so many times: whatever killed it may have been somebody else's.
 DEATHS = 3
 
+# Evaluation keys that the server says it lacks are sent again so many times for one batch.
+EVICTIONS = 3
+
+# A batch that the server says it is computing is given up after so many seconds.
+LONGEST = 3600.0
+
+# A server that says so at once is asked again after so many seconds.
+PAUSE = 1.0
+
+# The most bytes of an answer, where the request does not say how many there must be: of JSON, of why a request was
+# refused, and of a batch's results.
+MOST_JSON = 1 << 24
+MOST_PROBLEM = 1 << 16
+MOST_RESULTS = 1 << 30
+
+# An answer must keep ahead of so many bytes a second, after the time for which a server may be silent.
+SLOWEST = 10_000
+
 # A server that never answered and has hung up so many times, will go on so. With Python's TLS, that is how a server
 # refuses a client for its certificate.
 HANG_UPS = 3
@@ -68,6 +90,10 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 class ServerError(InputError):
     """A server that cannot be reached, refuses a request, or does not speak this protocol."""
+
+    def __init__(self, message: str):
+        # A server's words are in it: no line of them is endless, and none moves the cursor of a terminal.
+        super().__init__("".join(letter if letter.isprintable() else " " for letter in message[:1000]))
 
 
 class Mismatch(ServerError):
@@ -108,8 +134,19 @@ class Traffic:
     requests: int = 0
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered with success. content: no larger than the request said that it may be."""
+
+    status: int
+    content: bytes
+
+
 class Connection:
     """Requests to one server, each repeated until it is answered: all of them may be sent twice without harm.
+
+    A server is not trusted: its answers are read up to a size that is known before, never unpacked, and no cookie is
+    kept.
 
     Args:
         url: as `https://host:8343`. Unencrypted HTTP is refused beyond this machine, unless `insecure`.
@@ -139,26 +176,32 @@ class Connection:
                 context.load_cert_chain(*certificate)
         except OSError as error:
             raise ServerError(f"the certificate cannot be used: {error}") from None
-        headers = {"User-Agent": f"jaxgpt2/{jaxgpt2.__version__}"}
+        headers = {"User-Agent": f"jaxgpt2/{jaxgpt2.__version__}", "Accept-Encoding": "identity"}
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
         self.url, self.patience, self.traffic = url, patience, Traffic()
         self._hung_up = 0
         self._counting = threading.Lock()  # heads of a layer send at the same time
-        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, verify=context, trust_env=False)
+        cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
+        self._http = httpx2.Client(
+            base_url=url, headers=headers, cookies=cookies, timeout=timeout, verify=context, trust_env=False
+        )
 
-    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
-        """An answer with a status of success.
+    def request(self, method: str, path: str, limit: int = MOST_JSON, **options: Any) -> Reply:
+        """An answer with a status of success, of at most `limit` bytes.
 
         Raises:
             Refused: the server will not do it, however often it is asked; ServerError: it does not answer.
         """
-        return self.persist(lambda: self.once(method, path, **options))
+        return self.persist(lambda: self.once(method, path, limit, **options))
 
     def persist(self, attempt: Callable[[], Any]) -> Any:
         """`attempt`, again and again while it raises `_Again`, with growing pauses, until patience ends."""
-        patience = self.patience if self.traffic.requests else min(self.patience, FIRST_PATIENCE)
+
+        def patience() -> float:
+            return self.patience if self.traffic.requests else min(self.patience, FIRST_PATIENCE)
+
         backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=10)
         told = False
 
@@ -167,12 +210,12 @@ class Connection:
             if not told and (state.seconds_since_start or 0) > SILENCE:
                 told = True
                 error = state.outcome.exception() if state.outcome else None
-                log.warning("%s; asking again for up to %d s", error, patience)
+                log.warning("%s; asking again for up to %d s", error, patience())
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             wait=lambda state: max(backoff(state), _asked_pause(state)),
-            stop=tenacity.stop_after_delay(patience),
+            stop=lambda state: tenacity.stop_before_delay(patience())(state),
             before_sleep=tell,
             reraise=True,
         )
@@ -181,10 +224,11 @@ class Connection:
         except _Again as error:
             raise error.reason from None
 
-    def once(self, method: str, path: str, **options: Any) -> httpx2.Response:
+    def once(self, method: str, path: str, limit: int = MOST_JSON, **options: Any) -> Reply:
         """Raises _Again where it is worth another try."""
         try:
-            response = self._http.request(method, path, **options)
+            with self._http.stream(method, path, **options) as response:
+                content = self._read(response, limit if response.is_success else MOST_PROBLEM)
         except httpx2.TransportError as error:
             reason = _of_tls(error)
             if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError) and not self.traffic.requests:
@@ -195,19 +239,33 @@ class Connection:
             if reason is not None:  # no patience mends it
                 raise ServerError(f"{self.url} refuses: {reason}") from None
             raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
-        self.count(requests=1, received=len(response.content))
+        self.count(requests=1, received=len(content))
         if response.is_success:
-            return response
+            return Reply(response.status_code, content)
         try:
-            problem = Problem.model_validate(response.json())
+            problem = Problem.model_validate_json(content)
             kind = {"no_batch": _Unknown, "no_session": SessionLost}.get(problem.code, Refused)
             reason = kind(response.status_code, problem.code, problem.detail)
         except ValueError:
             reason = ServerError(f"{self.url} answers {response.status_code} and no reason: is it a jaxgpt2 server?")
         after = response.headers.get("Retry-After", "")
-        if after.isdigit() or response.status_code in (408, 502, 503, 504):
-            raise _Again(reason, float(after) if after.isdigit() else None)
+        pause = float(after) if re.fullmatch("[0-9]{1,6}", after) else None
+        if (pause is not None and pause <= self.patience) or response.status_code in (408, 502, 503, 504):
+            raise _Again(reason, pause)
         raise reason
+
+    def _read(self, response: httpx2.Response, limit: int) -> bytes:
+        """The body of an answer. Raises ServerError: it is larger than the limit, compressed, or hardly moves."""
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise ServerError(f"{self.url} answers with compressed bytes, which nobody asked for")
+        body, started = bytearray(), time.monotonic()
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > limit:
+                raise ServerError(f"{self.url} answers with more than {limit:,} bytes: is it a jaxgpt2 server?")
+            if time.monotonic() - started > self.patience + len(body) / SLOWEST:
+                raise ServerError(f"{self.url} answers too slowly: {len(body):,} bytes in {self.patience:.0f} s")
+        return bytes(body)
 
     def count(self, **more: int) -> None:
         """Adds to fields of `traffic`."""
@@ -218,8 +276,10 @@ class Connection:
     def specification(self) -> dict[str, Any]:
         """What the server says that it serves. Raises ServerError."""
         try:
-            found = self.request("GET", "/specification").json()
-        except (ValueError, RecursionError):
+            found = json.loads(self.request("GET", "/specification").content)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
             found = None
         if not isinstance(found, dict):
             raise ServerError(f"{self.url} does not say what it serves: is it a jaxgpt2 server?")
@@ -262,6 +322,8 @@ class Connection:
 
         def attempt() -> None:
             status = KeyStatus.model_validate_json(self.once("GET", f"/keys/{digest}").content)
+            if not 0 <= status.received <= len(keys):
+                raise ValueError("more than there are")
             if status.complete:
                 progress(len(keys) - sent)
                 return
@@ -410,25 +472,31 @@ class Remote:
 
     def _send(self, batch: Batch) -> Answer:
         """The answer to a batch, which is computed once however often it is sent."""
-        content, deaths, sent = pack(batch), 0, False
+        content, deaths, evictions, sent = pack(batch), 0, 0, False
         if self._session is None:
             self._open()
         path = f"/sessions/{self._session}/batches"
 
-        def attempt() -> httpx2.Response:
+        def attempt() -> Reply:
             nonlocal sent
             if sent:
                 with contextlib.suppress(_Unknown):
-                    return self.connection.once("GET", f"{path}/{batch.request}")
+                    return self.connection.once("GET", f"{path}/{batch.request}", MOST_RESULTS)
             sent = True
             self.connection.count(sent=len(content))
-            return self.connection.once("POST", path, content=content, headers={"Content-Type": MSGPACK})
+            return self.connection.once("POST", path, MOST_RESULTS, content=content, headers={"Content-Type": MSGPACK})
 
+        began = time.monotonic()
         while True:
+            asked = time.monotonic()
             try:
-                response = self.connection.persist(attempt)
-                if response.status_code != 202:  # still computing
-                    return unpack(Answer, response.content)
+                reply = self.connection.persist(attempt)
+                if reply.status != 202:
+                    return unpack(Answer, reply.content)
+                # Still computing. Our server takes its time before it says so.
+                if time.monotonic() - began > LONGEST:
+                    raise ServerError(f"{self.connection.url} computes a batch for {LONGEST:.0f} s and does not end")
+                time.sleep(max(0.0, asked + PAUSE - time.monotonic()))
             except BadRequest as error:
                 raise ServerError(f"{self.connection.url} answers with what is no answer: {error}") from None
             except SessionLost:
@@ -438,7 +506,8 @@ class Remote:
                 raise
             except Refused as error:
                 sent = False
-                if error.code == "keys_missing":  # evicted since
+                if error.code == "keys_missing" and evictions < EVICTIONS:  # evicted since
+                    evictions += 1
                     self.connection.upload(self.keys.evaluation)
                 elif error.code == "worker_died" and deaths < DEATHS:
                     deaths += 1
@@ -471,6 +540,11 @@ class RemoteOwner:
             Mismatch: other matrices than the client's.
         """
         found = self.connection.specification()
+        if found.get("format") != FORMAT:
+            raise Mismatch(
+                f"the server speaks format {found.get('format')!s:.20}, this client {FORMAT}: one of jaxgpt2 "
+                f"{found.get('version')!s:.20} there and {jaxgpt2.__version__} here is too old"
+            )
         if found.get("bundle") != identity or found.get("linear") != {n: list(s) for n, s in self.shapes.items()}:
             raise Mismatch(
                 f"the server has other matrices ({found.get('bundle', '')!s:.12}) than this client "
@@ -492,7 +566,7 @@ class RemoteOwner:
 
     def _post(self, name: str, phase: str, content: bytes, wanted: int) -> bytes:
         path = f"/matrices/{self._numbers[name]}/{phase}"
-        answer = self.connection.request("POST", path, content=content).content
+        answer = self.connection.request("POST", path, limit=wanted, content=content).content
         if len(answer) != wanted:
             raise ServerError(
                 f"{self.connection.url} answers with {len(answer):,} bytes for {name}, wanted {wanted:,}: is it a "
