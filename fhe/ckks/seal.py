@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -54,6 +54,13 @@ def _from_bytes(item: Any, context: SEALContext, data: bytes, kind: str) -> Any:
         except (RuntimeError, ValueError) as error:
             raise CircuitFormatError(f"SEAL cannot read these {kind}: {error}") from error
     return item
+
+
+def _new(operation: Callable[..., None], *operands: Any) -> Ciphertext:
+    """The result of one of SEAL's operations, which write to their last argument."""
+    result = seal.Ciphertext()
+    operation(*operands, result)
+    return result
 
 
 class EvaluationKeys(NamedTuple):
@@ -150,9 +157,7 @@ class CKKSContext:
 
     def switched(self, x: Ciphertext, size: int) -> Ciphertext:
         """x with fewer primes and the same scale."""
-        result = seal.Ciphertext()
-        self.evaluator.mod_switch_to(x, self.ids[size], result)
-        return result
+        return _new(self.evaluator.mod_switch_to, x, self.ids[size])
 
     def rescaled(self, x: Ciphertext) -> Ciphertext:
         """x, a product, divided by its last prime; changes x."""
@@ -217,29 +222,19 @@ class CKKSOps(SlotOps[Ciphertext]):
         return self.context.rescaled(result)
 
     def _rotate(self, x: Ciphertext, steps: int) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.context.evaluator.rotate_vector(x, steps, self.keys.rotations, result)
-        return result
+        return _new(self.context.evaluator.rotate_vector, x, steps, self.keys.rotations)
 
     def _conjugate(self, x: Ciphertext) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.context.evaluator.complex_conjugate(x, self.keys.rotations, result)
-        return result
+        return _new(self.context.evaluator.complex_conjugate, x, self.keys.rotations)
 
     def _add(self, x: Ciphertext, y: Ciphertext) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.context.evaluator.add(x, y, result)
-        return result
+        return _new(self.context.evaluator.add, x, y)
 
     def _subtract(self, x: Ciphertext, y: Ciphertext) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.context.evaluator.sub(x, y, result)
-        return result
+        return _new(self.context.evaluator.sub, x, y)
 
     def _add_plain(self, x: Ciphertext, vector: NDArray[Any]) -> Ciphertext:
-        result = seal.Ciphertext()
-        self.context.evaluator.add_plain(x, self.context.addend(vector, x.coeff_modulus_size()), result)
-        return result
+        return _new(self.context.evaluator.add_plain, x, self.context.addend(vector, x.coeff_modulus_size()))
 
     def _sum_of_plaintext_products(self, xs: Sequence[Ciphertext], vectors: Sequence[NDArray[Any]]) -> Ciphertext:
         size = xs[0].coeff_modulus_size()
