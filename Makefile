@@ -20,11 +20,11 @@ check: test lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,linear,server,client]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,sweep,cluster,server,client,train,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,train,dev]'
 	touch $@
 
 clean:

@@ -172,7 +172,7 @@ def _jax_namespace() -> Namespace:
         raise BackendUnavailable("rlwe", "jax", error) from error
     with _float64("jax"):
         # TPUs emulate float64 with fewer bits.
-        factor: Any = jnp.asarray([[2.0**26 + 1]])
+        factor: Any = jnp.asarray([[2.0**26 + 1]])  # pyright: ignore[reportUnknownMemberType]
         if int((factor @ factor)[0, 0]) != (2**26 + 1) ** 2:
             raise BackendUnavailable(
                 "rlwe", "JAX device with 53 bits in a float64", "this one has fewer: use NumPy's arrays"

@@ -201,14 +201,14 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     from jaxgpt2.cli.serve import connect
     from jaxgpt2.executors.processes import cores
     from jaxgpt2.serving.bundle import Bundle
-    from jaxgpt2.serving.linear_bundle import is_linear, read_client, traffic
+    from jaxgpt2.serving.linear_bundle import read_client, traffic
     from jaxgpt2.serving.masked import in_processes
     from jaxgpt2.serving.remote import RemoteOwner
 
     if server is None or client is None:
         raise InputError("prepare needs --server URL and --client DIR")
     bundle = Bundle.read(client, "client")
-    if not is_linear(bundle):
+    if not bundle.is_linear:
         raise InputError(f"{client} is a bundle of circuits, which need no masks: prepare is for --encrypt linear")
     own = read_client(bundle)
     with contextlib.closing(connect(server, **connecting)) as connection:

@@ -97,8 +97,6 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
     try:
         from jaxgpt2.serving import server
         from jaxgpt2.serving.bundle import Bundle
-        from jaxgpt2.serving.linear_bundle import is_linear
-        from jaxgpt2.serving.linear_server import serve_linear
     except ImportError as error:
         raise MissingExtra(error, "serve", "server") from None
 
@@ -128,7 +126,9 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         client_authority=client_authority,
         limits=Limits(**limits),
     )
-    if is_linear(bundle):
+    if bundle.is_linear:
+        from jaxgpt2.serving.linear_server import serve_linear
+
         serve_linear(bundle, settings, array)
     else:
         server.serve(bundle, settings)
@@ -169,10 +169,10 @@ def generate_remotely(
     with contextlib.closing(connect(server, **connecting)) as connection:
         from jaxgpt2.serving.bundle import Bundle
         from jaxgpt2.serving.client import RemoteGPT2
-        from jaxgpt2.serving.linear_bundle import is_linear, read_client
+        from jaxgpt2.serving.linear_bundle import read_client
 
         bundle = Bundle.read(client, "client")
-        if is_linear(bundle):
+        if bundle.is_linear:
             linear.refuse_unused(keys=keys)
             linear.generate_remotely(
                 prompt, read_client(bundle), connection, masks, verify, max_new_tokens, sampling, as_json

@@ -1,4 +1,5 @@
-"""The namespace that runs an integer head in JAX. NumPy's is in `fhe.tfhe.tables`, Concrete's in `fhe.tfhe.concrete`."""
+"""The namespace that runs a quantized function in JAX. NumPy's is in `fhe.tfhe.tables`, Concrete's in `fhe.tfhe.concrete`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Encrypted modules on two machines: bundles for both, a server that computes, a client that keeps text and keys.
 
-The server's part imports neither JAX nor the model: it runs the functions of circuits, whatever they compute.
+The server of circuits imports neither JAX nor the model: it runs functions, whatever they compute.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxgpt2.serving.client import RemoteGPT2
 
-__all__ = ["FORMAT", "RemoteGPT2"]
-
-# Of bundles, requests and answers. A client and a server of different formats do not try to understand each other.
-FORMAT = 1
+__all__ = ["RemoteGPT2"]
 
 
 def __getattr__(name: str) -> Any:

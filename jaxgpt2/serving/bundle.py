@@ -26,9 +26,14 @@ from typing import Any
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
-from jaxgpt2.serving import FORMAT
 
 MANIFEST = "bundle.json"
+
+# Of bundles, requests and answers. A client and a server of different formats do not try to understand each other.
+FORMAT = 2
+
+# The key of a manifest that says what linear layers are served, instead of circuits.
+LINEAR = "linear"
 
 
 class BundleError(InputError):
@@ -92,7 +97,12 @@ class Bundle:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, BundleError):
                 raise
-            raise BundleError(f"{directory / MANIFEST} is damaged: {repr(error):.200}") from None
+            raise BundleError(f"{directory / MANIFEST} is damaged: {error!r:.200}") from None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is of linear layers, and not of circuits."""
+        return LINEAR in self.content
 
     def circuit_directory(self, module: str) -> Path:
         return self.directory / "circuits" / module

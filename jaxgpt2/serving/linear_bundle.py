@@ -31,11 +31,6 @@ from jaxgpt2.serving.bundle import Bundle, BundleError
 VECTORS = LayerParams._fields
 
 
-def is_linear(bundle: Bundle) -> bool:
-    """Whether a bundle is of linear layers, and not of circuits."""
-    return "linear" in bundle.content
-
-
 def write_bundles(model: LinearGPT2, directory: Path, report: Mapping[str, Any]) -> str:
     """`server/`, `client/` and `report.json` in a directory that appears whole or not at all; their identity.
 

@@ -28,9 +28,8 @@ from starlette.types import Receive, Scope, Send
 
 import jaxgpt2
 from fhe import FHEError, rlwe
-from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.accounts import Accounts
-from jaxgpt2.serving.bundle import Bundle
+from jaxgpt2.serving.bundle import FORMAT, Bundle
 from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.linear_bundle import read_weights
 from jaxgpt2.serving.server import METRICS, PATIENCE, ServerSettings, chunks_of, configure_logs, listen, refused

@@ -32,7 +32,7 @@ import jaxgpt2
 from fhe.rlwe import Parameters
 from jaxgpt2.errors import InputError
 from jaxgpt2.executors import StateLost
-from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.bundle import FORMAT
 from jaxgpt2.serving.protocol import (
     MAX_CALLS,
     MSGPACK,

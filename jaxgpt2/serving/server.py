@@ -30,9 +30,8 @@ from starlette.requests import ClientDisconnect
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
-from jaxgpt2.serving import FORMAT
 from jaxgpt2.serving.accounts import Accounts
-from jaxgpt2.serving.bundle import Bundle, CircuitEntry
+from jaxgpt2.serving.bundle import FORMAT, Bundle, CircuitEntry
 from jaxgpt2.serving.files import APIError, KeyStore, Session, SessionStore
 from jaxgpt2.serving.limits import Limits
 from jaxgpt2.serving.protocol import (
