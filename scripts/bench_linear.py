@@ -52,10 +52,10 @@ ZAMA = """
 import time, numpy as np, concrete_ml_extensions as cml
 params = cml.MatmulCryptoParameters.deserialize(cml.default_params())
 rng = np.random.default_rng(0)
-weight = rng.integers(-128, 128, {shape}).astype(np.int64).astype(np.uint64)
-x = rng.integers(0, 256, {shape}[0]).astype(np.uint64)
+weight = rng.integers(0, 256, {shape}).astype(np.uint64)
+x = rng.integers(0, 256, (1, {shape}[0])).astype(np.uint64)
 secret, compression = cml.create_private_key(params)
-encrypted = cml.encrypt_matrix(secret, params, x.reshape(1, -1))
+encrypted = cml.encrypt_matrix(secret, params, x)
 start = time.perf_counter()
 result = cml.matrix_multiplication(encrypted, weight, compression)
 print(time.perf_counter() - start)
