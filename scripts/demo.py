@@ -8,15 +8,24 @@ This is what `make demo` runs. `jaxgpt2 generate --mode encrypted` does the same
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
 
 import click
+import platformdirs
 
-from jaxgpt2.cli import announce_run, cache_directory, calibration_passages, compiled, make_keys, one_line_errors
-from jaxgpt2.encrypted import EncryptedGPT2, parse_modules, read_configs
+import fhe
+from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.errors import InputError
+from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules, read_configs
 from jaxgpt2.progress import note, seconds, step
 from weights.checkpoint import TINY
+
+# Compiled circuits and keys are kept here, as the command line does.
+CACHE = Path(platformdirs.user_cache_dir("jaxgpt2"))
 
 HEAD = "0.1"  # the one that the bundled model would miss most
 
@@ -28,33 +37,36 @@ def demo(prompt: str, new_tokens: int) -> None:
     with step("loading the model"):
         gpt2 = GPT2.from_pretrained("tiny")
         (module,) = parse_modules(HEAD, gpt2.config)
-        encrypted = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
-    passages = calibration_passages(None)
+        model = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
+    passages = bundled_passages("calibration")
     length = len(gpt2.encode(prompt, room=new_tokens)) + new_tokens - 1
     with step("calibrating head 0.1"):
-        encrypted = encrypted.calibrate(passages, length)
-    encrypted = compiled(encrypted, passages, length, None, None, None)
-    keys = make_keys(encrypted, None)
-    announce_run(encrypted, length)
+        model = model.calibrate(passages, length)
+    with step(f"compiling {HEAD} for {length} tokens"):
+        model = model.compile(passages, length, cache=CACHE / "circuits")
+    with step("making keys (kept for the next run)"):
+        keys = model.make_keys(CACHE / "keys")
+    cost = model.costs(length)[module]
+    note(f"{cost.describe()}: about {seconds(cost.estimated_run_seconds)} ({cost.machine}; yours will differ)")
 
-    in_float = list(encrypted.generate(prompt, new_tokens, "float"))
-    quantized = list(encrypted.generate(prompt, new_tokens, "quantized"))
+    in_float = list(model.generate(prompt, new_tokens, "float"))
+    quantized = list(model.generate(prompt, new_tokens, "quantized"))
     click.echo(f"\nfloat      {prompt}{gpt2.text(in_float)}")
     click.echo(f"encrypted  {prompt}", nl=False)
     started, stream = time.monotonic(), gpt2.stream()
     encrypted, times = [], []
-    for token in encrypted.generate(prompt, new_tokens, "encrypted", keys=keys):
+    for token in model.generate(prompt, new_tokens, "encrypted", keys=keys):
         encrypted.append(token)
         times.append(time.monotonic() - started)
         click.echo(stream(token), nl=False)
     click.echo("\n")
-    cost, report = encrypted.costs(length)[module], encrypted.circuits[module].report
+    report = model.circuits[module].report
     click.echo(f"Head {HEAD} read {length} tokens as ciphertexts, one after the other, in {seconds(times[-1])}.")
     click.echo(cost.describe() + ".")
     sent, received = cost.input_ciphertext_bytes / 1e6, cost.output_ciphertext_bytes / 1e6
     click.echo(
         f"{sent:.2f} MB of ciphertexts in, {received:.2f} MB out; evaluation keys once, "
-        f"{report.evaluation_key_bytes / 1e6:,.0f} MB, kept in {cache_directory(None)}."
+        f"{report.evaluation_key_bytes / 1e6:,.0f} MB, kept in {CACHE}."
     )
     measured = json.loads((TINY / "configs.json").read_text())["heads"][HEAD]["measured"]
     click.echo(
@@ -66,5 +78,8 @@ def demo(prompt: str, new_tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    try:
         demo()
+    except (InputError, fhe.FHEError) as error:
+        click.echo(f"demo: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)

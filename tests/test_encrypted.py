@@ -1,4 +1,4 @@
-"""The encrypted model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
+"""The encrypted model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should."""
 
 import dataclasses
 import json
@@ -111,7 +111,9 @@ MIXED = {"softmax": "0.2,1.attn", "lowrank": "0.1,1.2"}
 @pytest.mark.parametrize(("method", "modules"), MIXED.items())
 @pytest.mark.parametrize("mode", ["quantized", "simulate", "encrypted"])
 def test_a_text_read_in_pieces_is_the_text_read_at_once(gpt2, method, modules, mode):
-    encrypted = encrypted_of(gpt2, modules, bits=4, method=method, options=UNTRAINED.get(method)).compile(CALIBRATION, 8, backend="clear")
+    encrypted = encrypted_of(gpt2, modules, bits=4, method=method, options=UNTRAINED.get(method)).compile(
+        CALIBRATION, 8, backend="clear"
+    )
     runner, tokens = encrypted.runner(mode, encrypted.make_keys()), token_ids(gpt2, "on a mat")
     wanted = encrypted.forward(tokens, runner)
     for cuts in ([], [3], list(range(1, 8)), [2, 3, 6]):
@@ -120,8 +122,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(gpt2, method, modules, m
             pieces.append(encrypted.forward(tokens[:, start:end], runner, cache))
             cache = pieces[-1].cache
             assert cache is not None and cache.length == end
-        # The float pieces between the modules are other compiled programs for other lengths; a level may tip over in the
-        # second layer where their last bits differ, and does not here.
+        # For other lengths the float model between the modules is another compiled program, whose last bits may differ.
         got = np.concatenate([piece.contributions for piece in pieces], axis=2)
         assert np.allclose(got, wanted.contributions, atol=1e-5)
         assert np.allclose(np.concatenate([piece.logits for piece in pieces], axis=1), wanted.logits, atol=1e-4)
@@ -151,7 +152,9 @@ class Counted:
 @pytest.mark.parametrize("method", ["softmax", "lowrank"])
 def test_a_new_token_takes_one_pass_over_one_token(gpt2, mode, method):
     """Nothing runs the float model over the text, or over padding, again."""
-    encrypted = encrypted_of(gpt2, "1.1", bits=4, method=method, options=UNTRAINED.get(method)).compile(CALIBRATION, 8, backend="clear")
+    encrypted = encrypted_of(gpt2, "1.1", bits=4, method=method, options=UNTRAINED.get(method)).compile(
+        CALIBRATION, 8, backend="clear"
+    )
     keys, counted = encrypted.make_keys(), Counted(gpt2)
     text = dataclasses.replace(encrypted, model=counted).generate(PROMPT, 4, mode, keys=keys)
     first = next(text)
@@ -196,7 +199,9 @@ class Forgetful:
 
 @pytest.mark.parametrize("lost_after", [0, 1, 2, 3])
 def test_a_text_whose_server_lost_its_state_is_read_again_and_is_the_same(gpt2, lost_after):
-    encrypted = encrypted_of(gpt2, "0.1,0.2,1.0", bits=4, options=UNTRAINED["lowrank"]).compile(CALIBRATION, 8, backend="clear")
+    encrypted = encrypted_of(gpt2, "0.1,0.2,1.0", bits=4, options=UNTRAINED["lowrank"]).compile(
+        CALIBRATION, 8, backend="clear"
+    )
     executors = {module: Forgetful(circuit) for module, circuit in encrypted.circuits.items()}
     wanted = list(encrypted.generate(PROMPT, 5, "simulate"))
     text = encrypted.continue_text(PROMPT, 5, encrypted.run_by(executors))
@@ -316,7 +321,9 @@ def test_slots_read_a_prompt_and_then_token_by_token(gpt2):
     texts = [list(encrypted.generate(PROMPT, 4, mode)) for mode in ("quantized", "simulate")]
     assert texts[0] == texts[1]
     tokens = token_ids(gpt2, "on a m")
-    wanted, got = (encrypted.forward(tokens, encrypted.runner(mode)).contributions for mode in ("quantized", "simulate"))
+    wanted, got = (
+        encrypted.forward(tokens, encrypted.runner(mode)).contributions for mode in ("quantized", "simulate")
+    )
     assert np.linalg.norm(got - wanted) < 1e-4 * np.linalg.norm(wanted)
     (module,) = encrypted.modules
     together, one_by_one = encrypted.costs(6)[module], encrypted.costs(6, 3)[module]
@@ -333,7 +340,10 @@ def test_a_runner_of_circuits_needs_no_weights(gpt2):
     assert all(each.params is None for each in calibrated.values())
     client = EncryptedGPT2(encrypted.model, encrypted.configs, calibrated, seq_len=6)
     tokens = token_ids(gpt2, "on a m")
-    wanted, got = encrypted.forward(tokens, encrypted.runner("quantized")), client.forward(tokens, client.run_by(executors))
+    wanted, got = (
+        encrypted.forward(tokens, encrypted.runner("quantized")),
+        client.forward(tokens, client.run_by(executors)),
+    )
     assert np.array_equal(wanted.logits, got.logits)
 
 
@@ -389,7 +399,9 @@ def test_heads_of_a_layer_run_in_processes_of_their_own_without_the_secret_keys(
     keys = encrypted.make_keys()
     wanted = list(encrypted.generate("dog", 3, "encrypted", keys=keys))
     with processes.over_cores(encrypted.circuits, keys, 2) as executors:
-        pools = [executor.pool for executor in executors.values() if isinstance(executor, processes.ProcessPoolExecutor)]
+        pools = [
+            executor.pool for executor in executors.values() if isinstance(executor, processes.ProcessPoolExecutor)
+        ]
         assert pools[0] is pools[2] and pools[0] is not pools[1]
         assert list(encrypted.continue_text("dog", 3, encrypted.run_by(executors))) == wanted
         os.kill(pools[1].submit(os.getpid).result(), signal.SIGKILL)
@@ -402,7 +414,9 @@ def test_one_head_a_layer_and_backends_of_all_cores_need_no_processes(gpt2, monk
     encrypted = encrypted_of(gpt2, "0.0,1.1", bits=4).compile(CALIBRATION, 8, backend="clear")
     keys = encrypted.make_keys()
     with encrypted.over_cores(keys) as runner:
-        assert list(encrypted.continue_text("dog", 2, runner)) == list(encrypted.generate("dog", 2, "encrypted", keys=keys))
+        assert list(encrypted.continue_text("dog", 2, runner)) == list(
+            encrypted.generate("dog", 2, "encrypted", keys=keys)
+        )
     for at_once, offers in ((1, frozenset()), (2, frozenset({"cores"}))):
         monkeypatch.setattr(ClearBackend, "offers", offers)
         with processes.over_cores(encrypted.circuits, keys, at_once) as executors:

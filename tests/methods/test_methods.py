@@ -43,7 +43,9 @@ def test_jax_equals_numpy(method, seed, bits, lookup, tokens, head_dim):
     calibrated = method.head.calibrate(head, random_inputs(seed, 3, 6, 7), Bits.of(bits, lookup), 6, **options(method))
     x = integers(calibrated, random_inputs(seed + 1, 1, tokens, 7)[0] * 2)  # beyond the calibrated range too
     in_numpy = method.head.strategy.whole(NumpyOps(), calibrated.params, x)
-    in_jax = jax.jit(lambda p, x: method.head.strategy.whole(JaxOps(), p, x))(calibrated.params, jnp.asarray(x, jnp.int32))
+    in_jax = jax.jit(lambda p, x: method.head.strategy.whole(JaxOps(), p, x))(
+        calibrated.params, jnp.asarray(x, jnp.int32)
+    )
     assert all(np.array_equal(a, b) for a, b in zip(in_numpy, in_jax, strict=True))
 
 

@@ -299,7 +299,8 @@ def test_every_cache_of_a_step_comes_from_what_is_there(calibrated):
     for name, function in functions.items():
         simulator = CleartextSimulator(512)
         inputs = [
-            simulator.load(v, 2 if group else 0) for v, group in zip(function.inputset[0], function.sources, strict=True)
+            simulator.load(v, 2 if group else 0)
+            for v, group in zip(function.inputset[0], function.sources, strict=True)
         ]
         results[name] = function.run(simulator, found.params, *inputs)
     for name, function in functions.items():

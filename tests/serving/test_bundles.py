@@ -123,7 +123,7 @@ class Evil:
 
 @pytest.fixture
 def poisoned(gpt2, tmp_path) -> tuple[Path, Path, Path]:
-    """A client bundle with the server's half of a circuit in it, which is code; the circuit; and a marker of the code."""
+    """A client bundle with the server's half of a circuit, which is code; the circuit; what the code would make."""
     write_bundles(compiled(gpt2, "0.1", "lowrank", 3), tmp_path / "out", {})
     client, marker = tmp_path / "out" / "client", tmp_path / "the code ran"
     circuit = client / "circuits" / "0.1"

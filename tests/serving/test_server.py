@@ -865,7 +865,8 @@ def test_strange_keys_are_refused_when_they_are_used(server, circuit):
     other = fhe.envelope.pack("evaluation keys", "c" * 64, party.keys.id, [])
     for keys, reason in [
         (stranger, "made with keys"), (other, "made for circuit"), (b"nothing", "do not begin"),
-        (stranger[:-1], "damaged"), (fhe.envelope.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
+        (stranger[:-1], "damaged"),
+        (fhe.envelope.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
     ]:  # fmt: skip
         digest = hashlib.sha256(keys).hexdigest()
         span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}
