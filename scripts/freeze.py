@@ -61,7 +61,9 @@ def evaluations() -> dict[str, Any]:
 
 
 def costs(cache: str) -> dict[str, Any]:
-    cases = {f"lowrank {head}": ("--encrypt", head, "--attention", "lowrank") for head in HEADS[:2]}
+    cases: dict[str, tuple[str, ...]] = {
+        f"lowrank {head}": ("--encrypt", head, "--attention", "lowrank") for head in HEADS[:2]
+    }
     cases |= {f"recipe {head}": ("--encrypt", head) for head in HEADS}
     cases["softmax 0.1"] = ("--encrypt", "0.1", "--attention", "softmax", "--backend", "clear")
     cases["polynomial 0.1"] = ("--encrypt", "0.1", "--attention", "polynomial", "--seq-len", "12")
@@ -103,7 +105,9 @@ def sweep_rows() -> list[Any]:
         command("sweep", "--layers", "0,2", "--heads", "0-1", "--bits", "3-4", "--attention",
                 "softmax,lowrank,polynomial", "--limit", "10", "--out", out)  # fmt: skip
         frame = pd.read_csv(Path(out) / "rows.csv")
-    return json.loads(frame.drop(columns=["estimated_seconds", "estimated_seconds_per_token"]).to_json(orient="values"))
+    return json.loads(
+        frame.drop(columns=["estimated_seconds", "estimated_seconds_per_token"]).to_json(orient="values") or ""
+    )
 
 
 def decrypted() -> dict[str, Any]:

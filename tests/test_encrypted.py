@@ -14,6 +14,7 @@ import pytest
 
 import fhe
 import helpers
+from fhe import registry
 from fhe.clear import ClearBackend
 from jaxgpt2 import methods
 from jaxgpt2.decoding import NotReady
@@ -264,7 +265,7 @@ def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
         name = "approximate-only"
         offers = frozenset({"approximate"})
 
-    monkeypatch.setitem(fhe.registry._registry.factories, "approximate-only", NoLookups)
+    monkeypatch.setitem(registry._registry.factories, "approximate-only", NoLookups)
     message = "'lowrank' needs integers, lookup, which backend 'approximate-only' lacks; methods that fit it: none"
     with pytest.raises(methods.MethodError, match=message):
         encrypted_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import fhe
 import helpers
+from fhe import registry
 from jaxgpt2.cli import main
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
@@ -420,12 +421,13 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_pa
 
 def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     def missing() -> fhe.Backend:
-        raise fhe.BackendUnavailable("concrete is not installed: install it")
+        raise fhe.BackendUnavailable("concrete", "concrete-python", "there is none")
 
-    monkeypatch.setitem(fhe.registry._registry.factories, "concrete", missing)
+    monkeypatch.setitem(registry._registry.factories, "concrete", missing)
     refused = run("tune", *common(model), "--encrypt", "0.1")
     assert refused.exit_code == 2
-    assert "install it, or leave error probability and rounding to the method: --simulated 0" in refused.stderr
+    wanted = "pip install 'jaxgpt2[fhe]', or leave error probability and rounding to the method: --simulated 0"
+    assert wanted in refused.stderr.replace("\n", " ")
     assert "configurations" not in refused.stderr
     tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4",
                 "--set", "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
