@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from bench_sweep import random_gpt2, word
-from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.encrypted import EncryptedGPT2, Mode
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.config import GPT2Config
 from machine import environment
@@ -49,7 +49,7 @@ def measure(module: str, method: str, context: int, new_tokens: int, repeats: in
     encrypted = EncryptedGPT2.encrypt(model, module, MethodConfig.of(method, 4, options))
     encrypted = encrypted.calibrate([text(length) for _ in range(CALIBRATION_TEXTS)], length)
     prompt = text(context)
-    times: dict[str, list[float]] = {"float": [], "quantized": []}
+    times: dict[Mode, list[float]] = {"float": [], "quantized": []}
     for number in range(repeats + 1):  # the first of each compiles
         for mode, found in times.items():
             took = timed(encrypted.generate(prompt, new_tokens + 1, mode))  # the first is the prompt's
