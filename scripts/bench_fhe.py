@@ -35,13 +35,14 @@ import numpy as np
 
 import fhe
 from jaxgpt2 import methods
-from jaxgpt2.cli import calibration_passages
-from jaxgpt2.decoding import LocalExecutor, quantize_input
-from jaxgpt2.encrypted import EncryptedGPT2, advance, head_weights, parse_modules, read, read_configs, sample
-from jaxgpt2.evaluation import Evaluation, evaluate, read_passages
+from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.encrypted import EncryptedGPT2, head_weights
+from jaxgpt2.evaluation import Evaluation, bundled_passages, evaluate
+from jaxgpt2.executors import LocalExecutor
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.methods.method import HeadWeights, float_head
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules, read_configs
 from jaxgpt2.progress import counting, note
 from jaxgpt2.quantize import Bits
 from machine import environment
@@ -49,7 +50,7 @@ from weights.checkpoint import TINY
 
 PACKAGES = ("jax", "numpy", "concrete-python", "tenseal")
 
-# What a prototype of the post's single-head model took on the same kind of machine: 2 cores of an AMD EPYC, Zen 4,
+# What a prototype of the published single-head model took on the same kind of machine: 2 cores of an AMD EPYC, Zen 4,
 # concrete-python 2.11.0; 4 bits, lookups of up to 9.
 PROTOTYPE = {"keys": 226.0, "run": 1042.0, "memory": 18e9}
 
@@ -61,7 +62,7 @@ FEW, SHORT = 6, 8
 
 
 def chains(method: str, longest: int) -> dict[str, list[list[int]]]:
-    """How texts are read, each list by a reader of its own: up to so many tokens, then to so many, and so on.
+    """How texts are read, each list with a cache of its own: up to so many tokens, then to so many, and so on.
 
     Where tokens are read one by one, one list holds all others, and a long text takes minutes: the first alone is read
     to its end.
@@ -127,12 +128,13 @@ def trained_head(head: str, width: int, tokens: int) -> tuple[HeadWeights, list[
     gpt2 = GPT2.from_pretrained("tiny")
     (module,) = parse_modules(head, gpt2.config)
     calibration, evaluation = (
-        sample(gpt2, advance(gpt2, read(gpt2, texts, tokens), module.layer))
-        for texts in (calibration_passages(None), read_passages(TINY / "eval.txt"))
+        HiddenStates.read(gpt2, bundled_passages(name), tokens).at(gpt2, module.layer)
+        for name in ("calibration", "eval")
     )
-    weights = head_weights(gpt2.model, module.layer, module.head or 0, calibration.fisher)
-    wider, inputs = widened(weights, calibration.inputs, width)
-    _, texts = widened(weights, [x for x in evaluation.inputs if len(x) == tokens], width)
+    data = CalibrationData.of(gpt2, calibration)
+    weights = head_weights(gpt2, module.layer, module.head or 0, data.fisher)
+    wider, inputs = widened(weights, data.inputs, width)
+    _, texts = widened(weights, [x for x in evaluation.inputs(gpt2) if len(x) == tokens], width)
     return wider, inputs, texts
 
 
@@ -141,69 +143,70 @@ def make(directory: str, head: str, config: Mapping[str, Any], width: int, token
     path = Path(directory)
     chosen = MethodConfig.from_json(config)
     method = methods.get(chosen.method)
-    program = method.head
+    function = method.head
     given = random_head(width, 64, tokens) if head == "random" else trained_head(head, width, tokens)
     weights, inputs, texts = given
-    calibrated = program.calibrate(weights, inputs, chosen.bits, tokens, **chosen.options)
-    functions = program.reading.functions(program, calibrated, inputs, tokens)
-    circuit = fhe.get_backend(method.backend).compile(functions, calibrated.params, chosen.fhe_config)
+    module = function.calibrate(weights, inputs, chosen.bits, tokens, **chosen.options)
+    functions = function.strategy.functions(module, function.samples(module, inputs), tokens)
+    circuit = fhe.get_backend(method.backend).compile(functions, module.params, chosen.fhe_config)
     circuit.save(path / "circuit")
-    levels = [np.asarray(quantize_input(calibrated.client, jnp.asarray(x, jnp.float32)), np.int64) for x in texts]
-    (path / "case.pickle").write_bytes(pickle.dumps((calibrated, levels, [float_head(weights, x) for x in texts])))
-    cost = circuit.report.cost_of(program.reading.calls(calibrated.client, 0, FEW))
+    encoded = [np.asarray(function.encode(module.client, jnp.asarray(x, jnp.float32))) for x in texts]
+    encoded = [x.astype(np.int64 if x.dtype.kind == "i" else np.float64) for x in encoded]
+    in_float = [float_head(weights, x) for x in texts]
+    (path / "case.pickle").write_bytes(pickle.dumps((module.client, encoded, in_float)))
+    cost = circuit.report.cost_of(function.strategy.calls(module.client, 0, FEW))
     complexity = circuit.report.complexity if isinstance(circuit.report, fhe.Report) else None
     return {"compile": circuit.report.compile_seconds, "counts": cost.describe(), "complexity": complexity}
 
 
 @dataclass
 class Counting:
-    """A party that counts the bytes of ciphertexts."""
+    """An executor that counts the bytes of ciphertexts."""
 
-    party: LocalExecutor
+    executor: LocalExecutor
     sent: int = 0
     received: int = 0
 
     def encrypt(self, name: str, *arrays: np.ndarray) -> Sequence[Any]:
-        result = self.party.encrypt(name, *arrays)
+        result = self.executor.encrypt(name, *arrays)
         self.sent += sum(map(len, result))
         return result
 
     def run(self, name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-        return self.party.run(name, arrays)
+        return self.executor.run(name, arrays)
 
     def decrypt(self, name: str, results: Sequence[Any]) -> Sequence[np.ndarray]:
         self.received += sum(map(len, results))
-        return self.party.decrypt(name, results)
+        return self.executor.decrypt(name, results)
 
 
 def execute(directory: str, method: str, tokens: int, texts: int) -> dict:
     """Makes keys and reads texts as `chains` say, from what `make` left.
 
     "parts": for each stretch of a text that was read, from one token to another: seconds, bytes sent and received, and
-    the squared error of the head's output with the squared norm of what it fhe_config for.
+    the squared error of the head's output with the squared norm of what it stands for.
     """
     path = Path(directory)
     circuit = fhe.get_backend(methods.get(method).backend).load(path / "circuit")
-    calibrated, inputs, in_float = pickle.loads((path / "case.pickle").read_bytes())
-    program = methods.get(method).head
+    client, inputs, in_float = pickle.loads((path / "case.pickle").read_bytes())
+    function = methods.get(method).head
     started = time.perf_counter()
     keys = circuit.make_keys()
     key_seconds = time.perf_counter() - started
     parts: dict[tuple[int, int], list[list[float]]] = {}
     for number in range(-1, texts):
         for chain in chains(method, tokens)["warm" if number < 0 else "first" if number == 0 else "others"]:
-            party = Counting(LocalExecutor(circuit, keys))
-            reader, known = program.reading.reader(calibrated.client, party, tokens), 0
+            executor, cache, known = Counting(LocalExecutor(circuit, keys)), None, 0
             for length in chain:
-                party.sent = party.received = 0
+                executor.sent = executor.received = 0
                 started = time.perf_counter()
-                outputs = reader.read(inputs[number][:length])
+                results, cache = function.strategy.read(client, executor, inputs[number][known:length], cache, tokens)
                 seconds = time.perf_counter() - started
-                given = np.asarray(program.decode(calibrated.dequantization, tuple(map(jnp.asarray, outputs))))[known:]
+                given = np.asarray(function.decode(client.dequantization, tuple(map(jnp.asarray, results))))
                 wanted = in_float[number][known:length]
                 error = float(np.sum((given - wanted) ** 2)), float(np.sum(wanted**2))
                 if number >= 0:
-                    parts.setdefault((known, length), []).append([seconds, party.sent, party.received, *error])
+                    parts.setdefault((known, length), []).append([seconds, executor.sent, executor.received, *error])
                 known = length
     return {
         "keys": key_seconds,
@@ -240,12 +243,12 @@ def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
 @click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
-@click.option("--baseline-lookup-bits", "rounding_threshold_bits", default=9, show_default=True,
-              help="Top bits of a sum that a lookup of the post's head sees.")  # fmt: skip
+@click.option("--baseline-rounding-threshold-bits", "lookup_bits", default=9, show_default=True,
+              help="Top bits of a sum that a lookup of the published head sees.")  # fmt: skip
 @click.option("--baseline-p-error", "p_error", default=1e-6, show_default=True,
               help="Of its lookups: at 1e-6 one run in a hundred goes wrong; less takes more than 24 GB.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Execute the baseline too.")
-def cost(head: str, width: int, tokens: int, texts: int, rounding_threshold_bits: int, p_error: float,
+def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_error: float,
          full: bool) -> None:  # fmt: skip
     """One head at GPT-2's shape on both engines: seconds, bytes, keys, memory, error."""
     cases: dict[str, tuple[MethodConfig, int]] = {"polynomial": (MethodConfig.of("polynomial", 4), tokens)}
@@ -253,7 +256,7 @@ def cost(head: str, width: int, tokens: int, texts: int, rounding_threshold_bits
     if head != "random":
         tuned = json.loads((TINY / "configs.json").read_text())["heads"][head]
         config = MethodConfig.from_json(tuned)
-        baseline = MethodConfig.of("softmax", Bits.of(4, rounding_threshold_bits), encryption=fhe.FHEConfig(p_error, "exact"))
+        baseline = MethodConfig.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.FHEConfig(p_error, "exact"))
         cases = {"softmax": (baseline, FEW), "lowrank": (config, tokens)} | cases
         described = (
             f"head {head} of tiny; lowrank {config.options}, recovered KL {tuned['measured']['recovered_kl']:.4f}"
@@ -272,7 +275,7 @@ def cost(head: str, width: int, tokens: int, texts: int, rounding_threshold_bits
         how = "executed" if full else "run, keys and memory as its prototype was measured"
         errors = {name: f"p_error {config.fhe_config.p_error:g}" for name, (config, _) in cases.items()}
         click.echo(
-            f"baseline: softmax, 4 bits, lookups see {rounding_threshold_bits}, {errors['softmax']}, {how}; lowrank: "
+            f"baseline: softmax, 4 bits, lookups see {lookup_bits}, {errors['softmax']}, {how}; lowrank: "
             f"{errors['lowrank']}, beyond {SHORT} tokens one text"
         )
     click.echo("")
@@ -372,8 +375,8 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
     """Heads one by one: recovered KL on the evaluation text, and on some texts quantized, simulated and decrypted."""
     gpt2, passages, calibration = (
         GPT2.from_pretrained("tiny"),
-        read_passages(TINY / "eval.txt"),
-        calibration_passages(None),
+        bundled_passages("eval"),
+        bundled_passages("calibration"),
     )
     known = read_configs(configs or TINY / "configs.json", gpt2.config)
     if backend == "ckks" and configs is None:
@@ -388,21 +391,21 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
             started = time.perf_counter()
             encrypted = EncryptedGPT2(gpt2, {module: known[module]}).calibrate(calibration, 40)
             whole = evaluate(encrypted, passages, encrypted.runner("quantized"), (1,))
-            encrypted = encrypted.compile(calibration, tokens, encrypted.settings(p_error), backend)
+            encrypted = encrypted.compile(calibration, tokens, encrypted.fhe_configs(p_error), backend)
             keys = encrypted.make_keys()
             # Other passages for every head, so that all heads together read many.
             some = [passages[(index * inputs + i) % len(passages)] for i in range(inputs)]
             row: dict[str, Any] = {
                 "head": str(module),
-                "options": known[module].settings,
+                "options": known[module].options,
                 "cost": encrypted.costs(tokens)[module].describe(),
                 "evaluation": losses(whole),
             }
             # What the client refuses to read counts for no mode.
-            encrypted, readable = encrypted.runner("encrypted", keys), []
+            on_ciphertexts, readable = encrypted.runner("encrypted", keys), []
             for text in some:
                 with contextlib.suppress(fhe.FHEError):
-                    evaluate(encrypted, [text], encrypted, (1,), tokens)
+                    evaluate(encrypted, [text], on_ciphertexts, (1,), tokens)
                     readable.append(text)
             row["refused"] = len(some) - len(readable)
             for mode in modes:
@@ -443,25 +446,25 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
 @click.option("--texts", default=3, show_default=True, help="Texts that times are medians over.")
 def cores(heads: str, tokens: int, texts: int) -> None:
     """Heads of a layer on CKKS, in one process and in several: seconds to read a text."""
-    gpt2, calibration = GPT2.from_pretrained("tiny"), calibration_passages(None)
+    gpt2, calibration = GPT2.from_pretrained("tiny"), bundled_passages("calibration")
     encrypted = EncryptedGPT2.encrypt(gpt2, heads, MethodConfig.of("polynomial", 4))
     encrypted = encrypted.calibrate(calibration, tokens).compile(calibration, tokens)
-    passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in read_passages(TINY / "eval.txt")]
+    passages = [gpt2.tokenizer.encode(passage).ids[:tokens] for passage in bundled_passages("eval")]
     some = [np.array([ids]) for ids in passages if len(ids) == tokens][: texts + 1]
     keys = encrypted.make_keys()
 
-    def median(engine: Any) -> float:
+    def median(runner: Any) -> float:
         """Of all texts but the first, which finds keys and clear vectors not loaded."""
         took = []
         for ids in some:
             started = time.perf_counter()
-            encrypted.forward(ids, engine).logits.block_until_ready()
+            encrypted.forward(ids, runner).logits.block_until_ready()
             took.append(time.perf_counter() - started)
         return statistics.median(took[1:])
 
     together = median(encrypted.runner("encrypted", keys))
-    with encrypted.over_cores(keys) as engine:
-        apart = median(engine)
+    with encrypted.over_cores(keys) as runner:
+        apart = median(runner)
     click.echo(environment(*PACKAGES))
     click.echo(f"heads {heads} of tiny, {tokens} tokens: {together:.2f} s in one process, {apart:.2f} s in several")
 

@@ -31,9 +31,10 @@ from urllib.parse import urlsplit
 import click
 
 import fhe
-from jaxgpt2.cli import calibration_passages, compile_result
-from jaxgpt2.encrypted import EncryptedGPT2, Module, parse_modules, read_configs
+from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import Module, parse_modules, read_configs
 from jaxgpt2.progress import note, step
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.limits import Limits
@@ -143,11 +144,11 @@ def compiled(heads: str, prompt: str, tokens: int, directory: Path) -> Encrypted
     missing = [str(module) for module in modules if module not in known]
     if missing:
         raise click.BadParameter(f"there is no config for {', '.join(missing)}", param_hint="--heads")
-    passages = calibration_passages(None)
+    passages = bundled_passages("calibration")
     length = len(gpt2.encode(prompt, room=tokens)) + tokens - 1
     encrypted = EncryptedGPT2(gpt2, {module: known[module] for module in modules}).calibrate(passages, length)
     encrypted = encrypted.compile(passages, length)
-    write_bundles(encrypted, directory, compile_result(encrypted))
+    write_bundles(encrypted, directory, {"seq_len": length})
     # The server's circuits, as the server loads them: keys of its clients fit them.
     circuits = {
         module: fhe.get_backend(circuit.report.backend).load(directory / "server" / "circuits" / str(module))
@@ -297,8 +298,8 @@ def describe(encrypted: EncryptedGPT2, prompt: str, tokens: int, texts: int) -> 
         return f"{module} ({config.method}, {', '.join(f'{name} {value}' for name, value in config.options.items())})"
 
     return (
-        f"Head {', '.join(map(one, encrypted.modules))} of tiny, {prompt!r} and {tokens} new tokens; medians of {texts} "
-        f"texts a side, alternating; server and client on one machine."
+        f"Head {', '.join(map(one, encrypted.modules))} of tiny, {prompt!r} and {tokens} new tokens; medians of "
+        f"{texts} texts a side, alternating; server and client on one machine."
     )
 
 

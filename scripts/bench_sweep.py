@@ -6,7 +6,7 @@
 
 A row is one head at one number of bits with every metric: agreement at three k, KL, recovered KL, head error. It shares
 the float model, and with the other rows of its head the model without that head; both are counted in. Its calibration
-is the method's work, done on other threads meanwhile, and fhe_config apart: `lowrank` trains every head for seconds.
+is the method's work, done on other threads meanwhile, and stands apart: `lowrank` trains every head for seconds.
 Beside it stand as many single-sentence forward passes of transformers as there are passages. Reported are medians;
 compilation is no part of them.
 
@@ -30,11 +30,11 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxgpt2.encrypted import Module
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import Module
 from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
 from machine import environment
 

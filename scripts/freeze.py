@@ -20,11 +20,14 @@ import numpy as np
 from click.testing import CliRunner
 
 import fhe
-from jaxgpt2.cli import calibration_passages, main
-from jaxgpt2.encrypted import EncryptedGPT2, parse_modules, read_configs
+from jaxgpt2.cli import main
+from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules, read_configs
 from weights.checkpoint import TINY
 
+# Sections and keys of the file keep their names, so that files of all versions can be compared.
 HEADS = ("0.1", "0.2", "1.3", "2.3")
 METHODS = {"softmax": ("--bits", "6"), "lowrank": (), "polynomial": ()}
 EVAL = ("kl", "kl_ablated", "head_error", "top_k", "top_k_ablated", "positions", "recovered_kl")
@@ -58,8 +61,10 @@ def evaluations() -> dict[str, Any]:
 
 
 def costs(cache: str) -> dict[str, Any]:
-    cases = {f"lowrank {head}": ("--encrypt", head, "--attention", "lowrank") for head in HEADS[:2]}
-    cases |= {f"config {head}": ("--encrypt", head) for head in HEADS}
+    cases: dict[str, tuple[str, ...]] = {
+        f"lowrank {head}": ("--encrypt", head, "--attention", "lowrank") for head in HEADS[:2]
+    }
+    cases |= {f"recipe {head}": ("--encrypt", head) for head in HEADS}
     cases["softmax 0.1"] = ("--encrypt", "0.1", "--attention", "softmax", "--backend", "clear")
     cases["polynomial 0.1"] = ("--encrypt", "0.1", "--attention", "polynomial", "--seq-len", "12")
     return {
@@ -97,10 +102,12 @@ def sweep_rows() -> list[Any]:
 
     with tempfile.TemporaryDirectory() as directory:
         out = str(Path(directory) / "sweep")
-        command("sweep", "--layers", "0,2", "--heads", "0-1", "--bits", "3-4", "--attention", "softmax,lowrank,polynomial",
-                "--limit", "10", "--out", out)  # fmt: skip
+        command("sweep", "--layers", "0,2", "--heads", "0-1", "--bits", "3-4", "--attention",
+                "softmax,lowrank,polynomial", "--limit", "10", "--out", out)  # fmt: skip
         frame = pd.read_csv(Path(out) / "rows.csv")
-    return json.loads(frame.drop(columns=["estimated_seconds", "estimated_seconds_per_token"]).to_json(orient="values"))
+    return json.loads(
+        frame.drop(columns=["estimated_seconds", "estimated_seconds_per_token"]).to_json(orient="values") or ""
+    )
 
 
 def decrypted() -> dict[str, Any]:
@@ -108,7 +115,7 @@ def decrypted() -> dict[str, Any]:
     gpt2 = GPT2.from_pretrained("tiny")
     (module,) = parse_modules("0.1", gpt2.config)
     encrypted = EncryptedGPT2(gpt2, {module: read_configs(TINY / "configs.json", gpt2.config)[module]})
-    passages = calibration_passages(None)
+    passages = bundled_passages("calibration")
     encrypted = encrypted.calibrate(passages, 3).compile(passages, 3, fhe.FHEConfig(1e-7, "exact"))
     circuit = encrypted.circuits[module]
     keys = circuit.make_keys(seed=7)

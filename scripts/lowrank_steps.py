@@ -14,11 +14,10 @@ import click
 
 import fhe
 from bench_fhe import table
-from jaxgpt2.cli import calibration_passages
-from jaxgpt2.encrypted import Module, read_configs
-from jaxgpt2.evaluation import read_passages
+from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import Module, read_configs
 from jaxgpt2.progress import counting
 from jaxgpt2.quantize import Bits
 from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
@@ -37,7 +36,7 @@ def steps(tuned: dict[Module, MethodConfig]) -> list[tuple[str, dict[Module, Met
 
     own = Bits(6, 8, 4, 5)
     return [
-        ("the post's method, 4 bits, 6-bit lookups", all_heads("softmax", Bits.of(4, 6))),
+        ("the published method, 4 bits, 6-bit lookups", all_heads("softmax", Bits.of(4, 6))),
         ("squares, causality, predicted maxima; full rank", all_heads("lowrank", Bits.of(4, 6), FULL)),
         ("inputs of 6 bits, weights of 8", all_heads("lowrank", Bits(6, 8, 4, 6), FULL)),
         ("requantizations see 5 bits", all_heads("lowrank", own, FULL)),
@@ -53,7 +52,7 @@ def steps(tuned: dict[Module, MethodConfig]) -> list[tuple[str, dict[Module, Met
 @click.option("--seq-len", default=6, show_default=True, help="Tokens of the text whose cost is counted.")
 def main(configs: Path, seq_len: int) -> None:
     gpt2 = GPT2.from_pretrained("tiny")
-    passages, calibration = read_passages(TINY / "eval.txt"), calibration_passages(None)
+    passages, calibration = bundled_passages("eval"), bundled_passages("calibration")
     experiment = Experiment("tiny", tuple(passages), tuple(calibration), (1,), seq_len, "approximate")
     bench, found = SweepRunner(experiment, gpt2), steps(read_configs(configs, gpt2.config))
     configurations = {

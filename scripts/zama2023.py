@@ -1,9 +1,9 @@
-"""Checks the claims of "Towards Encrypted Large Language Models with FHE"; docs/the-post.md has what came out.
+"""Checks the claims of "Towards Encrypted Large Language Models with FHE"; docs/zama-2023.md has what came out.
 
-    python scripts/the_post.py accuracy                                   # agreement over bits, with a figure
-    python scripts/the_post.py demonstration                              # a prompt at several bit widths
-    python scripts/the_post.py lookups                                    # PBS of the head at GPT-2's shape
-    python scripts/the_post.py run --tokens 2                             # the same head on ciphertexts
+    python scripts/zama2023.py accuracy                                   # agreement over bits, with a figure
+    python scripts/zama2023.py demonstration                              # a prompt at several bit widths
+    python scripts/zama2023.py lookups                                    # PBS of the head at GPT-2's shape
+    python scripts/zama2023.py run --tokens 2                             # the same head on ciphertexts
 
 `accuracy` and `demonstration` take `--model openai-community/gpt2` where that can be had. `lookups` and `run` use a
 random model of one layer in GPT-2's shape: what a circuit costs depends on its shape and widths, not on the text.
@@ -16,17 +16,18 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 import fhe
-from jaxgpt2.attention import Recipe
-from jaxgpt2.cli import Commands, calibration_passages, compile_result, cost_lines, describe, model_options
-from jaxgpt2.models.gpt2.config import GPT2Config
-from jaxgpt2.evaluation import check_disjoint, evaluate, longest_passage, read_passages
-from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2 import methods
 from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.evaluation import bundled_passages, check_disjoint, evaluate, longest_passage, read_passages
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import parameter_shapes
 from jaxgpt2.progress import seconds, step
 from jaxgpt2.quantize import Bits
@@ -34,41 +35,42 @@ from machine import environment
 from weights import save_checkpoint
 from weights.checkpoint import TINY
 
-# The post's figure for layer 0, head 0 of OpenAI's GPT-2: top-1 agreement with the float model.
-POST_AGREEMENT = {2: 0.7217, 3: 0.7217, 4: 0.9586, 6: 0.9783, 7: 0.9854, 8: 0.9949, 9: 0.9981}
-POST_LOOKUPS = 11_622
+# The published figure for layer 0, head 0 of OpenAI's GPT-2: top-1 agreement with the float model.
+PUBLISHED_AGREEMENT = {2: 0.7217, 3: 0.7217, 4: 0.9586, 6: 0.9783, 7: 0.9854, 8: 0.9949, 9: 0.9981}
+PUBLISHED_LOOKUPS = 11_622
 
 PACKAGES = ("jax", "numpy", "concrete-python")
 
 
-@click.group(cls=Commands, help=__doc__)
+@click.group(help=__doc__)
 def main() -> None:
     pass
 
 
 @main.command()
-@model_options
+@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR|HUB_ID")
 @click.option("--head", default="0.0", show_default=True)
 @click.option("--text", type=click.Path(path_type=Path), default=TINY / "eval.txt", help="One passage a line.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Where to draw it (.svg or .png).")
 def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
-    """Agreement with the float model over bits, and beside it what the post does not show."""
+    """Agreement with the float model over bits, and beside it what the publication does not show."""
     gpt2 = GPT2.from_pretrained(model)
-    passages, calibration = read_passages(text), calibration_passages(None)
+    passages, calibration = read_passages(text), bundled_passages("calibration")
     check_disjoint(calibration, passages)
     rows = []
     click.echo(f"head {head} of {model}, {len(passages)} passages; {environment(*PACKAGES)}")
     click.echo(
-        f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}{'post':>9}"
+        f"{'bits':>4}{'top-1':>9}{'top-5':>9}{'top-10':>9}{'KL':>11}{'recovered':>11}{'head error':>12}"
+        f"{'published':>11}"
     )
     for bits in range(2, 10):
-        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
-        hybrid = hybrid.calibrate(calibration, longest_passage(hybrid.gpt2, passages))
-        measured = evaluate(hybrid, passages, hybrid.engine("quantized"))
+        encrypted = EncryptedGPT2.encrypt(gpt2, head, MethodConfig.of("softmax", Bits.of(bits)))
+        encrypted = encrypted.calibrate(calibration, longest_passage(encrypted.model, passages))
+        measured = evaluate(encrypted, passages, encrypted.runner("quantized"))
         rows.append((bits, measured))
         click.echo(
             f"{bits:>4}{measured.top_k[1]:>9.4f}{measured.top_k[5]:>9.4f}{measured.top_k[10]:>9.4f}{measured.kl:>11.2e}"
-            f"{measured.recovered_kl:>11.4f}{measured.head_error:>12.4f}{POST_AGREEMENT.get(bits, ''):>9}"
+            f"{measured.recovered_kl:>11.4f}{measured.head_error:>12.4f}{PUBLISHED_AGREEMENT.get(bits, ''):>11}"
         )
     ablated = rows[0][1]
     click.echo(
@@ -80,7 +82,7 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
 
 
 def draw(rows, head: str, model: str, figure: Path) -> None:
-    """The post's figure, with the line that it leaves out: the model without the head."""
+    """The published figure, with the line that it leaves out: the model without the head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +93,11 @@ def draw(rows, head: str, model: str, figure: Path) -> None:
     left.plot(bits, [row[1].top_k[1] for row in rows], marker="o", label=f"head {head} of {model}")
     left.axhline(rows[0][1].top_k_ablated[1], color="grey", linestyle="--", label="the same model without the head")
     left.plot(
-        list(POST_AGREEMENT), list(POST_AGREEMENT.values()), marker="s", alpha=0.5, label="the post, OpenAI's GPT-2"
+        list(PUBLISHED_AGREEMENT),
+        list(PUBLISHED_AGREEMENT.values()),
+        marker="s",
+        alpha=0.5,
+        label="published, OpenAI's GPT-2",
     )
     left.set(xlabel="bits", ylabel="top-1 agreement with the float model")
     left.legend()
@@ -103,7 +109,7 @@ def draw(rows, head: str, model: str, figure: Path) -> None:
 
 
 @main.command()
-@model_options
+@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR|HUB_ID")
 @click.option("--head", default="0.0", show_default=True)
 @click.option("--prompt", default="Cryptography is a", show_default=True)
 @click.option("--max-new-tokens", default=10, show_default=True)
@@ -113,9 +119,9 @@ def demonstration(model: str, head: str, prompt: str, max_new_tokens: int) -> No
     length = len(gpt2.encode(prompt, room=max_new_tokens)) + max_new_tokens
     click.echo(f"{'float':>9}  {prompt}{gpt2.text(list(gpt2.generate(prompt, max_new_tokens)))}")
     for bits in (2, 3, 4, 6, 8):
-        hybrid = HybridGPT2.protect(gpt2, head, Recipe.of("softmax", Bits.of(bits)))
-        hybrid = hybrid.calibrate(calibration_passages(None), length)
-        text = gpt2.text(list(hybrid.generate(prompt, max_new_tokens, "quantized")))
+        encrypted = EncryptedGPT2.encrypt(gpt2, head, MethodConfig.of("softmax", Bits.of(bits)))
+        encrypted = encrypted.calibrate(bundled_passages("calibration"), length)
+        text = gpt2.text(list(encrypted.generate(prompt, max_new_tokens, "quantized")))
         click.echo(f"{bits:>2} bits    {prompt}{text}")
 
 
@@ -140,7 +146,13 @@ shape_options = [
     click.option("--heads", default=12, show_default=True),
     click.option("--tokens", default=6, show_default=True),
     click.option("--bits", default=4, show_default=True),
-    click.option("--lookup-bits", default=8, show_default=True, help="Top bits of an accumulator that a lookup sees."),
+    click.option(
+        "--rounding-threshold-bits",
+        "lookup_bits",
+        default=8,
+        show_default=True,
+        help="Top bits of an accumulator that a lookup sees.",
+    ),
     click.option("--rounding", default="approximate", show_default=True),
     click.option("--p-error", default=1e-5, show_default=True),
     click.option("--json", "as_json", is_flag=True),
@@ -153,42 +165,67 @@ def with_shape(function):
     return function
 
 
-def compile_yardstick(width: int, heads: int, tokens: int, bits: int, lookup_bits: int, rounding: str, p_error: float):
+def compile_baseline(
+    width: int, heads: int, tokens: int, bits: int, lookup_bits: int, rounding: fhe.Rounding, p_error: float
+):
     with tempfile.TemporaryDirectory() as directory:
         gpt2 = GPT2.from_pretrained(random_model(Path(directory), width, heads))
-    hybrid = HybridGPT2.protect(gpt2, "0.0", Recipe.of("softmax", Bits.of(bits, lookup_bits)))
-    passages = calibration_passages(None)
-    hybrid = hybrid.calibrate(passages, tokens)
+    encrypted = EncryptedGPT2.encrypt(gpt2, "0.0", MethodConfig.of("softmax", Bits.of(bits, lookup_bits)))
+    passages = bundled_passages("calibration")
+    encrypted = encrypted.calibrate(passages, tokens)
     with step(f"compiling for {tokens} tokens"):
-        return hybrid.compile(passages, tokens, fhe.Settings(p_error, rounding))  # pyright: ignore[reportArgumentType]
+        return encrypted.compile(passages, tokens, fhe.FHEConfig(p_error, rounding))
+
+
+def report_of(encrypted: EncryptedGPT2) -> dict[str, Any]:
+    """What a run of the head takes."""
+    (circuit,), (cost,) = encrypted.circuits.values(), encrypted.costs(encrypted.seq_len or 0).values()
+    return {"seq_len": encrypted.seq_len, **circuit.report.to_json(), **cost.to_json(), "cost": cost.describe()}
+
+
+def lines_of(encrypted: EncryptedGPT2, result: dict[str, Any]) -> list[str]:
+    """The same for people: lookups by stage and bits, then all of them."""
+    (config,) = encrypted.configs.values()
+    stages = (
+        f"{stage:12}" + ", ".join(f"{count:,} of {bits} bits" for bits, count in sorted(counts.items()))
+        for stage, counts in result["pbs_by_stage"].items()
+    )
+    return [
+        f"softmax, bits {config.bits}, {encrypted.seq_len} tokens",
+        *stages,
+        result["cost"],
+        f"complexity {result['complexity']:.3g}, error per lookup {result['p_error']:g}, {result['rounding']} "
+        f"rounding, compiled in {seconds(result['compile_seconds'])}",
+        f"a run takes about {seconds(result['estimated_run_seconds'])} ({result['machine']})",
+    ]
 
 
 @main.command()
 @with_shape
 def lookups(as_json: bool, **shape) -> None:
-    """How many lookups (PBS) the post's head takes; the post says 11,622."""
-    hybrid = compile_yardstick(**shape)
-    result = compile_result(hybrid)
+    """How many lookups (PBS) the published head takes; 11,622 are published."""
+    encrypted = compile_baseline(**shape)
+    result = report_of(encrypted)
     if as_json:
         click.echo(json.dumps(result))
         return
     click.echo(environment(*PACKAGES))
-    click.echo("\n".join(cost_lines(result, describe(hybrid))))
-    click.echo(f"\nthe post: {POST_LOOKUPS:,}; here {result['pbs_count'] / POST_LOOKUPS - 1:+.1%}")
+    click.echo("\n".join(lines_of(encrypted, result)))
+    click.echo(f"\npublished: {PUBLISHED_LOOKUPS:,}; here {result['pbs_count'] / PUBLISHED_LOOKUPS - 1:+.1%}")
 
 
 @main.command()
 @with_shape
 def run(as_json: bool, **shape) -> None:
     """The head on ciphertexts: key making, one run, memory, and whether the result is right."""
-    hybrid = compile_yardstick(**shape)
-    result = compile_result(hybrid)
-    (circuit,) = hybrid.circuits.values()
+    encrypted = compile_baseline(**shape)
+    result = report_of(encrypted)
+    (circuit,) = encrypted.circuits.values()
     started = time.monotonic()
     with step("making keys"):
         keys = circuit.make_keys()
     result["key_seconds"] = time.monotonic() - started
-    (calibrated,) = hybrid.calibrated.values()
+    (quantized,) = encrypted.quantized.values()
     x = np.random.default_rng(1).integers(-3, 4, (shape["tokens"], shape["width"]))
     ciphertexts = circuit.encrypt(keys, "head", x)
     started = time.monotonic()
@@ -196,10 +233,7 @@ def run(as_json: bool, **shape) -> None:
         outputs = circuit.run("head", ciphertexts, keys.evaluation)
     result["run_seconds"] = time.monotonic() - started
     (decrypted,) = circuit.decrypt(keys, "head", outputs)
-    from fhe import NumpyOps
-    from jaxgpt2 import attention
-
-    (wanted,) = attention.get("softmax").head.run(NumpyOps(), calibrated.params, x)
+    (wanted,) = methods.get("softmax").head.strategy.whole(fhe.NumpyOps(), quantized.params, x)
     result["equal_share"] = float(np.mean(decrypted == wanted))
     result["relative_error"] = float(np.linalg.norm(decrypted - wanted) / np.linalg.norm(wanted))
     result["evaluation_key_bytes"] = len(keys.evaluation)
@@ -208,7 +242,7 @@ def run(as_json: bool, **shape) -> None:
         click.echo(json.dumps(result))
         return
     click.echo(environment(*PACKAGES))
-    click.echo("\n".join(cost_lines(result, describe(hybrid))))
+    click.echo("\n".join(lines_of(encrypted, result)))
     click.echo(
         f"\nkeys made in {seconds(result['key_seconds'])}, one run {seconds(result['run_seconds'])}, "
         f"peak memory {result['peak_memory_bytes'] / 1e9:.1f} GB\n"

@@ -27,6 +27,7 @@ from jaxgpt2.evaluation import evaluate
 from jaxgpt2.executors import Executor, LocalExecutor, SimulatedExecutor
 from jaxgpt2.methods import MethodConfig, QuantizedModule, lowrank
 from jaxgpt2.methods.jax_ops import JaxOps
+from jaxgpt2.methods.method import _METHODS as registered
 from jaxgpt2.methods.polynomial import PackedSequence
 from jaxgpt2.modules import Module
 from jaxgpt2.quantize import Bits
@@ -187,7 +188,7 @@ def changed():
     method = dataclasses.replace(lowrank.LOWRANK, name="changed", head=head)
     methods.register(method)
     yield method
-    methods.method._METHODS.pop("changed")
+    registered.pop("changed")
 
 
 def test_a_change_of_one_line_of_the_attention_changes_every_run_of_it(changed):

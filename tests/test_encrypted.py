@@ -1,4 +1,4 @@
-"""The encrypted model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should be."""
+"""The encrypted model: its modes agree, none stands in for another, and heads are cut out of GPT-2 as they should."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ import pytest
 
 import fhe
 import helpers
+from fhe import registry
 from fhe.clear import ClearBackend
 from jaxgpt2 import methods
 from jaxgpt2.decoding import NotReady
@@ -122,8 +123,7 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(gpt2, method, modules, m
             pieces.append(encrypted.forward(tokens[:, start:end], runner, cache))
             cache = pieces[-1].cache
             assert cache is not None and cache.length == end
-        # The float pieces between the modules are other compiled programs for other lengths; a level may tip over in the
-        # second layer where their last bits differ, and does not here.
+        # For other lengths the float model between the modules is another compiled program, whose last bits may differ.
         got = np.concatenate([piece.contributions for piece in pieces], axis=2)
         assert np.allclose(got, wanted.contributions, atol=1e-5)
         assert np.allclose(np.concatenate([piece.logits for piece in pieces], axis=1), wanted.logits, atol=1e-4)
@@ -265,7 +265,7 @@ def test_a_backend_without_lookups_is_refused_with_what_fits(gpt2, monkeypatch):
         name = "approximate-only"
         offers = frozenset({"approximate"})
 
-    monkeypatch.setitem(fhe.registry._registry.factories, "approximate-only", NoLookups)
+    monkeypatch.setitem(registry._registry.factories, "approximate-only", NoLookups)
     message = "'lowrank' needs integers, lookup, which backend 'approximate-only' lacks; methods that fit it: none"
     with pytest.raises(methods.MethodError, match=message):
         encrypted_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="approximate-only")

@@ -16,7 +16,6 @@ from jaxgpt2.methods import lowrank
 from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
 
-
 STRATEGY = lowrank.LOWRANK.head.strategy
 
 

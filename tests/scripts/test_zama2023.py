@@ -9,7 +9,7 @@ import zama2023
 def test_the_baseline_has_the_published_number_of_lookups():
     """GPT-2's shape, 6 tokens, 4 bits, one head: compiled, not run."""
     encrypted = zama2023.compile_baseline(
-        width=768, heads=12, tokens=6, bits=4, rounding_threshold_bits=6, rounding="approximate", p_error=1e-5
+        width=768, heads=12, tokens=6, bits=4, lookup_bits=6, rounding="approximate", p_error=1e-5
     )
     (circuit,) = encrypted.circuits.values()
     assert circuit.report.pbs_count == pytest.approx(zama2023.PUBLISHED_LOOKUPS, rel=0.05)

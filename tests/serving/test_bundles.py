@@ -21,6 +21,7 @@ from jaxgpt2.cli import main
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.executors import SimulatedExecutor
 from jaxgpt2.methods import MethodConfig, QuantizedModule
+from jaxgpt2.methods.method import _METHODS as registered
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
@@ -89,7 +90,7 @@ def bare():
     head = dataclasses.replace(softmax.head, calibrate=calibrate, decode=decode)
     methods.register(dataclasses.replace(softmax, name="bare", head=head, layer=None))
     yield "bare"
-    methods.method._METHODS.pop("bare")
+    registered.pop("bare")
 
 
 def test_results_may_be_decoded_with_a_bare_array(gpt2, tmp_path, bare):
@@ -123,7 +124,7 @@ class Evil:
 
 @pytest.fixture
 def poisoned(gpt2, tmp_path) -> tuple[Path, Path, Path]:
-    """A client bundle with the server's half of a circuit in it, which is code; the circuit; and a marker of the code."""
+    """A client bundle with the server's half of a circuit, which is code; the circuit; what the code would make."""
     write_bundles(compiled(gpt2, "0.1", "lowrank", 3), tmp_path / "out", {})
     client, marker = tmp_path / "out" / "client", tmp_path / "the code ran"
     circuit = client / "circuits" / "0.1"

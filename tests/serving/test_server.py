@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 import fhe
 import served
+from fhe import clear, envelope
 from jaxgpt2.cli import main
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving import remote as remote_module
@@ -789,7 +790,7 @@ def broken_batches(draw: st.DrawFn, party: Any) -> bytes:
         case 7:
             x = np.zeros(draw(st.lists(st.integers(0, 4), max_size=4)), np.int64)
             content["uploads"] = party.circuit.signatures.pack_inputs(
-                "project", party.circuit.id, party.keys.id, [fhe.clear._to_bytes(x)]
+                "project", party.circuit.id, party.keys.id, [clear._to_bytes(x)]
             )
         case 8:
             content["results"] = [{"call": draw(st.integers(0, 3)), "output": draw(st.integers(0, 2**31))}]
@@ -862,10 +863,11 @@ def test_thousands_of_malformed_requests(server, circuit):
 def test_strange_keys_are_refused_when_they_are_used(server, circuit):
     party, client = remote(server, circuit), raw(server)
     stranger = circuit.make_keys().evaluation
-    other = fhe.envelope.pack("evaluation keys", "c" * 64, party.keys.id, [])
+    other = envelope.pack("evaluation keys", "c" * 64, party.keys.id, [])
     for keys, reason in [
         (stranger, "made with keys"), (other, "made for circuit"), (b"nothing", "do not begin"),
-        (stranger[:-1], "damaged"), (fhe.envelope.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
+        (stranger[:-1], "damaged"),
+        (envelope.pack("keys", circuit.id, party.keys.id, []), "expected evaluation keys"),
     ]:  # fmt: skip
         digest = hashlib.sha256(keys).hexdigest()
         span = {"Content-Range": f"bytes 0-{len(keys) - 1}/{len(keys)}"}

@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 
 import fhe
 import helpers
+from fhe import envelope
 from jaxgpt2.cli import main
 from jaxgpt2.encrypted import EncryptedGPT2, head_weights
 from jaxgpt2.models.gpt2.pretrained import GPT2
@@ -377,7 +378,7 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
 
         rng = np.random.default_rng(0)
         (array,) = circuit.encrypt(own, "project", np.zeros((1, 8), np.int64))
-        (inner,) = fhe.envelope.unpack(array, "input 0 of project", circuit.id, own.id).parts
+        (inner,) = envelope.unpack(array, "input 0 of project", circuit.id, own.id).parts
         session, outcomes = session_for(own.evaluation), []
         assert send(session, array).is_success
         for attempt in range(30):
@@ -394,14 +395,14 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
         assert send(session, array).is_success
         client.delete(f"/sessions/{session}")
 
-        (inner,) = fhe.envelope.unpack(own.evaluation, "evaluation keys", circuit.id, own.id).parts
+        (inner,) = envelope.unpack(own.evaluation, "evaluation keys", circuit.id, own.id).parts
         for attempt in range(3):
             damaged = bytearray(inner)
             if attempt % 2:
                 damaged = damaged[: rng.integers(0, len(inner))]
             else:
                 damaged[rng.integers(0, 300)] ^= 1 << rng.integers(0, 8)
-            session = session_for(fhe.envelope.pack("evaluation keys", circuit.id, own.id, [bytes(damaged)]))
+            session = session_for(envelope.pack("evaluation keys", circuit.id, own.id, [bytes(damaged)]))
             send(session, array)
             client.delete(f"/sessions/{session}")
         assert list(remote.generate(PROMPT, NEW)) == wanted

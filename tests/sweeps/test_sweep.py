@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import fhe
 import helpers
+from fhe import registry
 from jaxgpt2.cli import main
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
@@ -378,8 +379,8 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
         ]
         swept = run("sweep", *common(model), *grid, "--top-k", 1, "--seq-len", 3, "--out", directories[-1])
         assert swept.exit_code == 0, swept.output
-    chosen = run("tune", "--model", model, "--encrypt", "0.1,1.2", *directories, "--recovered-kl", 0.5, "--simulated", 0,
-                 "--json")  # fmt: skip
+    chosen = run("tune", "--model", model, "--encrypt", "0.1,1.2", *directories, "--recovered-kl", 0.5,
+                 "--simulated", 0, "--json")  # fmt: skip
     assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
         name: config["options"] for name, config in found["heads"].items()
     }
@@ -420,15 +421,16 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_pa
 
 def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     def missing() -> fhe.Backend:
-        raise fhe.BackendUnavailable("concrete is not installed: install it")
+        raise fhe.BackendUnavailable("concrete", "concrete-python", "there is none")
 
-    monkeypatch.setitem(fhe.registry._registry.factories, "concrete", missing)
+    monkeypatch.setitem(registry._registry.factories, "concrete", missing)
     refused = run("tune", *common(model), "--encrypt", "0.1")
     assert refused.exit_code == 2
-    assert "install it, or leave error probability and rounding to the method: --simulated 0" in refused.stderr
+    wanted = "pip install 'jaxgpt2[fhe]', or leave error probability and rounding to the method: --simulated 0"
+    assert wanted in refused.stderr.replace("\n", " ")
     assert "configurations" not in refused.stderr
-    tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4", "--set", "value_rank=4",
-                "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
+    tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4",
+                "--set", "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
     assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
 
@@ -550,8 +552,8 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
     """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
     arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
-    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (("--input-bits", 6, "--rounding-threshold-bits", "none"),
-                                              (6, 7, 3, None))]):  # fmt: skip
+    changed = "--input-bits", 6, "--rounding-threshold-bits", "none"
+    for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (changed, (6, 7, 3, None))]):
         out = tmp_path / str(number)
         assert run("sweep", *common(model), *arguments, *given, "--out", out).exit_code == 0
         (row,) = read_rows(out).values()
