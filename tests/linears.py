@@ -19,7 +19,7 @@ import numpy as np
 from fhe import rlwe
 from jaxgpt2.linear import LinearClient, LinearGPT2, Products
 from jaxgpt2.serving import FORMAT
-from jaxgpt2.serving.masked import LocalOwner, prepare, store_for
+from jaxgpt2.serving.masked import LocalOwner, alone, prepare, store_for
 from jaxgpt2.serving.masks import MaskStore
 
 PASSAGES = ["the cat sat on a mat", "one dog ran after two", "it was not the", "zebras and xylem", "quick brown fox"]
@@ -35,7 +35,7 @@ def calibration_file(directory: Path) -> Path:
 def prepared_store(model: LinearGPT2, directory: Path) -> MaskStore:
     """A store with one batch of masks."""
     store = store_for(model.client, directory / "masks", directory / "ledgers")
-    prepare(model.client, store, LocalOwner(model.weights), 1, lambda tokens: None)
+    prepare(model.client, store, alone(LocalOwner(model.weights)), 1, lambda tokens: None)
     return store
 
 

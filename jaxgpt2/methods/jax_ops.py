@@ -1,5 +1,4 @@
-"""The namespace that runs a quantized function in JAX. NumPy's is in `fhe.tfhe.tables`, Concrete's in `fhe.tfhe.concrete`.
-"""
+"""The operations that run a quantized function in JAX; NumPy's are in `fhe.tfhe.tables`, Concrete's in its own file."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from fhe import rlwe
 from helpers import one_line
 from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import masks
-from jaxgpt2.serving.masked import LocalOwner, prepare, store_for
+from jaxgpt2.serving.masked import LocalOwner, alone, prepare, store_for
 from jaxgpt2.serving.masks import MaskError, MaskStore
 from killed import IDENTITY, OUTPUTS, fill, store_in
 from linears import PASSAGES
@@ -105,7 +105,11 @@ def test_processes_that_claim_at_once(tmp_path):
 
 def test_one_process_prepares(tmp_path):
     with contextlib.closing(store_in(tmp_path)) as one, contextlib.closing(store_in(tmp_path)) as other:
-        with one.preparing(), one_line(MaskError, "another process prepares masks in", str(tmp_path)), other.preparing():
+        with (
+            one.preparing(),
+            one_line(MaskError, "another process prepares masks in", str(tmp_path)),
+            other.preparing(),
+        ):
             pass
         with other.preparing():
             pass
@@ -136,12 +140,12 @@ def test_prepare_goes_on_where_it_was(gpt2, tmp_path):
     progress: list[float] = []
     with contextlib.closing(store_for(model.client, tmp_path / "masks", tmp_path / "ledgers")) as store:
         with pytest.raises(KeyboardInterrupt):
-            prepare(model.client, store, Interrupted(owner, 3), 1, progress.append)
+            prepare(model.client, store, alone(Interrupted(owner, 3)), 1, progress.append)
         assert store.left() == 0
         seeds = in_database(tmp_path)
     with contextlib.closing(store_for(model.client, tmp_path / "masks", tmp_path / "ledgers")) as store:
         del progress[:]
-        prepare(model.client, store, Interrupted(owner, 5), 1, progress.append)  # of eight
+        prepare(model.client, store, alone(Interrupted(owner, 5)), 1, progress.append)  # of eight
         assert sum(progress) == pytest.approx(N)
         assert in_database(tmp_path) == seeds
         claimed = store.claim(N)
@@ -268,9 +272,9 @@ def test_a_backup_that_is_put_back(store, tmp_path, open_meanwhile):
     store.claim(3)
     other = store_in(tmp_path) if open_meanwhile else None
     store.close()
-    before = os.stat(tmp_path / "masks" / "masks.sqlite").st_ino
+    before = (tmp_path / "masks" / "masks.sqlite").stat().st_ino
     subprocess.run(["cp", "-a", f"{tmp_path / 'backup'}/.", tmp_path / "masks"], check=True)
-    assert os.stat(tmp_path / "masks" / "masks.sqlite").st_ino == before
+    assert (tmp_path / "masks" / "masks.sqlite").stat().st_ino == before
     if other is not None:  # a process that has it open finds out, too
         with contextlib.closing(other), one_line(MaskError, COPY):
             other.claim(1)
