@@ -180,7 +180,13 @@ def compile_baseline(
 def report_of(encrypted: EncryptedGPT2) -> dict[str, Any]:
     """What a run of the head takes."""
     (circuit,), (cost,) = encrypted.circuits.values(), encrypted.costs(encrypted.seq_len or 0).values()
-    return {"seq_len": encrypted.seq_len, **circuit.report.to_json(), **cost.to_json(), "cost": cost.describe()}
+    return {
+        "seq_len": encrypted.seq_len,
+        **circuit.report.to_json(),
+        **cost.to_json(),
+        "cost": cost.describe(),
+        "machine": cost.machine,
+    }
 
 
 def lines_of(encrypted: EncryptedGPT2, result: dict[str, Any]) -> list[str]:
