@@ -103,7 +103,7 @@ def main(what: str, directory: Path) -> None:
         print(step - 1)
     elif what == "make":  # the store itself, and then a batch; who comes next finishes it
         step = 1
-        while killed_at(step, lambda: fill(store_in(directory / str(step)))):
+        while killed_at(step, lambda own=directory / str(step): fill(store_in(own))):
             store = store_in(directory / str(step))
             if not store.left():
                 fill(store)

@@ -92,7 +92,7 @@ class Bundle:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, BundleError):
                 raise
-            raise BundleError(f"{directory / MANIFEST} is damaged: {repr(error):.200}") from None
+            raise BundleError(f"{directory / MANIFEST} is damaged: {error!r:.200}") from None
 
     def circuit_directory(self, module: str) -> Path:
         return self.directory / "circuits" / module

@@ -57,9 +57,9 @@ def compile_into(directory: Path, model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(gpt2) -> LinearGPT2:
+def model(linear_gpt2) -> LinearGPT2:
     """The same model as the bundles hold."""
-    return LinearGPT2.quantize(gpt2, linears.PASSAGES)
+    return linear_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def test_requests_at_once(home, model):
                 go.wait(30)
                 yield piece
 
-        matrix.answer = slow
+        matrix.answer = slow  # type: ignore
         async with client_of(app, "alice") as alice, client_of(app, "bob") as bob:
             ahead = [asyncio.create_task(alice.post("/matrices/0/ahead", content=bytes(32 * FEATURE)))]
             assert await asyncio.to_thread(begun.wait, 30)
@@ -330,7 +330,9 @@ def test_malformed_sizes(server, phase, headers, body, status):
     where = server.url.removeprefix("http://").rsplit(":", 1)
     with socket.create_connection((where[0], int(where[1])), 20) as line:
         head = f"POST /matrices/0/{phase} HTTP/1.1\r\nHost: it\r\nAuthorization: Bearer {TOKENS['alice']}\r\n"
-        line.sendall(f"{head}Connection: close\r\n{headers}\r\n\r\n".replace("\r\n\r\n\r\n", "\r\n\r\n").encode() + body)
+        line.sendall(
+            f"{head}Connection: close\r\n{headers}\r\n\r\n".replace("\r\n\r\n\r\n", "\r\n\r\n").encode() + body
+        )
         answer = b""
         with contextlib.suppress(ConnectionResetError):
             while data := line.recv(1 << 16):

@@ -21,12 +21,10 @@ import pytest
 import killed
 from fhe import rlwe
 from helpers import one_line
-from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import masks
 from jaxgpt2.serving.masked import LocalOwner, prepare, store_for
 from jaxgpt2.serving.masks import MaskError, MaskStore
 from killed import IDENTITY, OUTPUTS, fill, store_in
-from linears import PASSAGES
 
 N = rlwe.Parameters().poly_modulus_degree
 
@@ -105,7 +103,11 @@ def test_processes_that_claim_at_once(tmp_path):
 
 def test_one_process_prepares(tmp_path):
     with contextlib.closing(store_in(tmp_path)) as one, contextlib.closing(store_in(tmp_path)) as other:
-        with one.preparing(), one_line(MaskError, "another process prepares masks in", str(tmp_path)), other.preparing():
+        with (
+            one.preparing(),
+            one_line(MaskError, "another process prepares masks in", str(tmp_path)),
+            other.preparing(),
+        ):
             pass
         with other.preparing():
             pass
@@ -130,8 +132,8 @@ class Interrupted:
         raise AssertionError
 
 
-def test_prepare_goes_on_where_it_was(gpt2, tmp_path):
-    model = LinearGPT2.quantize(gpt2, PASSAGES)
+def test_prepare_goes_on_where_it_was(linear_gpt2, tmp_path):
+    model = linear_gpt2
     owner = LocalOwner(model.weights)
     progress: list[float] = []
     with contextlib.closing(store_for(model.client, tmp_path / "masks", tmp_path / "ledgers")) as store:
@@ -268,9 +270,9 @@ def test_a_backup_that_is_put_back(store, tmp_path, open_meanwhile):
     store.claim(3)
     other = store_in(tmp_path) if open_meanwhile else None
     store.close()
-    before = os.stat(tmp_path / "masks" / "masks.sqlite").st_ino
+    before = (tmp_path / "masks" / "masks.sqlite").stat().st_ino
     subprocess.run(["cp", "-a", f"{tmp_path / 'backup'}/.", tmp_path / "masks"], check=True)
-    assert os.stat(tmp_path / "masks" / "masks.sqlite").st_ino == before
+    assert (tmp_path / "masks" / "masks.sqlite").stat().st_ino == before
     if other is not None:  # a process that has it open finds out, too
         with contextlib.closing(other), one_line(MaskError, COPY):
             other.claim(1)
