@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from jaxgpt2.linear import LinearGPT2
     from jaxgpt2.models.gpt2.pretrained import GPT2
 
 
@@ -29,6 +30,15 @@ def gpt2(small_readonly: Path) -> GPT2:
     from jaxgpt2.models.gpt2.pretrained import GPT2
 
     return GPT2.from_pretrained(small_readonly)
+
+
+@pytest.fixture(scope="session")
+def linear_gpt2(gpt2: GPT2) -> LinearGPT2:
+    """That model with its linear layers in integers."""
+    from jaxgpt2.linear import LinearGPT2
+    from linears import PASSAGES
+
+    return LinearGPT2.quantize(gpt2, PASSAGES)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Request:
 
 
 # What a server says to a request: status, headers, body; None hangs up.
-Said = tuple[int, Mapping[str, str], bytes] | None
+Said = tuple[int, Mapping[str, Any], bytes] | None
 
 
 @contextlib.contextmanager

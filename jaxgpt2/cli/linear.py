@@ -70,6 +70,8 @@ def generate_here(
     """`generate --encrypt linear` without a server: client and owner in one process."""
     from jaxgpt2.cli.generate import write_tokens
 
+    if mode == "simulate":
+        raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
     gpt2, model = quantized_model(**chosen)
     client = model.client
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": chosen["model"], "modules": LINEAR}
@@ -80,8 +82,6 @@ def generate_here(
         tokens = client.generate(prompt, max_new_tokens, model.products(), sampling, keep_count=False)
         write_tokens(client, result, tokens, as_json)
         return
-    if mode == "simulate":
-        raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
     from jaxgpt2.serving.masked import LocalOwner, Masked, alone, masked_text, store_for
 
     needed = client.masks_needed(prompt, max_new_tokens)

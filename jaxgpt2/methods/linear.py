@@ -53,7 +53,7 @@ class LinearBits:
     def __post_init__(self) -> None:
         for name, largest in (("weights", 12), ("inputs", 16)):
             value = getattr(self, name)
-            if not 2 <= value <= largest:
+            if type(value) is not int or not 2 <= value <= largest:
                 raise InputError(f"bits of {name} of linear layers must be 2 to {largest}, got {value}")
 
     @property

@@ -28,8 +28,8 @@ from served import running
 
 
 @pytest.fixture(scope="module")
-def model(gpt2) -> LinearGPT2:
-    return LinearGPT2.quantize(gpt2, PASSAGES)
+def model(linear_gpt2) -> LinearGPT2:
+    return linear_gpt2
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def _names(gpt2: GPT2) -> list[str]:
 
 def test_the_bundled_model_at_default_widths():
     gpt2 = GPT2.from_pretrained("tiny")
-    model = LinearGPT2.quantize(gpt2, bundled_passages("calibration"))
+    model = LinearGPT2.quantize(gpt2, bundled_passages("calibration")[:60])
     measured = evaluate_linear(gpt2, model.client, model.products(), bundled_passages("eval")[:30], ks=(1, 5))
     assert measured.passages == 30
     assert 0 < measured.kl <= 1e-4

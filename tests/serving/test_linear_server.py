@@ -57,9 +57,9 @@ def compile_into(directory: Path, model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(gpt2) -> LinearGPT2:
+def model(linear_gpt2) -> LinearGPT2:
     """The same model as the bundles hold."""
-    return LinearGPT2.quantize(gpt2, linears.PASSAGES)
+    return linear_gpt2
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,10 @@ import pytest
 import killed
 from fhe import rlwe
 from helpers import one_line
-from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import masks
 from jaxgpt2.serving.masked import LocalOwner, alone, prepare, store_for
 from jaxgpt2.serving.masks import MaskError, MaskStore
 from killed import IDENTITY, OUTPUTS, fill, store_in
-from linears import PASSAGES
 
 N = rlwe.Parameters().poly_modulus_degree
 
@@ -134,8 +132,8 @@ class Interrupted:
         raise AssertionError
 
 
-def test_prepare_goes_on_where_it_was(gpt2, tmp_path):
-    model = LinearGPT2.quantize(gpt2, PASSAGES)
+def test_prepare_goes_on_where_it_was(linear_gpt2, tmp_path):
+    model = linear_gpt2
     owner = LocalOwner(model.weights)
     progress: list[float] = []
     with contextlib.closing(store_for(model.client, tmp_path / "masks", tmp_path / "ledgers")) as store:
