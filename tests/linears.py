@@ -18,7 +18,7 @@ import numpy as np
 
 from fhe import rlwe
 from jaxgpt2.linear import LinearClient, LinearGPT2, Products
-from jaxgpt2.serving import FORMAT
+from jaxgpt2.serving.bundle import FORMAT
 from jaxgpt2.serving.masked import LocalOwner, alone, prepare, store_for
 from jaxgpt2.serving.masks import MaskStore
 

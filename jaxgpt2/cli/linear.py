@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli.options import calibration_passages, connection_options, emit, options
+from jaxgpt2.cli.options import calibration_passages, connect, connection_options, emit, options
+from jaxgpt2.cli.text import write_tokens
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, megabytes, note, seconds, step
 
@@ -68,8 +69,6 @@ def generate_here(
     prompt: str, mode: str, max_new_tokens: int, sampling: Sampling, as_json: bool, chosen: dict[str, Any]
 ) -> None:
     """`generate --encrypt linear` without a server: client and owner in one process."""
-    from jaxgpt2.cli.generate import write_tokens
-
     if mode == "simulate":
         raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
     gpt2, model = quantized_model(**chosen)
@@ -133,7 +132,6 @@ def generate_remotely(
     as_json: bool,
 ) -> None:
     """`generate --server URL --client DIR` for a client bundle of linear layers."""
-    from jaxgpt2.cli.generate import write_tokens
     from jaxgpt2.serving.masked import Masked, masked_text, verifiers_of
     from jaxgpt2.serving.remote import RemoteOwner
 
@@ -176,7 +174,6 @@ def open_store(client: LinearClient, masks: Path | None) -> MaskStore:
 
 def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: dict[str, Any]) -> MatrixOwner:
     """A server's matrices, for a process of its own."""
-    from jaxgpt2.cli.serve import connect
     from jaxgpt2.serving.remote import RemoteOwner
 
     return RemoteOwner(connect(server, **connecting), shapes)
@@ -198,7 +195,6 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
 
     Interrupted, it goes on where it was.
     """
-    from jaxgpt2.cli.serve import connect
     from jaxgpt2.executors.processes import cores
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import read_client, traffic

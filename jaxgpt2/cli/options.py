@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import note, seconds, step
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxgpt2.encrypted import EncryptedGPT2
     from jaxgpt2.methods import MethodConfig
     from jaxgpt2.modules import Module
+    from jaxgpt2.serving.remote import Connection
 
 # What computes a head if the backend is named and no method.
 DEFAULT_METHODS = {"ckks": "polynomial"}
@@ -186,6 +187,25 @@ def calibration_passages(path: Path | None) -> list[str]:
     from jaxgpt2.evaluation import bundled_passages, read_passages
 
     return bundled_passages("calibration") if path is None else read_passages(path)
+
+
+def connect(
+    server: str,
+    token: str | None,
+    authority: Path | None,
+    certificate: Path | None,
+    certificate_key: Path | None,
+    insecure: bool,
+) -> Connection:
+    """A connection as the options say."""
+    try:
+        from jaxgpt2.serving.remote import Connection
+    except ImportError as error:
+        raise MissingExtra(error, "--server", "client") from None
+    if (certificate is None) != (certificate_key is None):
+        raise InputError("a certificate and its key go together: give --tls-cert and --tls-key")
+    own = None if certificate is None or certificate_key is None else (certificate, certificate_key)
+    return Connection(server, token, authority, own, insecure)
 
 
 def cache_directory(path: Path | None) -> Path:

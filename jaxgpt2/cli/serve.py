@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxgpt2.cli import linear
-from jaxgpt2.cli.generate import write_tokens
-from jaxgpt2.cli.options import options
+from jaxgpt2.cli.options import connect, options
+from jaxgpt2.cli.text import write_tokens
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
 
 if TYPE_CHECKING:
     from jaxgpt2.generation import Sampling
-    from jaxgpt2.serving.remote import Connection
 
 
 def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
@@ -132,25 +131,6 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         serve_linear(bundle, settings, array)
     else:
         server.serve(bundle, settings)
-
-
-def connect(
-    server: str,
-    token: str | None,
-    authority: Path | None,
-    certificate: Path | None,
-    certificate_key: Path | None,
-    insecure: bool,
-) -> Connection:
-    """A connection as the options say."""
-    try:
-        from jaxgpt2.serving.remote import Connection
-    except ImportError as error:
-        raise MissingExtra(error, "--server", "client") from None
-    if (certificate is None) != (certificate_key is None):
-        raise InputError("a certificate and its key go together: give --tls-cert and --tls-key")
-    own = None if certificate is None or certificate_key is None else (certificate, certificate_key)
-    return Connection(server, token, authority, own, insecure)
 
 
 def generate_remotely(

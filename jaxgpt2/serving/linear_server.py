@@ -39,6 +39,9 @@ log = structlog.get_logger()
 # Rows of an online request: a prompt is no longer than a model's context.
 MOST_ROWS = 4096
 
+# Bytes of requests ahead that are here at once, the one in work among them.
+MOST_ARRIVING = 10**9
+
 # Outputs of an answer that are computed, sent and forgotten at a time.
 BLOCK = 128
 
@@ -55,6 +58,7 @@ class LinearServer(Accounts):
         self.matrices = [(name, rlwe.Matrix(weight, self.parameters, kind)) for name, weight in weights.items()]
         # One product ahead at a time uses all cores, and the memory of one; online ones do not wait for it.
         self.ahead = asyncio.Semaphore(1)
+        self.arriving = 0  # bytes of requests ahead that are here, or on their way
         self.threads = ThreadPoolExecutor(4)
 
     def matrix(self, request: Request) -> rlwe.Matrix:
@@ -63,6 +67,17 @@ class LinearServer(Accounts):
         if not (text.isascii() and text.isdigit() and len(text) < 7 and int(text) < len(self.matrices)):
             raise APIError(404, "no_matrix", f"there is no such matrix; there are {len(self.matrices)}, from 0")
         return self.matrices[int(text)][1]
+
+    @contextlib.contextmanager
+    def room_for(self, size: int) -> Iterator[None]:
+        """A request ahead of so many bytes is here, or arrives. Raises APIError if the others leave no room."""
+        if self.arriving and self.arriving + size > MOST_ARRIVING:
+            raise APIError(503, "busy", "other requests ahead leave no room for this one", retry_after=1)
+        self.arriving += size
+        try:
+            yield
+        finally:
+            self.arriving -= size
 
     def caller(self, request: Request) -> str:
         """Whose token a request has. Raises APIError."""
@@ -149,13 +164,15 @@ def make_app(server: LinearServer) -> Starlette:
         parameters, started = server.parameters, time.monotonic()
         with server.admitted(client):
             server.count_calls(client, 1)
-            body = await body_of(request, matrix.inputs * parameters.feature_bytes)
-            async with server.ahead:
-                try:
-                    pieces = await asyncio.to_thread(matrix.answer, memoryview(body), BLOCK)
-                except FHEError as error:
-                    raise APIError(422, "refused", str(error)) from None
-                await Answer(server, pieces, matrix.outputs * parameters.output_bytes)(scope, receive, send)
+            size = matrix.inputs * parameters.feature_bytes
+            with server.room_for(size):
+                body = await body_of(request, size)
+                async with server.ahead:
+                    try:
+                        pieces = await asyncio.to_thread(matrix.answer, memoryview(body), BLOCK)
+                    except FHEError as error:
+                        raise APIError(422, "refused", str(error)) from None
+                    await Answer(server, pieces, matrix.outputs * parameters.output_bytes)(scope, receive, send)
         log.info("product ahead", client=client, seconds=round(time.monotonic() - started, 3))
 
     async def health(_: Request) -> Response:
