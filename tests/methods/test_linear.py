@@ -19,7 +19,7 @@ from jaxgpt2.linear import LinearGPT2, Products, fingerprint
 from jaxgpt2.methods import linear
 from jaxgpt2.methods.linear import LinearBits
 from jaxgpt2.models.gpt2.pretrained import GPT2
-from jaxgpt2.models.gpt2.state_dict import disassemble
+from jaxgpt2.models.gpt2.state_dict import assemble, disassemble
 from jaxgpt2.serving.linear_bundle import write_bundles
 from jaxgpt2.serving.masked import LocalOwner, Masked
 from jaxgpt2.serving.remote import Connection, RemoteOwner
@@ -171,6 +171,27 @@ def test_the_bundled_model_at_default_widths():
 
 
 # --- matrices -------------------------------------------------------------------------------------
+
+
+def test_features_that_are_far_larger_than_others_do_not_set_the_scale_of_all(gpt2, monkeypatch):
+    """Two channels of every layer's values a hundred times as large, and made up for behind them: the same function."""
+    tensors = {name: np.array(tensor) for name, tensor in disassemble(gpt2.model).items()}
+    width = gpt2.config.n_embd
+    for layer in range(gpt2.config.n_layer):
+        for feature in (1, width // 2):
+            tensors[f"h.{layer}.attn.c_attn.weight"][:, 2 * width + feature] *= 100
+            tensors[f"h.{layer}.attn.c_attn.bias"][2 * width + feature] *= 100
+            tensors[f"h.{layer}.attn.c_proj.weight"][feature] /= 100
+    parts = {name: jnp.asarray(tensor) for name, tensor in tensors.items()}
+    uneven = GPT2(gpt2.config, assemble(gpt2.config, parts), gpt2.tokenizer)
+
+    def kl() -> float:
+        model = LinearGPT2.quantize(uneven, PASSAGES, LinearBits(8, 8))
+        return evaluate_linear(uneven, model.client, model.products(), PASSAGES, (1,)).kl
+
+    smooth = kl()
+    monkeypatch.setattr(linear, "smoothing_for", lambda largest, weight: np.ones(len(weight), np.float32))
+    assert smooth < kl() / 3
 
 
 def test_quantization_is_deterministic(gpt2, model):
