@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 LINEAR = "linear"
 
+# What masks take ahead, client and server on one machine: scripts/bench_linear.py measures it.
+SECONDS_A_STORED_BYTE = 1.5e-7
+MACHINE = "2 cores of AMD EPYC"
+
 
 def refuse_unused(**given: Any) -> None:
     """Raises InputError for an option that was given and says nothing of linear layers."""
@@ -212,10 +216,11 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
         owner.check(own.identity)
         with contextlib.closing(open_store(own, masks)) as store:
             count, each = needed_masks(store, tokens), traffic(own)
+            took = seconds(count * each["stored_bytes"] * SECONDS_A_STORED_BYTE)
             note(
                 f"masks for {count} tokens: {megabytes(count * each['ahead_bytes_up'])} to send, "
                 f"{megabytes(count * each['ahead_bytes_down'])} to receive, "
-                f"{megabytes(count * each['stored_bytes'])} on the disk"
+                f"{megabytes(count * each['stored_bytes'])} on the disk; about {took} ({MACHINE}; yours will differ)"
             )
             started = time.monotonic()
             again = functools.partial(remote_owner, server, own.shapes, connecting)
