@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -367,10 +368,12 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
             opened = client.post("/sessions", json={"circuit": circuit.id, "keys": digest})
             return opened.json()["session"]
 
+        numbers = itertools.count()  # a call's number is never used twice
+
         def send(session: str, array: bytes) -> httpx2.Response:
+            calls = [{"id": next(numbers), "function": "project", "inputs": [0]}]
             content = {
-                "request": secrets.token_hex(16), "calls": [{"id": 0, "function": "project", "inputs": [0]}],
-                "uploads": [array], "results": [],
+                "request": secrets.token_hex(16), "calls": calls, "uploads": [array], "results": [],
             }  # fmt: skip
             response = client.post(f"/sessions/{session}/batches", content=bytes(msgpack.packb(content) or b""))
             assert response.is_success or response.json()["code"] in ("refused", "worker_died"), response.text
