@@ -109,12 +109,17 @@ def in_processes(connect: Callable[[], MatrixOwner], count: int) -> Iterator[Mak
 
     connect: picklable, for every process.
     """
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(connect,)) as pool:
         try:
             yield functools.partial(pool.map, _make)
-        finally:
+        except BaseException:
+            # A piece may wait for its server for long, and nobody wants it any more.
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
 
 
 def prepare(

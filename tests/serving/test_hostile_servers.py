@@ -18,6 +18,7 @@ import pytest
 import linears
 from helpers import one_line
 from jaxgpt2.serving import remote as remote_module
+from jaxgpt2.serving.bundle import FORMAT
 from jaxgpt2.serving.remote import Connection, Mismatch, Refused, Remote, RemoteOwner, ServerError
 from linears import Request, Said
 from served import small_circuit
@@ -278,7 +279,7 @@ def test_a_session_without_a_name(circuit):
 
 
 def test_a_mismatch_is_told_as_one(circuit):
-    content = {"format": 1, "bundle": "c" * 64, "version": "9", "circuits": {"0.1": {"id": "d" * 64}}}
+    content = {"format": FORMAT, "bundle": "c" * 64, "version": "9", "circuits": {"0.1": {"id": "d" * 64}}}
     say = always(200, json.dumps(content).encode())
     with connected(say) as connection, one_line(Mismatch, "another bundle (cccccccccccc, head 0.1)"):
         connection.check("b" * 64, [circuit.id])

@@ -964,8 +964,11 @@ def test_a_damaged_bundle_is_refused(circuit, tmp_path):
         bundles.Bundle.read(tmp_path, "client")
     manifest = tmp_path / "bundle.json"
     good = json.loads(manifest.read_text())
-    for changes, message in [({"format": 99}, "has format 99, this jaxgpt2 reads 1"), ({"circuits": []}, "is damaged"),
-                             ({"versions": {"numpy": "0.1"}}, "was made with numpy 0.1, here is")]:  # fmt: skip
+    for changes, message in [
+        ({"format": 99}, f"has format 99, this jaxgpt2 reads {bundles.FORMAT}"),
+        ({"circuits": []}, "is damaged"),
+        ({"versions": {"numpy": "0.1"}}, "was made with numpy 0.1, here is"),
+    ]:
         manifest.write_text(json.dumps(good | changes))
         with pytest.raises(bundles.BundleError, match=message):
             bundles.Bundle.read(tmp_path, "server")
