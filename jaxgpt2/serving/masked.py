@@ -13,6 +13,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ import numpy as np
 import weights
 from fhe import rlwe
 from jaxgpt2.errors import InputError
+from jaxgpt2.executors.processes import ProcessDied
 from jaxgpt2.linear import LinearClient
 from jaxgpt2.methods import linear
 from jaxgpt2.models.gpt2.config import GPT2Config
@@ -114,11 +116,13 @@ def in_processes(connect: Callable[[], MatrixOwner], count: int) -> Iterator[Mak
     with futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(connect,)) as pool:
         try:
             yield functools.partial(pool.map, _make)
-        except BaseException:
+        except BaseException as error:
             # A piece may wait for its server for long, and nobody wants it any more.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ProcessDied("a process that made masks died: is there too little memory?") from None
             raise
 
 

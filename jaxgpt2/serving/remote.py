@@ -105,7 +105,11 @@ class Refused(ServerError):
 
     def __init__(self, status: int, code: str, detail: str):
         super().__init__(f"the server refused: {detail} ({status} {code})")
-        self.status, self.code = status, code
+        self.status, self.code, self.detail = status, code, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that hand it on."""
+        return type(self), (self.status, self.code, self.detail)
 
 
 class SessionLost(Refused, StateLost):
