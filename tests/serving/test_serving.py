@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -367,9 +368,11 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
             opened = client.post("/sessions", json={"circuit": circuit.id, "keys": digest})
             return opened.json()["session"]
 
+        numbers = itertools.count()  # a session takes no number twice
+
         def send(session: str, array: bytes) -> httpx2.Response:
             content = {
-                "request": secrets.token_hex(16), "calls": [{"id": 0, "function": "project", "inputs": [0]}],
+                "request": secrets.token_hex(16), "calls": [{"id": next(numbers), "function": "project", "inputs": [0]}],
                 "uploads": [array], "results": [],
             }  # fmt: skip
             response = client.post(f"/sessions/{session}/batches", content=bytes(msgpack.packb(content) or b""))
