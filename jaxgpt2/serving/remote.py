@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import http.cookiejar
 import json
 import logging
@@ -186,8 +185,6 @@ class Connection:
             headers["Authorization"] = f"Bearer {token}"
         timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
         self.url, self.patience, self.traffic = url, patience, Traffic()
-        self._headers, self._context = headers, context
-        self._line: http.client.HTTPConnection | None = None
         self._hung_up = 0
         self._counting = threading.Lock()  # heads of a layer send at the same time
         cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
@@ -280,37 +277,6 @@ class Connection:
             for name, number in more.items():
                 setattr(self.traffic, name, getattr(self.traffic, name) + number)
 
-    def once_quickly(self, path: str, content: bytes, wanted: int) -> bytes | None:
-        """A POST over a line of its own, for the many small requests of a text: a third of `once`'s time.
-
-        None for anything but an answer of exactly the wanted size: then `request` sends the same bytes, and finds out.
-        """
-        parts = urllib.parse.urlsplit(self.url)
-        try:
-            if self._line is None:
-                where = parts.hostname or "", parts.port
-                if parts.scheme == "https":
-                    self._line = http.client.HTTPSConnection(*where, timeout=10.0, context=self._context)
-                else:
-                    self._line = http.client.HTTPConnection(*where, timeout=10.0)
-            self._line.request("POST", parts.path.rstrip("/") + path, content, self._headers)
-            response = self._line.getresponse()
-            if response.status == 200 and response.headers.get("Content-Length") == str(wanted):
-                started, body = time.monotonic(), bytearray()
-                while (missing := wanted - len(body)) and time.monotonic() - started < self.patience:
-                    if not (piece := response.read1(missing)):
-                        break
-                    body += piece
-                if len(body) == wanted and not response.headers.get("Content-Encoding"):
-                    self.count(requests=1, received=wanted)
-                    return bytes(body)
-        except (OSError, http.client.HTTPException, ValueError):
-            pass
-        if self._line is not None:
-            self._line.close()
-            self._line = None
-        return None
-
     def specification(self) -> dict[str, Any]:
         """What the server says that it serves. Raises ServerError."""
         try:
@@ -394,8 +360,6 @@ class Connection:
 
     def close(self) -> None:
         self._http.close()
-        if self._line is not None:
-            self._line.close()
 
 
 _NOT_THIS_CERTIFICATE = "it wants a certificate of the client, or not this client's: see --tls-cert and --tls-key"
@@ -606,8 +570,6 @@ class RemoteOwner:
 
     def _post(self, name: str, phase: str, content: bytes, wanted: int) -> bytes:
         path = f"/matrices/{self._numbers[name]}/{phase}"
-        if phase == "online" and (quick := self.connection.once_quickly(path, content, wanted)) is not None:
-            return quick
         answer = self.connection.request("POST", path, limit=wanted, content=content).content
         if len(answer) != wanted:
             raise ServerError(
