@@ -142,7 +142,8 @@ def test_not_now_for_ever_ends_with_patience(status):
 
 
 def test_a_server_that_hangs_up_for_ever():
-    with connected(lambda request: None) as connection, one_line(ServerError, "takes connections and ends them"):
+    # Pauses are random: three tries take up to 2.6 s.
+    with connected(lambda request: None, 10.0) as connection, one_line(ServerError, "takes connections and ends them"):
         connection.specification()
 
 
