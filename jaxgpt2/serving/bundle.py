@@ -14,11 +14,15 @@ A server bundle holds code: load only what you trust. A client bundle holds none
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +110,31 @@ class Bundle:
 
     def circuit_directory(self, module: str) -> Path:
         return self.directory / "circuits" / module
+
+
+@contextlib.contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """A temporary directory that takes this one's name at the end, whole, or not at all.
+
+    Raises:
+        BundleError: the directory exists and is not empty.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BundleError(f"{directory} exists and is not an empty directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_report(directory: Path, report: Mapping[str, Any], identity: str) -> None:
+    """`report.json`, with the bundles' identity."""
+    text = json.dumps({**report, "bundle": identity}, indent=2) + "\n"
+    (directory / "report.json").write_text(text, encoding="utf-8")
 
 
 def write(

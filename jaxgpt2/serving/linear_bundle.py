@@ -9,10 +9,6 @@ Neither holds code. The client's bundle does not hide the matrices from a client
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +33,9 @@ def write_bundles(model: LinearGPT2, directory: Path, report: Mapping[str, Any])
     Raises:
         BundleError: the directory exists and is not empty.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise BundleError(f"{directory} exists and is not an empty directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        temporary.chmod(0o755)
-        client, identity = model.client, model.client.identity
-        facts = {"linear": {"bits": dataclasses.asdict(client.bits), "config": dataclasses.asdict(client.config)}}
+    client, identity = model.client, model.client.identity
+    facts = {"linear": {"bits": dataclasses.asdict(client.bits), "config": dataclasses.asdict(client.config)}}
+    with bundles.appearing(directory) as temporary:
         (temporary / "server").mkdir()
         save_file(dict(model.weights), temporary / "server" / "weights.safetensors")
         bundles.write(temporary / "server", "server", identity, {}, facts)
@@ -52,11 +43,7 @@ def write_bundles(model: LinearGPT2, directory: Path, report: Mapping[str, Any])
         save_file(_tensors(client.params), temporary / "client" / "client.safetensors")
         client.tokenizer.save(str(temporary / "client" / "tokenizer.json"))
         bundles.write(temporary / "client", "client", identity, {}, facts)
-        text = json.dumps({**report, "bundle": identity}, indent=2) + "\n"
-        (temporary / "report.json").write_text(text, encoding="utf-8")
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        bundles.write_report(temporary, report, identity)
     return identity
 
 

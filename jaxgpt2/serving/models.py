@@ -6,9 +6,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,19 +67,9 @@ def write_bundles(encrypted: EncryptedGPT2, directory: Path, report: Mapping[str
     """
     if encrypted.seq_len is None:
         raise NotReady("a bundle is made of compiled heads: call compile first")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise BundleError(f"{directory} exists and is not an empty directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        temporary.chmod(0o755)
+    with bundles.appearing(directory) as temporary:
         identity = _write(encrypted, encrypted.seq_len, temporary)
-        (temporary / "report.json").write_text(
-            json.dumps({**report, "bundle": identity}, indent=2) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        bundles.write_report(temporary, report, identity)
     return identity
 
 
