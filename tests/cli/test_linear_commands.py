@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxgpt2.cli import main
 from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.linear_bundle import write_bundles
+from jaxgpt2.serving.masked import store_for
 from linears import PROMPT
 
 LINEAR = ["--encrypt", "linear"]
@@ -192,6 +194,12 @@ def test_interrupted_prepare_goes_on(home, model, tmp_path):
         process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
         assert reached.wait(60)
+        ledgers = home / "state" / "jaxgpt2" / "masks"
+        with contextlib.closing(store_for(model.client, tmp_path / "masks", ledgers)) as store:
+            deadline = time.monotonic() + 60
+            while store.pending().done < 4:  # what was answered is kept a little later
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
         second = jaxgpt2("prepare", *remote)
         assert second.exit_code == 2 and "another process prepares masks in" in second.stderr
         process.send_signal(signal.SIGINT)
