@@ -198,8 +198,14 @@ class Cached:
     def _rows(self, ops: Any, params: Any, row: Sequence[Any], state: Sequence[Any], seen: Any) -> tuple[Any, ...]:
         """The results of rows (T, ...) over a state (S, ...); seen (T, S): which token a row may read."""
         tokens, room = seen.shape
-        i, j = np.repeat(np.arange(tokens), room), np.tile(np.arange(room), tokens)
-        pairs = self.attend(ops, params, *(part[i] for part in row), *(part[j] for part in state))
+        every = np.zeros((tokens, room, 1), np.int32)
+
+        def flat(pairs: Any) -> Any:
+            return pairs.reshape(tokens * room, -1)
+
+        pairs = self.attend(
+            ops, params, *(flat(part[:, None] + every) for part in row), *(flat(part + every) for part in state)
+        )
         alone = self.first(ops, params, *(state[part][:1] for part in self.alone))
         results = []
         for pair, first in zip(pairs, alone, strict=True):

@@ -22,7 +22,7 @@ A text is read token by token: `project_token` once, `attend` to blocks of earli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ import optax
 
 from fhe import FHEConfig, LookupTable, Ops
 from jaxgpt2.decoding import STRETCH, Cached
+from jaxgpt2.methods.jax_ops import FakeQuantOps, straight_through
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule, float_head
 from jaxgpt2.methods.requantize import Projection, build_table, project
 from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
@@ -54,11 +55,12 @@ class LowRankParams:
     value: Projection  # (C, S)
     shift: Projection  # (C, 1): the predicted row maximum, in steps of a score
     term: Projection  # (C, 1): the key's own part of its scores, likewise
-    level_square: LookupTable  # a level -> a quarter of its square
-    sum_square: LookupTable  # the sum of two levels -> a quarter of its square
-    exponential: LookupTable  # score - row shift -> attention weight, unnormalized
-    weight_square: LookupTable  # attention weight -> a quarter of its square
-    mixed_square: LookupTable  # attention weight + level -> a quarter of its square
+    # Tables, and while it trains functions (see `FakeQuantOps`).
+    level_square: Any  # a level -> a quarter of its square
+    sum_square: Any  # the sum of two levels -> a quarter of its square
+    exponential: Any  # score - row shift -> attention weight, unnormalized
+    weight_square: Any  # attention weight -> a quarter of its square
+    mixed_square: Any  # attention weight + level -> a quarter of its square
 
 
 class LowRankDequantization(NamedTuple):
@@ -110,6 +112,9 @@ def attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any) -> 
         e_squares = ops.matmul(ops.lookup(params.weight_square, e), ones)  # (N, 1)
         numerators = ops.matmul(mixed, of_block) - e_squares - sum(squares)  # (N, S)
     return numerators, ops.matmul(e, ones)
+
+
+STRATEGY = Cached(project_token, first_token, attend, row=2, alone=(2,))
 
 
 def square_root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,44 +268,44 @@ def best_offset(scores: list[np.ndarray], below: list[np.ndarray], bits: Bits) -
     return min(np.linspace(-3.0, 8.0, 23), key=error)
 
 
-def straight_through(smooth: jax.Array, exact: jax.Array) -> jax.Array:
-    """The value of `exact` with the gradient of `smooth` (Bengio et al., 2013)."""
-    return smooth + jax.lax.stop_gradient(exact - smooth)
-
-
-def rounded_head(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
-    """The head (B, T, C) -> (B, T, D) with the rounding of its integers, but differentiable."""
-
-    def levels(weight: jax.Array, bias: jax.Array) -> jax.Array:
-        clipped = jnp.clip(x @ weight + bias, -widths.levels, widths.levels)
-        return straight_through(clipped, jnp.rint(clipped))
-
-    def term(value: jax.Array, step: Any) -> jax.Array:
-        cells = jnp.clip(value / step, -widths.terms, widths.terms)
-        return straight_through(cells, jnp.rint(cells)) * step
-
-    q, k, v = (
-        levels(weight, bias)
-        for weight, bias in (
-            (reals.query, reals.query_bias),
-            (reals.key, reals.key_bias),
-            (reals.value, reals.value_bias),
-        )
-    )
+def fake_quantized(reals: Reals, widths: Widths) -> LowRankParams:
+    """What the server's functions take, of real numbers: with `FakeQuantOps` they round as integers do, and train."""
     unit = 2 * reals.nats  # of one step of a score: q k / 2 and quarters of squares
-    of_key = term((x @ reals.term + reals.term_bias) / unit, widths.term_step)
-    of_row = term((x @ reals.shift + reals.shift_bias) / unit, widths.shift_step) - jnp.sum(q * q, axis=-1) / 4
-    scores = jnp.einsum("btr,bsr->bts", q, k) / 2 + of_key[:, None, :] - of_row[:, :, None]
-    scores = straight_through(scores, jnp.rint(scores / widths.cell) * widths.cell) * unit
-    e = widths.largest_weight * jnp.exp(jnp.minimum(scores, 0.0))
-    # Saturated weights still feel which way they should go.
-    above = jnp.maximum(scores, 0.0)
-    e = e + 0.05 * widths.largest_weight * (above - jax.lax.stop_gradient(above))
-    tokens = x.shape[1]
-    e = straight_through(e, jnp.rint(e)) * jnp.tri(tokens)
-    e = jnp.where((jnp.arange(tokens) == 0)[:, None] * (jnp.arange(tokens) == 0), 1.0, e)
-    average = e @ v / jnp.maximum(jnp.sum(e, axis=-1, keepdims=True), 1.0)
-    return average @ reals.basis + reals.mean
+
+    def rounded(limit: Any, step: Any = 1) -> Callable[[jax.Array], jax.Array]:
+        def levels(x: jax.Array) -> jax.Array:
+            clipped = jnp.clip(x, -limit, limit)
+            return straight_through(clipped, jnp.rint(clipped)) * step
+
+        return levels
+
+    def added(weight: Any, bias: Any, step: Any) -> Projection:
+        return Projection(weight[:, None] / unit / step, bias / unit / step, rounded(widths.terms, step))
+
+    def exponential(scores: jax.Array) -> jax.Array:
+        nats = straight_through(scores, jnp.rint(scores / widths.cell) * widths.cell) * unit
+        e = widths.largest_weight * jnp.exp(jnp.minimum(nats, 0.0))
+        # Saturated weights still feel which way they should go.
+        smooth = e + 0.05 * widths.largest_weight * jnp.maximum(nats, 0.0)
+        return straight_through(smooth, jnp.rint(e))
+
+    levels = rounded(widths.levels)
+    return LowRankParams(
+        query=Projection(reals.query, reals.query_bias, levels),
+        key=Projection(reals.key, reals.key_bias, levels),
+        value=Projection(reals.value, reals.value_bias, levels),
+        shift=added(reals.shift, reals.shift_bias, widths.shift_step),
+        term=added(reals.term, reals.term_bias, widths.term_step),
+        level_square=_quarter,
+        sum_square=_quarter,
+        exponential=exponential,
+        weight_square=_quarter,
+        mixed_square=_quarter,
+    )
+
+
+def _quarter(x: jax.Array) -> jax.Array:
+    return x * x / 4
 
 
 def batches(count: int, steps: int) -> np.ndarray:
@@ -329,8 +334,12 @@ def refine(
     size = size._replace(nats=reals.nats, term=linear, shift=linear, mean=jnp.sqrt(jnp.mean(reals.mean**2)))
     size = jax.tree.map(lambda a: jnp.maximum(a, 1e-9), size)
 
+    def head(reals: Reals, x: jax.Array) -> jax.Array:
+        results = STRATEGY.whole(FakeQuantOps(), fake_quantized(reals, widths), x)
+        return decode(LowRankDequantization(reals.basis, reals.mean), results)
+
     def loss(shares: Reals, x: jax.Array, wanted: jax.Array, mask: jax.Array) -> jax.Array:
-        error = rounded_head(jax.tree.map(jnp.multiply, shares, size), widths, x) - wanted
+        error = jax.vmap(head, (None, 0))(jax.tree.map(jnp.multiply, shares, size), x) - wanted
         return jnp.sum(jnp.sum((error @ metric) * error, axis=-1) * mask) / jnp.sum(mask) * scale
 
     scale = jnp.sum(mask) / jnp.maximum(jnp.sum(jnp.sum((wanted @ metric) * wanted, axis=-1) * mask), 1e-30)
@@ -530,7 +539,7 @@ def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]
 
 LOWRANK = Method(
     "lowrank",
-    head=QuantizedFunction(Cached(project_token, first_token, attend, row=2, alone=(2,)), calibrate, decode),
+    head=QuantizedFunction(STRATEGY, calibrate, decode),
     options={"score_rank": 16, "value_rank": 24, "exponential_bits": 0, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),

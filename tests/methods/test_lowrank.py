@@ -13,6 +13,7 @@ from fhe import NumpyOps
 from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
 from jaxgpt2.methods import lowrank
+from jaxgpt2.methods.jax_ops import FakeQuantOps
 from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
 
@@ -110,6 +111,18 @@ def output_error(head, inputs, calibrated) -> float:
 def test_training_through_the_rounding_lowers_the_error_of_the_integers():
     untrained, trained = (output_error(*calibrated_head(steps)) for steps in (0, 100))
     assert trained < 0.7 * untrained
+
+
+def test_training_runs_the_functions_that_are_encrypted(monkeypatch):
+    ran = []
+
+    def watched(ops, params, *arrays):
+        ran.append(ops)
+        return lowrank.attend(ops, params, *arrays)
+
+    monkeypatch.setattr(lowrank, "STRATEGY", dataclasses.replace(lowrank.STRATEGY, attend=watched))
+    calibrated_head(1, score_rank=3)  # of a shape that nothing else has compiled
+    assert ran and all(isinstance(ops, FakeQuantOps) for ops in ran)
 
 
 def test_every_passage_is_seen_equally_often():
