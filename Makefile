@@ -9,14 +9,15 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py "$(PROMPT)"
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-check: test lint
+check: lint
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

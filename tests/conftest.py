@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,15 @@ import pytest
 if TYPE_CHECKING:
     from jaxgpt2.linear import LinearGPT2
     from jaxgpt2.models.gpt2.pretrained import GPT2
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # All processes of a run, those that tests start among them, compile a program once. A size makes JAX lock it.
+    _programs = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")

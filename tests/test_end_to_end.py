@@ -54,7 +54,12 @@ SMALL = ["--bits", 2, "--set", "score_rank=1", "--set", "value_rank=1", "--set",
 
 
 @pytest.mark.parametrize(
-    ("method", "heads", "options"), [("lowrank", "0.1,1.2", SMALL), ("softmax", "1.0", ["--bits", 2])]
+    ("method", "heads", "options"),
+    [
+        pytest.param("lowrank", "0.1,1.2", SMALL, marks=pytest.mark.slow),
+        ("lowrank", "0.1", SMALL),
+        pytest.param("softmax", "1.0", ["--bits", 2], marks=pytest.mark.slow),
+    ],
 )
 def test_encrypted_text_is_the_quantized_text(model, tmp_path, method, heads, options):
     pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")

@@ -174,6 +174,7 @@ def test_random_functions_simulate_to_numpys(seed):
         assert_same(circuit.simulate("head", *sample), function(fhe.NumpyOps(), params, *sample))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_functions_decrypt_to_numpys(seed):
     function, params, inputset = random_function(seed)
@@ -237,6 +238,7 @@ def test_approximate_rounding_gives_the_same_or_a_neighbouring_entry():
     assert np.mean(np.array(off)[:, far]) < 0.2
 
 
+@pytest.mark.slow
 def test_a_circuit_in_another_process(head, tmp_path):
     """Client, server and simulation of a saved circuit, in a process without the function."""
     circuit, keys = head

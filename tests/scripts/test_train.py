@@ -39,6 +39,7 @@ def data(corpus, tmp_path_factory) -> train.Data:
     return train.prepare_data(corpus, tmp_path_factory.mktemp("run"), RECIPE.vocab_size)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(data, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for directory in (whole, stopped):

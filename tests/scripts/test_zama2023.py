@@ -6,6 +6,7 @@ pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
 import zama2023
 
 
+@pytest.mark.slow
 def test_the_baseline_has_the_published_number_of_lookups():
     """GPT-2's shape, 6 tokens, 4 bits, one head: compiled, not run."""
     encrypted = zama2023.compile_baseline(

@@ -800,6 +800,7 @@ def broken_batches(draw: st.DrawFn, party: Any) -> bytes:
     return data
 
 
+@pytest.mark.slow
 def test_thousands_of_malformed_requests(server, circuit):
     """None is answered with 500, none kills the server, none spoils the next good request."""
     party, client = remote(server, circuit), raw(server)

@@ -225,6 +225,7 @@ def test_the_text_through_the_server_is_the_text_of_one_process(server, compiled
     assert not list((server.log.parent / "state" / "sessions").iterdir())
 
 
+@pytest.mark.slow
 def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, model):
     prompts = dict(zip(TOKENS, ("tq", "he", "ox", "ab"), strict=True))
     encrypted = whole_model(model, compiled)
@@ -248,6 +249,7 @@ def test_a_session_that_expires_does_not_end_the_text(server, compiled, keys, wa
     assert drop_sessions(server) == 0
 
 
+@pytest.mark.slow
 def test_the_text_on_workers_of_a_cluster(compiled, keys, wanted, tmp_path):
     distributed = pytest.importorskip("distributed", reason="the cluster extra is not installed")
     with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
@@ -291,6 +293,7 @@ def secret_bits(keys: Any) -> bytes:
     raise AssertionError("found no secret key in its own file")
 
 
+@pytest.mark.slow
 def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
     """Neither on its disk, nor in its memory or its workers', nor in its log; nor the client's token."""
     marker = "qzxjvk"  # so long that no ciphertext will hold it by chance
@@ -333,6 +336,7 @@ def test_the_server_holds_no_secret_and_no_text(compiled, tmp_path):
 # --- what breaks --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_and_then_the_server_killed_in_the_middle_of_a_text(compiled, keys, wanted, tmp_path):
     with running(compiled / "server", tmp_path / "state", "--workers", 1) as server:
         port = httpx2.URL(server.url).port or 0
@@ -354,6 +358,7 @@ def test_a_worker_and_then_the_server_killed_in_the_middle_of_a_text(compiled, k
 # --- hostile bytes ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, compiled, keys, wanted):
     """Rightly summed envelopes around damaged ciphertexts: natively read, so that workers may die of them."""
     with RemoteGPT2.connect(server.url, compiled / "client", keys / "bob", token=TOKENS["bob"]) as remote:

@@ -220,6 +220,7 @@ def test_logits_of_a_large_model_are_never_all_there():
     assert chunk * 50257 * 17 * 4 < 2**28
 
 
+@pytest.mark.slow
 def test_all_devices_are_used_and_change_nothing(model, mixed, tmp_path):
     code = f"""
 import json, jax
@@ -519,6 +520,7 @@ def test_a_missing_extra_is_named(model, tmp_path, monkeypatch):
 # --- more than one machine ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_run_costs_no_row(model, tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="the cluster extra is not installed")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
