@@ -55,10 +55,10 @@ LARGEST_DENOMINATOR = 128.0
 
 # Texts that tell how large the numbers in the functions become; there is room to spare (SLACK). For prefill, and for
 # each of the many decode steps.
-PROMPT_TEXTS, STEP_TEXTS = 8, 1
+PREFILL_TEXTS, DECODE_TEXTS = 8, 1
 
 # Levels used up when keys and values stand beside queries, and when they are cached: the projection's, and a mask's.
-SPREAD_DEPTH = 2
+BROADCAST_DEPTH = 2
 
 # A decrypted denominator outside the range of calibration by more than this factor is refused.
 SLACK = 32.0
@@ -335,7 +335,7 @@ def _project(ops: SlotOps[V], params: PolynomialParams, layout: Layout, x: V) ->
     bias, _ = _biases(layout, params)
     with ops.tag("projection"):
         q, z = project(ops, layout, x, [params.query / 2, _joined(layout, params.key, params.value)])
-        return ops.add_plain(ops.level_drop(q, SPREAD_DEPTH), layout.fill(bias)), z
+        return ops.add_plain(ops.level_drop(q, BROADCAST_DEPTH), layout.fill(bias)), z
 
 
 def prefill(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V) -> tuple[V, ...]:
@@ -350,7 +350,7 @@ def prefill(layout: Layout, ops: SlotOps[V], params: PolynomialParams, *tiles: V
     everything = layout.mask(block < layout.tokens)
     bias = layout.fill(_biases(layout, params)[1])
     # The deepest that values can wait: as deep as the weights that they meet, less the level of their mask.
-    deep = SPREAD_DEPTH + len(params.constants)
+    deep = BROADCAST_DEPTH + len(params.constants)
     queries, own, earlier, caches = [], [], [], []
 
     def pairs(z: V, chosen: np.ndarray) -> tuple[V, V]:
@@ -458,13 +458,13 @@ class PackedSequence:
         Raises:
             CalibrationError: all inputs together have fewer.
         """
-        texts = of_length(inputs, length)[:PROMPT_TEXTS]
+        texts = of_length(inputs, length)[:PREFILL_TEXTS]
         layout, params = layout_for(module, self.slots), module.params
         run = functools.partial(prefill, layout)
         tiled = [tuple(pack(layout, x)) for x in texts]
         made = {f"prefill_{count}": Function(run, [x[:count] for x in tiled]) for count in range(1, len(tiled[0]) + 1)}
         # The caches that a decode step takes are what the steps before it make.
-        simulator, some = CleartextSimulator(self.slots), texts[:STEP_TEXTS]
+        simulator, some = CleartextSimulator(self.slots), texts[:DECODE_TEXTS]
         caches = [run(simulator, params, simulator.load(layout.pack(x[:1])))[1:] for x in some]
         for count in range(1, length):
             body = functools.partial(decode_step, layout, count)
