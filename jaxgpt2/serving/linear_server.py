@@ -25,9 +25,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
+from threadpoolctl import threadpool_limits
 
 import jaxgpt2
 from fhe import FHEError, rlwe
+from jaxgpt2.executors.processes import cores
 from jaxgpt2.serving.accounts import Accounts
 from jaxgpt2.serving.bundle import FORMAT, Bundle
 from jaxgpt2.serving.files import APIError
@@ -56,8 +58,8 @@ class LinearServer(Accounts):
         self.parameters = rlwe.Parameters()
         weights = read_weights(bundle)
         self.matrices = [(name, rlwe.Matrix(weight, self.parameters, kind)) for name, weight in weights.items()]
-        # One product ahead at a time uses all cores, and the memory of one; online ones do not wait for it.
-        self.ahead = asyncio.Semaphore(1)
+        # Products ahead at once, each on one core, or one on the whole device; online ones do not wait for them.
+        self.ahead = asyncio.Semaphore(cores() if kind == "numpy" else 1)
         self.arriving = 0  # bytes of requests ahead that are here, or on their way
         self.threads = ThreadPoolExecutor(4)
 
@@ -217,5 +219,6 @@ def _on_disconnect(_: Request, error: Exception) -> Response:
 def serve_linear(bundle: Bundle, settings: ServerSettings, array: str = "numpy") -> None:
     """Serves until SIGINT or SIGTERM. Raises InputError: address, certificate or bundle cannot be used."""
     configure_logs()
-    with contextlib.suppress(KeyboardInterrupt):
+    # A product of one row waits for memory, and more threads of BLAS only spin beside it.
+    with contextlib.suppress(KeyboardInterrupt), threadpool_limits(1, "blas"):
         listen(make_app(LinearServer(bundle, settings, array)), bundle, settings)

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import ssl
 import sys
 import time
@@ -656,12 +657,14 @@ def listen(app: Any, bundle: Bundle, settings: ServerSettings) -> None:
     except (OSError, ssl.SSLError) as error:
         raise InputError(f"the certificate or its key cannot be used: {error}") from None
     try:
-        socket = config.bind_socket()
+        listening = config.bind_socket()
     except SystemExit:  # uvicorn's answer to an address that is taken
         raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
+    # Headers and body are two writes, and the second one would wait for an acknowledgement of the first.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     scheme = "http" if settings.certificate is None else "https"
-    log.info("listening", url=f"{scheme}://{settings.host}:{socket.getsockname()[1]}", bundle=bundle.id)
+    log.info("listening", url=f"{scheme}://{settings.host}:{listening.getsockname()[1]}", bundle=bundle.id)
     for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[socket])
+    uvicorn.Server(config).run(sockets=[listening])
     log.info("stopped")
