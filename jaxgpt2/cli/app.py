@@ -4,6 +4,7 @@ with 130."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import sys
@@ -38,6 +39,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (InputError, CheckpointError, FHEError) as error:
         click.echo(f"jaxgpt2: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except OSError as error:  # of the disk or the network: full, gone, not allowed
+        if error.errno == errno.EPIPE:  # click's to handle
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        click.echo(f"jaxgpt2: {(error.strerror or str(error)).lower()}{place}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo("jaxgpt2: stopped", err=True)

@@ -11,6 +11,7 @@ import click
 from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     announce_run,
+    cache_directory,
     calibration_passages,
     compile_options,
     compiled,
@@ -79,6 +80,8 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
     calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
         raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
+    if mode in ("simulate", "encrypted"):
+        cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
