@@ -53,7 +53,7 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
              top_p: float | None, seed: int, scheduler: str | None, as_json: bool, server: str | None,
              client: Path | None, secret_keys: Path | None, masks: Path | None, verify: str | None, token: str | None,
              authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
-             **chosen: Any) -> None:  # fmt: skip
+             send_my_text_unencrypted: bool, **chosen: Any) -> None:  # fmt: skip
     """Continue PROMPT; with --server and --client, a server computes what is encrypted, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
@@ -67,8 +67,8 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
                      "rounding", "cache", "scheduler")  # fmt: skip
         connecting = {"token": token, "authority": authority, "certificate": certificate,
                       "certificate_key": certificate_key, "insecure": insecure}  # fmt: skip
-        generate_remotely(prompt, server, client, secret_keys, masks, verify, connecting, max_new_tokens, sampling,
-                          as_json)  # fmt: skip
+        generate_remotely(prompt, server, client, secret_keys, masks, verify, send_my_text_unencrypted, connecting,
+                          max_new_tokens, sampling, as_json)  # fmt: skip
         return
     for name, value in (("keys", secret_keys), ("masks", masks), ("verify", verify)):
         if value is not None:

@@ -135,6 +135,8 @@ server_options = options(
     connection_options,
     click.option("--keys", "secret_keys", type=Directory(), metavar="DIR",
                  help="Secret keys for a server of circuits are kept here.  [default: the user's data directory]"),
+    click.option("--send-my-text-unencrypted", is_flag=True,
+                 help="For tests: use client bundles of the backend clear, which hides nothing from the server."),
     click.option("--masks", type=Directory(), metavar="DIR",
                  help="Masks for a server of linear layers, from prepare.  [default: the user's data directory]"),
     click.option("--verify", metavar="tiny|DIR|HUB_ID",

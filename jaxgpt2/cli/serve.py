@@ -158,6 +158,7 @@ def generate_remotely(
     keys: Path | None,
     masks: Path | None,
     verify: str | None,
+    send_my_text_unencrypted: bool,
     connecting: dict[str, Any],
     max_new_tokens: int,
     sampling: Sampling,
@@ -179,7 +180,7 @@ def generate_remotely(
         if masks is not None or verify is not None:
             raise InputError("--masks and --verify are for client bundles of linear layers: leave them out")
         with step("asking the server, reading the client bundle, making keys if there are none"):
-            model = RemoteGPT2.open(bundle, connection, keys)
+            model = RemoteGPT2.open(bundle, connection, keys, send_my_text_unencrypted)
         traffic = connection.traffic
         with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
             model.upload_keys(progress)

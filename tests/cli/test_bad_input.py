@@ -197,6 +197,11 @@ def test_tokens_that_are_none(place, token):
     assert "x" * 20 not in line  # a secret, all the same
 
 
+def test_a_bundle_that_encrypts_nothing(place):
+    remote = ["generate", "a", "--server", "http://127.0.0.1:1", "--client", place / "client"]
+    assert "backend 'clear', which encrypts nothing: the server would read your text" in refused(*remote)
+
+
 def test_a_port_that_is_taken_leaves_nothing(place, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -321,6 +321,7 @@ def test_a_whole_attention_from_eval_to_a_server(model, tmp_path):
     assert {name for name, tensor in own.items() if tensor.any()} == {"c_proj.bias"}
     with running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server:
         remote = run("generate", PROMPT, "--server", server.url, "--client", tmp_path / "out" / "client",
+                     "--send-my-text-unencrypted",
                      "--keys", tmp_path / "keys", "--max-new-tokens", 4)  # fmt: skip
     assert remote["tokens"] == wanted and remote["modules"] == "1.attn"
 
@@ -332,7 +333,7 @@ def test_sessions_lost_in_mid_text_do_not_change_it(gpt2, tmp_path):
     wanted = list(encrypted.generate(PROMPT, 6, "quantized"))
     with (
         running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server,
-        RemoteGPT2.connect(server.url, tmp_path / "out" / "client", tmp_path / "keys") as remote,
+        RemoteGPT2.connect(server.url, tmp_path / "out" / "client", tmp_path / "keys", True) as remote,
         httpx2.Client(base_url=server.url) as client,
     ):
         text, got = remote.generate(PROMPT, 6), []
