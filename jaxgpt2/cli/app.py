@@ -29,6 +29,12 @@ COMMANDS = {
 }
 
 
+# They compute for long; what is said of one that Ctrl-C had to kill.
+SUPERVISED = dict.fromkeys(("compile", "eval", "generate", "prepare", "tune"), "stopped") | {
+    "sweep": "stopped; the same command with --resume goes on"
+}
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that input causes become one line on standard error and exit status 2; Ctrl-C ends with 130."""
@@ -52,7 +58,14 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Commands(click.Group):
-    """A group of commands with `one_line_errors`."""
+    """A group of commands with `one_line_errors`, and as a program `supervised`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not arguments and not options and sys.argv[1:2] and sys.argv[1] in SUPERVISED:
+            from jaxgpt2.cli.supervise import supervised
+
+            sys.exit(supervised(self.main, SUPERVISED[sys.argv[1]]))
+        return super().__call__(*arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
