@@ -28,7 +28,7 @@ Rounding = Literal["exact", "approximate", "none"]
 class FHEConfig:
     """Options of compilation.
 
-    p_error: probability that one lookup gives a wrong result.
+    p_error: probability that one lookup gives a wrong result, from 2**-128 on: below it, guessing a key is likelier.
     rounding: how the shift of a `LookupTable` is done under encryption.
         "exact": one more small lookup per removed bit; the same integers as everywhere else.
         "approximate": free, but an input near a rounding boundary may land on the neighbouring entry.
@@ -39,8 +39,8 @@ class FHEConfig:
     rounding: Rounding = "exact"
 
     def __post_init__(self) -> None:
-        if not 0 < self.p_error < 1:
-            raise ValueError(f"p_error must lie between 0 and 1, not {self.p_error}")
+        if not 2.0**-128 <= self.p_error < 1:
+            raise ValueError(f"p_error must lie between 2**-128 and 1, not {self.p_error}")
         if self.rounding not in get_args(Rounding):
             raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, not {self.rounding!r}")
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from fhe.envelope import pack, unpack
 
+# Results of a function, of a circuit that somebody else may have made.
+MAX_OUTPUTS = 10_000
+
 
 @dataclass(frozen=True)
 class Output:
@@ -80,15 +83,21 @@ class Signatures:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Signatures":
-        """The signatures that `to_json` wrote."""
-        return cls(
-            {
-                name: Signature(
-                    tuple(tuple(Output(**o) for o in group) for group in entry["sources"]), entry["outputs"]
-                )
-                for name, entry in data.items()
-            }
-        )
+        """The signatures that `to_json` wrote. Raises ValueError, TypeError or KeyError for what it did not write."""
+        functions = {
+            name: Signature(tuple(tuple(Output(**o) for o in group) for group in entry["sources"]), entry["outputs"])
+            for name, entry in data.items()
+        }
+        for name, signature in functions.items():
+            if not name.isidentifier():
+                raise ValueError(f"a function's name must be an identifier, not {name!r:.40}")
+            if type(signature.outputs) is not int or not 0 < signature.outputs <= MAX_OUTPUTS:
+                raise ValueError(f"{name} must have 1 to {MAX_OUTPUTS} results, not {signature.outputs!r:.40}")
+        for source in cls(functions).server_state:
+            known = functions[source.function].outputs
+            if type(source.position) is not int or not 0 <= source.position < known:
+                raise ValueError(f"{source.function} has {known} results, and none {source.position!r:.40}")
+        return cls(functions)
 
 
 def check_count(what: str, got: int, wanted: int) -> None:

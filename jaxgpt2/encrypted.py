@@ -177,6 +177,16 @@ class CircuitRunner:
     def extend(
         self, module: Module, x: jax.Array, lengths: np.ndarray, cache: Any, start: int, size: int | None
     ) -> tuple[jax.Array, Any]:
+        try:
+            return self._extend(module, x, lengths, cache, size)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            # Input and results have the form that method, circuit and client bundle give them, and may not agree.
+            if isinstance(error, InputError):
+                raise
+            reason = " ".join(str(error).split())
+            raise methods.MethodError(f"circuit and method of module {module} do not fit: {reason:.200}") from error
+
+    def _extend(self, module: Module, x: jax.Array, lengths: np.ndarray, cache: Any, size: int | None) -> Any:
         function, client = self.functions[module], self.clients[module]
         texts = np.asarray(_encode(function, client, x))
         known: Sequence[CircuitCache | None] = [None] * len(texts) if cache is None else cache
@@ -459,6 +469,12 @@ class EncryptedGPT2:
                         pool.map(lambda m: runner.extend(m, x, counts, own.get(m), start, size), modules)  # noqa: B023
                     )
                 own |= {module: after for module, (_, after) in zip(modules, found, strict=True)}
+                for module, (output, _) in zip(modules, found, strict=True):
+                    width = model.config.n_embd if module.head is None else model.config.head_dim
+                    if output.shape != (*h.shape[:2], width):
+                        raise methods.MethodError(
+                            f"module {module} is decoded to {output.shape}, wanted {(*h.shape[:2], width)}"
+                        )
                 added = [
                     output if module.head is None else model.contribution(layer, output, module.head)
                     for module, (output, _) in zip(modules, found, strict=True)

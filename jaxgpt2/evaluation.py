@@ -57,7 +57,7 @@ def read_passages(path: str | Path) -> list[str]:
     """The passages of a text file, one a line.
 
     Raises:
-        PromptError: a file that cannot be read, or an empty line in it.
+        PromptError: a file that cannot be read or is no text, or an empty line in it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -70,6 +70,8 @@ def read_passages(path: str | Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise PromptError(f"{path}, line {number}: empty passage")
+        if "\0" in line:
+            raise PromptError(f"{path}, line {number}: it holds a zero byte, so it is no text")
     return lines
 
 

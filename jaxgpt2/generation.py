@@ -24,7 +24,7 @@ class Sampling:
         seed: of the random draws; the same seed gives the same text.
 
     Raises:
-        InputError: a negative temperature, a top_k below 1, a top_p outside (0, 1].
+        InputError: a negative temperature, a top_k below 1, a top_p outside (0, 1], a negative seed.
     """
 
     temperature: float = 0.0
@@ -39,6 +39,8 @@ class Sampling:
             raise InputError(f"top_k must be 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.seed < 0:
+            raise InputError(f"a seed must be 0 or more, got {self.seed}")
 
 
 GREEDY = Sampling()

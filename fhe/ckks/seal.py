@@ -135,10 +135,13 @@ class CKKSContext:
         return _to_bytes(seal.Encryptor(self.context, secret).encrypt_symmetric(plain))
 
     def decrypt(self, secret: SecretKey, data: bytes) -> NDArray[Any]:
-        """The slots (S,) of a ciphertext, complex128."""
-        plain = seal.Plaintext()
-        seal.Decryptor(self.context, secret).decrypt(self.load(data), plain)
-        return np.asarray(self.encoder.decode_complex(plain), np.complex128)
+        """The slots (S,) of a ciphertext, complex128. Raises CircuitFormatError: it is none of these parameters."""
+        plain, ciphertext = seal.Plaintext(), self.load(data)
+        try:
+            seal.Decryptor(self.context, secret).decrypt(ciphertext, plain)
+            return np.asarray(self.encoder.decode_complex(plain), np.complex128)
+        except (RuntimeError, ValueError) as error:
+            raise CircuitFormatError(f"SEAL cannot decrypt this: {error}") from error
 
     # The server's part.
 

@@ -325,7 +325,9 @@ class ConcreteCircuit:
 
     def load_keys(self, path: str | Path) -> ConcreteKeys:
         key_id, _, (data,) = envelope.unpack(envelope.read_file(path, "keys"), "keys", self.id, parts=1)
-        return self._with_evaluation(fhe.Keys.deserialize(data), key_id)
+        with _refusals("keys"):
+            keys = fhe.Keys.deserialize(data)
+        return self._with_evaluation(keys, key_id)
 
     def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)
@@ -357,10 +359,11 @@ class ConcreteCircuit:
         # Client.decrypt takes all results of a function or the first ones only; this is what it does with each.
         program = cast("Any", ClientProgram).create_encrypted(self._specs.program_info, keys.keys._keyset)
         circuit = program.get_client_circuit(name)
-        return tuple(
-            np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
-            for position, part in parts
-        )
+        with _refusals(f"the results of {name}"):
+            return tuple(
+                np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
+                for position, part in parts
+            )
 
     def save(self, directory: str | Path, server: bool = True) -> None:
         """Write `circuit.json` and `client.json`, all that a client needs, and `server.zip` and `circuit.mlir`, which

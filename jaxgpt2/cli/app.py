@@ -4,6 +4,7 @@ with 130."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import importlib.metadata
 import sys
@@ -28,6 +29,12 @@ COMMANDS = {
 }
 
 
+# They compute for long; what is said of one that Ctrl-C had to kill.
+SUPERVISED = dict.fromkeys(("compile", "eval", "generate", "prepare", "tune"), "stopped") | {
+    "sweep": "stopped; the same command with --resume goes on"
+}
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that input causes become one line on standard error and exit status 2; Ctrl-C ends with 130."""
@@ -39,13 +46,26 @@ def one_line_errors() -> Iterator[None]:
     except (InputError, CheckpointError, FHEError) as error:
         click.echo(f"jaxgpt2: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
+    except OSError as error:  # of the disk or the network: full, gone, not allowed
+        if error.errno == errno.EPIPE:  # click's to handle
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        click.echo(f"jaxgpt2: {(error.strerror or str(error)).lower()}{place}", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         click.echo("jaxgpt2: stopped", err=True)
         sys.exit(130)
 
 
 class Commands(click.Group):
-    """A group of commands with `one_line_errors`."""
+    """A group of commands with `one_line_errors`, and as a program `supervised`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not arguments and not options and sys.argv[1:2] and sys.argv[1] in SUPERVISED:
+            from jaxgpt2.cli.supervise import supervised
+
+            sys.exit(supervised(self.main, SUPERVISED[sys.argv[1]]))
+        return super().__call__(*arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)

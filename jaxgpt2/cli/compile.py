@@ -10,6 +10,8 @@ import click
 
 from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
+    Directory,
+    cache_directory,
     calibration_passages,
     compile_options,
     compiled,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 @click.command("compile")
 @options(model_options, module_options, compile_options)
 @click.option("--seq-len", type=click.IntRange(1), default=6, show_default=True, help="Longest text, in tokens.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--out", type=Directory(), metavar="DIR",
               help="Write server bundle, client bundle and report here.")  # fmt: skip
 @json_option
 def compile_command(calibration: Path | None, backend: str | None, p_error: float | None, rounding: str | None,
@@ -47,6 +49,7 @@ def compile_command(calibration: Path | None, backend: str | None, p_error: floa
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
         linear.compile_linear(out, as_json, chosen | {"calibration": calibration})
         return
+    cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)

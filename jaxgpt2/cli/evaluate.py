@@ -14,6 +14,7 @@ from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     MODES,
     announce_run,
+    cache_directory,
     calibration_passages,
     compile_options,
     compiled,
@@ -27,8 +28,8 @@ from jaxgpt2.cli.options import (
     module_options,
     modules_of,
     options,
+    parse_numbers,
 )
-from jaxgpt2.errors import InputError
 from jaxgpt2.progress import step
 
 if TYPE_CHECKING:
@@ -53,16 +54,16 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     """How much encrypted modules change the model on a text."""
     from jaxgpt2 import evaluation
 
-    if not all(part.strip().isdigit() for part in ks.split(",")):
-        raise InputError(f"--top-k {ks!r} cannot be read: wanted whole numbers with commas between, as 1,5,10")
+    numbers = parse_numbers("--top-k", ks)
     passages = (evaluation.bundled_passages("eval") if text is None else evaluation.read_passages(text))[:limit]
     calibrating = calibration_passages(calibration)
     evaluation.check_disjoint(calibrating, passages)
     if chosen["modules"] == linear.LINEAR:
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
-        numbers = [int(part) for part in ks.split(",")]
         linear.evaluate(passages, numbers, mode, as_json, chosen | {"calibration": calibration})
         return
+    if mode != "quantized":
+        cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
@@ -79,7 +80,7 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(encrypted.over_cores(keys)) if keys else encrypted.runner(mode)
         stack.enter_context(step(f"evaluating {len(passages)} passages"))
-        measured = evaluation.evaluate(encrypted, passages, runner, [int(part) for part in ks.split(",")])
+        measured = evaluation.evaluate(encrypted, passages, runner, numbers)
     result = {
         **dataclasses.asdict(measured),
         "recovered_kl": measured.recovered_kl,

@@ -11,6 +11,7 @@ import click
 from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     announce_run,
+    cache_directory,
     calibration_passages,
     compile_options,
     compiled,
@@ -52,7 +53,7 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
              top_p: float | None, seed: int, scheduler: str | None, as_json: bool, server: str | None,
              client: Path | None, secret_keys: Path | None, masks: Path | None, verify: str | None, token: str | None,
              authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
-             **chosen: Any) -> None:  # fmt: skip
+             send_my_text_unencrypted: bool, **chosen: Any) -> None:  # fmt: skip
     """Continue PROMPT; with --server and --client, a server computes what is encrypted, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
@@ -66,8 +67,8 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
                      "rounding", "cache", "scheduler")  # fmt: skip
         connecting = {"token": token, "authority": authority, "certificate": certificate,
                       "certificate_key": certificate_key, "insecure": insecure}  # fmt: skip
-        generate_remotely(prompt, server, client, secret_keys, masks, verify, connecting, max_new_tokens, sampling,
-                          as_json)  # fmt: skip
+        generate_remotely(prompt, server, client, secret_keys, masks, verify, send_my_text_unencrypted, connecting,
+                          max_new_tokens, sampling, as_json)  # fmt: skip
         return
     for name, value in (("keys", secret_keys), ("masks", masks), ("verify", verify)):
         if value is not None:
@@ -79,6 +80,8 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
     calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
         raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
+    if mode in ("simulate", "encrypted"):
+        cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)

@@ -8,13 +8,13 @@ import functools
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli.options import calibration_passages, connect, connection_options, emit, options
+from jaxgpt2.cli.options import Directory, calibration_passages, connect, connection_options, emit, options
 from jaxgpt2.cli.text import write_tokens
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, megabytes, note, seconds, step
@@ -188,7 +188,7 @@ def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: di
 
 @click.command()
 @options(connection_options)
-@click.option("--masks", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--masks", type=Directory(), metavar="DIR",
               help="Masks are kept here, readable by you alone.  [default: the user's data directory]")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1, 10**7), default=2048, show_default=True,
               help="Masks that there shall be in the end; they are made 2,048 at a time.")  # fmt: skip
@@ -235,7 +235,7 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
 # --- eval, compile, sweep -----------------------------------------------------------------------
 
 
-def evaluate(passages: list[str], ks: list[int], mode: str, as_json: bool, chosen: dict[str, Any]) -> None:
+def evaluate(passages: list[str], ks: Sequence[int], mode: str, as_json: bool, chosen: dict[str, Any]) -> None:
     """`eval --encrypt linear`."""
     from jaxgpt2.evaluation import evaluate_linear
 

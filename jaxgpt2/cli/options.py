@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import operator
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,44 @@ ROUNDING = click.Choice(["exact", "approximate", "none"])
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several decorators as one, in the order in which --help shall list them."""
     return lambda function: functools.reduce(lambda f, decorate: decorate(f), reversed(decorators), function)
+
+
+class Directory(click.Path):
+    """A directory that will be made or written to: one that cannot be is refused before anything is computed."""
+
+    def __init__(self):
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return check_writable(super().convert(value, param, ctx))
+
+
+class File(Directory):
+    """A file that will be written, in a directory that is there."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = click.Path.convert(self, value, param, ctx)
+        if path.is_dir():
+            raise InputError(f"{path} is a directory: give a file")
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path} cannot be written: there is no directory {path.absolute().parent}")
+        check_writable(path.absolute().parent)
+        return path
+
+
+def check_writable(path: Path) -> Path:
+    """The path of a directory that is there and may be written to, or can be made.
+
+    Raises:
+        InputError: it is not, or cannot.
+    """
+    there = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110 (asks in silence)
+    if not there.is_dir():
+        what = "is a file: give a directory" if there == path else f"cannot be made: {there} is a file"
+        raise InputError(f"{path} {what}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written to: {there} is somebody else's, or read-only")
+    return path
 
 
 model_options = options(
@@ -70,7 +110,7 @@ compile_options = options(
                  help="Probability that one lookup is wrong.  [default: as tuned, else the method's]"),
     click.option("--rounding", type=ROUNDING,
                  help="How low bits are rounded away before a lookup.  [default: as tuned, else the method's]"),
-    click.option("--cache", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--cache", type=Directory(), metavar="DIR",
                  help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
 )  # fmt: skip
 
@@ -93,9 +133,11 @@ connection_options = options(
 
 server_options = options(
     connection_options,
-    click.option("--keys", "secret_keys", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--keys", "secret_keys", type=Directory(), metavar="DIR",
                  help="Secret keys for a server of circuits are kept here.  [default: the user's data directory]"),
-    click.option("--masks", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--send-my-text-unencrypted", is_flag=True,
+                 help="For tests: use client bundles of the backend clear, which hides nothing from the server."),
+    click.option("--masks", type=Directory(), metavar="DIR",
                  help="Masks for a server of linear layers, from prepare.  [default: the user's data directory]"),
     click.option("--verify", metavar="tiny|DIR|HUB_ID",
                  help="Check every product of a server of linear layers against these public weights."),
@@ -150,6 +192,15 @@ def make_encrypted(
     # Only softmax computes whole layers.
     default = "softmax" if "attn" in (modules or "") else "lowrank"
     method = method or DEFAULT_METHODS.get(backend or "", default)
+    if not methods.get(method).by_lookups:
+        _refuse_for_lookups(
+            method,
+            bits=bits,
+            input_bits=input_bits,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            rounding_threshold_bits=rounding_threshold_bits,
+        )
     apart = {
         "inputs": input_bits,
         "weights": weight_bits,
@@ -175,8 +226,45 @@ def parse_changes(changes: Iterable[str]) -> dict[str, int]:
     return parsed
 
 
+# More values of one option, or more configurations, than anybody measures: most likely a slip of the hand.
+MOST = 1_000_000
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`2-4,8` as (2, 3, 4, 8).
+
+    Raises:
+        InputError: it is not of that form, or names nothing, or too much.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:\s*-\s*(\d{1,18}))?\s*", part, re.ASCII)
+        if match is None:
+            raise InputError(f"{option} {text[:80]!r} cannot be read: wanted numbers and ranges, as 2-4,8")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise InputError(f"{option} {text[:80]!r} names nothing: {first} is more than {last}")
+        if len(numbers) + last - first >= MOST:
+            raise InputError(f"{option} {text[:80]!r} names more than {MOST:,} numbers: give fewer")
+        numbers += range(first, last + 1)
+    return tuple(dict.fromkeys(numbers))
+
+
+def _refuse_for_lookups(method: str, **given: Any) -> None:
+    """Raises InputError for an option that was given and says nothing of a method without lookups."""
+    for name, value in given.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} has no effect on {method!r}, which has no lookups: leave it out")
+
+
 def make_fhe_configs(encrypted: EncryptedGPT2, p_error: float | None, rounding: Any) -> dict[Module, FHEConfig]:
     """Of every module, with what the options change."""
+    from jaxgpt2 import methods
+
+    for name in {config.method for config in encrypted.configs.values()}:
+        if not methods.get(name).by_lookups:
+            _refuse_for_lookups(name, p_error=p_error, rounding=rounding)
     try:
         return encrypted.fhe_configs(p_error, rounding)
     except ValueError as error:
@@ -209,10 +297,11 @@ def connect(
 
 
 def cache_directory(path: Path | None) -> Path:
+    """The directory that was given, or the user's. Raises InputError: it cannot be used."""
     if path is None:
         import platformdirs
 
-        path = Path(platformdirs.user_cache_dir("jaxgpt2"))
+        path = check_writable(Path(platformdirs.user_cache_dir("jaxgpt2")))
     return path
 
 

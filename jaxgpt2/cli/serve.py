@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxgpt2.cli import linear
-from jaxgpt2.cli.options import connect, options
+from jaxgpt2.cli.options import Directory, File, check_writable, connect, options
 from jaxgpt2.cli.text import write_tokens
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import megabytes, note, sending, step
@@ -55,7 +56,7 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
 )
 @click.option(
     "--state",
-    type=click.Path(path_type=Path),
+    type=Directory(),
     metavar="DIR",
     help="Evaluation keys and sessions are kept here.  [default: the user's state directory]",
 )
@@ -109,9 +110,10 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
     if state is None:
         import platformdirs
 
-        state = Path(platformdirs.user_state_dir("jaxgpt2")) / bundle.id[:16]
+        state = check_writable(Path(platformdirs.user_state_dir("jaxgpt2")) / bundle.id[:16])
     for name in ("body", "keys", "session_size"):
         limits[name] *= 10**6
+    check_address(host, port)
     settings = server.ServerSettings(
         state=state,
         host=host,
@@ -133,6 +135,22 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         server.serve(bundle, settings)
 
 
+def check_address(host: str, port: int) -> None:
+    """Before anything is written for a server: whether it can listen there.
+
+    Raises:
+        InputError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "that is no address"
+        raise InputError(f"cannot listen on {host}, port {port}: {reason.lower()}") from None
+
+
 def generate_remotely(
     prompt: str,
     server: str,
@@ -140,6 +158,7 @@ def generate_remotely(
     keys: Path | None,
     masks: Path | None,
     verify: str | None,
+    send_my_text_unencrypted: bool,
     connecting: dict[str, Any],
     max_new_tokens: int,
     sampling: Sampling,
@@ -161,7 +180,7 @@ def generate_remotely(
         if masks is not None or verify is not None:
             raise InputError("--masks and --verify are for client bundles of linear layers: leave them out")
         with step("asking the server, reading the client bundle, making keys if there are none"):
-            model = RemoteGPT2.open(bundle, connection, keys)
+            model = RemoteGPT2.open(bundle, connection, keys, send_my_text_unencrypted)
         traffic = connection.traffic
         with sending("sending evaluation keys", model.evaluation_key_bytes) as progress:
             model.upload_keys(progress)
@@ -186,7 +205,7 @@ def generate_remotely(
 
 @click.command()
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=File())
 def token(name: str, file: Path) -> None:
     """Print a new token for the client NAME, and add its SHA-256 to FILE, which serve --tokens reads.
 
@@ -199,7 +218,10 @@ def token(name: str, file: Path) -> None:
     from weights.checkpoint import write_atomically
 
     secret = secrets.token_urlsafe(32)
-    old = file.read_text(encoding="utf-8") if file.exists() else ""
+    try:
+        old = file.read_text(encoding="utf-8") if file.exists() else ""
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is no file of tokens: give another") from None
     line = f"{name} {hashlib.sha256(secret.encode()).hexdigest()}\n"
 
     def write(path: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jaxgpt2.cli import linear
-from jaxgpt2.cli.options import ROUNDING, calibration_passages, emit, json_option, model_options, options
+from jaxgpt2.cli.options import (
+    MOST,
+    ROUNDING,
+    Directory,
+    calibration_passages,
+    emit,
+    json_option,
+    model_options,
+    options,
+    parse_numbers,
+)
 from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, note, seconds
 
@@ -46,24 +56,6 @@ cost_options = options(
 )  # fmt: skip
 
 
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """`2-4,8` as (2, 3, 4, 8).
-
-    Raises:
-        InputError: it is not of that form, or names nothing.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None:
-            raise InputError(f"{option} {text!r} cannot be read: wanted numbers and ranges, as 2-4,8")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise InputError(f"{option} {text!r} names nothing: {first} is more than {last}")
-        numbers += range(first, last + 1)
-    return tuple(dict.fromkeys(numbers))
-
-
 def parse_widths(
     bits: str, input_bits: str | None, weight_bits: str | None, activation_bits: str | None, threshold: str | None
 ) -> tuple[tuple[int, ...], list[dict[str, int | None]]]:
@@ -74,6 +66,8 @@ def parse_widths(
                                ("rounding_threshold", "--rounding-threshold-bits", threshold)):  # fmt: skip
         if text is not None:
             apart[name] = (None,) if (name, text) == ("rounding_threshold", "none") else parse_numbers(option, text)
+    if math.prod(map(len, apart.values())) > MOST:
+        raise InputError(f"the bits name more than {MOST:,} combinations: give fewer")
     changes = [dict(zip(apart, values, strict=True)) for values in itertools.product(*apart.values())]
     return parse_numbers(*together), changes
 
@@ -152,7 +146,7 @@ def read_config(model: str) -> Any:
 @click.option("--rounding", type=ROUNDING, default="approximate", show_default=True,
               help="How low bits are rounded away before an encrypted lookup.")  # fmt: skip
 @options(cost_options)
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Table and figures go here.")
+@click.option("--out", type=Directory(), required=True, metavar="DIR", help="Table and figures go here.")
 @click.option("--resume", is_flag=True, help="Go on with the same sweep in DIR.")
 @json_option
 def sweep(model: str, encrypt: str | None, layers: str, heads: str, methods: str, bits: str, input_bits: str | None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli.options import describe_config, emit, json_option, model_options, options
+from jaxgpt2.cli.options import File, describe_config, emit, json_option, model_options, options
 from jaxgpt2.cli.sweep import (
     cost_options,
     make_experiment,
@@ -62,7 +62,7 @@ TUNED_BITS = "3-5"
 @click.option("--simulated", default=16, show_default=True, type=click.IntRange(0), metavar="N",
               help="Passages that the chosen heads read in simulation for that, cut to --seq-len tokens; 0 leaves "
                    "error probability and rounding to the method.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the configs here, for --configs.")
+@click.option("--out", type=File(), metavar="FILE", help="Write the configs here, for --configs.")
 @json_option
 def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, input_bits: str | None,
          weight_bits: str | None, activation_bits: str | None, rounding_threshold_bits: str | None,
@@ -233,5 +233,16 @@ def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
         if identity != first:
             differing = ", ".join(sorted(name for name in first if first[name] != identity.get(name)))
             raise InputError(f"{path} and {paths[0]} are sweeps of other {differing}: their rows cannot be compared")
-        rows |= read_rows(path)
+        rows |= (found := read_rows(path))
+        if strange := [key for key, row in found.items() if not _is_of_a_head(row)]:
+            raise InputError(f"{path} is no sweep of heads: {strange[0]!r:.80} is another row")
     return list(rows.values())
+
+
+def _is_of_a_head(row: dict[str, Any]) -> bool:
+    """Whether a row, which may be anybody's JSON, has what is chosen by."""
+    names = {"layer": int, "head": int, "attention": str, "key": str}
+    if row.get("recovered_kl") is not None:
+        numbers = ("kl", "kl_ablated", "recovered_kl", "estimated_seconds", "estimated_seconds_per_token")
+        names |= dict.fromkeys(numbers, int | float) | {"machine": str, "seq_len": int}
+    return all(isinstance(row.get(name), kind) for name, kind in names.items())

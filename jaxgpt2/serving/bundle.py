@@ -188,7 +188,7 @@ def _check_files(directory: Path, files: Mapping[str, str]) -> None:
         raise BundleError(f"{directory / unknown[0]} is not part of the bundle: remove it, or get the bundle again")
     for name, digest in files.items():
         path = directory / name
-        if not path.is_file():
+        if name not in there or not path.is_file():
             raise BundleError(f"{directory} lacks {name}")
         if _digest(path) != digest:
             raise BundleError(f"{path} is damaged: it is not what was written")

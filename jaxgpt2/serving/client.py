@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import fhe
-from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.encrypted import EncryptedGPT2, get_backend
+from jaxgpt2.errors import InputError
 from jaxgpt2.generation import GREEDY, Sampling
 from jaxgpt2.modules import Module
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.models import read_client
 from jaxgpt2.serving.remote import Connection, Remote
+
+
+class NotEncrypted(InputError):
+    """A client bundle of a backend that encrypts nothing: the server would read the text."""
 
 
 class RemoteGPT2:
@@ -36,7 +41,14 @@ class RemoteGPT2:
         self.encrypted, self.connection, self.keys = encrypted, connection, keys
 
     @classmethod
-    def connect(cls, url: str, client: str | os.PathLike[str], keys: Path | None = None, **options: Any) -> Self:
+    def connect(
+        cls,
+        url: str,
+        client: str | os.PathLike[str],
+        keys: Path | None = None,
+        send_my_text_unencrypted: bool = False,
+        **options: Any,
+    ) -> Self:
         """A model from a client bundle, and a server that has the server bundle of the same compilation.
 
         Keys are made if there are none, which takes seconds to minutes.
@@ -45,22 +57,32 @@ class RemoteGPT2:
             url: the server's, as `https://host:8343`.
             client: directory of the client bundle.
             keys: directory of secret keys, by default in the user's data directory; it must be its owner's alone.
+            send_my_text_unencrypted: use bundles of the backend `clear` too, which encrypts nothing: for tests.
             options: of `Connection`, such as `token`.
 
         Raises:
-            BundleError: the directory is no client bundle; ServerError: the server does not answer or belongs to
-            another bundle.
+            BundleError: the directory is no client bundle; NotEncrypted: its backend encrypts nothing; ServerError: the
+            server does not answer or belongs to another bundle.
         """
         connection = Connection(url, **options)
         try:
-            return cls.open(Bundle.read(Path(client), "client"), connection, keys)
+            return cls.open(Bundle.read(Path(client), "client"), connection, keys, send_my_text_unencrypted)
         except BaseException:
             connection.close()
             raise
 
     @classmethod
-    def open(cls, bundle: Bundle, connection: Connection, keys: Path | None = None) -> Self:
+    def open(
+        cls, bundle: Bundle, connection: Connection, keys: Path | None = None, send_my_text_unencrypted: bool = False
+    ) -> Self:
         """`connect`, with a bundle and a connection that are there already."""
+        for entry in bundle.circuits:
+            if "encrypted" not in get_backend(entry.backend).offers and not send_my_text_unencrypted:
+                raise NotEncrypted(
+                    f"module {entry.module} was compiled with the backend {entry.backend!r}, which encrypts nothing: "
+                    "the server would read your text; have it compiled with another (for tests, "
+                    "--send-my-text-unencrypted allows it)"
+                )
         connection.check(bundle.id, [entry.id for entry in bundle.circuits])
         encrypted = read_client(bundle)
         return cls(encrypted, connection, encrypted.make_keys(keys or key_directory()))

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def read_client(bundle: Bundle) -> EncryptedGPT2:
             facts: Mapping[str, Any] = bundle.content["heads"][entry.module]
             arrays = load_file(bundle.directory / "heads" / f"{entry.module}.safetensors")
             values = [arrays[name] for name in facts["dequantization"]]
+            _check(gpt2, facts["max_tokens"], arrays["input_scale"], values)
             configs[module] = MethodConfig.from_json(facts["config"])
             quantized[module] = QuantizedModule(
                 None,
@@ -123,12 +125,32 @@ def read_client(bundle: Bundle) -> EncryptedGPT2:
             )
             # Never a server's file: it would be code of whoever made the bundle.
             directory = bundle.circuit_directory(entry.module)
-            circuits[module] = get_backend(entry.backend).load(directory, server=False)
+            circuits[module] = circuit = get_backend(entry.backend).load(directory, server=False)
+            # It names the file of the keys, among others.
+            if circuit.id != entry.id or not re.fullmatch("[0-9a-f]{64}", circuit.id):
+                raise BundleError(f"{bundle.directory} is damaged: the circuit of {module} is another")
+        _check_length(gpt2, bundle.content["seq_len"])
         return EncryptedGPT2(gpt2, configs, quantized, circuits, bundle.content["seq_len"])
     except (KeyError, TypeError, AttributeError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise BundleError(f"{bundle.directory} is damaged: {error!r}") from None
+        raise BundleError(f"{bundle.directory} is damaged: {' '.join(repr(error).split()):.200}") from None
+
+
+def _check(gpt2: GPT2, max_tokens: Any, scale: np.ndarray, values: Sequence[np.ndarray]) -> None:
+    """What a module is encoded and decoded with, as far as its method's names do not matter. Raises ValueError."""
+    _check_length(gpt2, max_tokens)
+    if scale.shape not in ((), (gpt2.config.n_embd,)) or scale.dtype.kind != "f" or not (scale > 0).all():
+        raise ValueError(
+            f"its input_scale is {scale.dtype} {scale.shape}, wanted positive numbers, one or one a feature"
+        )
+    if not all(value.dtype.kind in "fiu" and np.isfinite(value).all() for value in values):
+        raise ValueError("its dequantization is not of finite numbers")
+
+
+def _check_length(gpt2: GPT2, tokens: Any) -> None:
+    if type(tokens) is not int or not 1 <= tokens <= gpt2.config.n_positions:
+        raise ValueError(f"it is made for {tokens!r:.40} tokens, and its model reads 1 to {gpt2.config.n_positions}")
 
 
 def _named(dequantization: Any) -> tuple[list[str], list[np.ndarray]]:

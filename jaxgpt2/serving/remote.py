@@ -33,6 +33,7 @@ from fhe.rlwe import Parameters
 from jaxgpt2.errors import InputError
 from jaxgpt2.executors import StateLost
 from jaxgpt2.serving.bundle import FORMAT
+from jaxgpt2.serving.deadline import Transport, stream_of
 from jaxgpt2.serving.protocol import (
     MAX_CALLS,
     MSGPACK,
@@ -54,16 +55,19 @@ log = logging.getLogger(__name__)
 # A server that never answered is given up after so many seconds: most likely it is not there.
 FIRST_PATIENCE = 10.0
 
+# Patience is whole again after so many seconds.
+PERIOD = 3600.0
+
 # Who waits for longer than this, in seconds, is told why.
 SILENCE = 5.0
 
 # Bytes of an upload that are handed to the socket at a time.
 PIECE = 1 << 20
 
-# A batch whose worker died is sent again so many times: whatever killed it may have been somebody else's.
+# Batches of one text whose worker died are sent again so many times: whatever killed it may have been somebody else's.
 DEATHS = 3
 
-# Evaluation keys that the server says it lacks are sent again so many times for one batch.
+# Evaluation keys that the server says it lacks are sent again so many times for one text.
 EVICTIONS = 3
 
 # A batch that the server says it is computing is given up after so many seconds.
@@ -78,7 +82,7 @@ MOST_JSON = 1 << 24
 MOST_PROBLEM = 1 << 16
 MOST_RESULTS = 1 << 30
 
-# An answer must keep ahead of so many bytes a second, after the time for which a server may be silent.
+# A request and its answer must keep ahead of so many bytes a second, after the time for which a server may be silent.
 SLOWEST = 10_000
 
 # A server that never answered and has hung up so many times, will go on so. With Python's TLS, that is how a server
@@ -157,7 +161,8 @@ class Connection:
         token: sent as a bearer token.
         authority: a file with the certificate of whom the server has its own from, if the system does not know it.
         certificate: files of the client's own certificate and its key, if the server wants one.
-        patience: seconds after which a server that does not answer any more is given up.
+        patience: seconds of a text (of each hour, if it takes hours) that may go by with requests that fail; then the
+            server is given up.
     """
 
     def __init__(
@@ -169,11 +174,19 @@ class Connection:
         insecure: bool = False,
         patience: float = 300.0,
     ):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            usable &= not re.search(r"\s", url)
+            httpx2.URL(url).host.encode("idna")  # as it is looked up
+        except (ValueError, httpx2.InvalidURL):
+            usable = False
+        if not usable or parts.username is not None or parts.query or parts.fragment:
             raise ServerError(f"{url!r} is no server: wanted https://HOST[:PORT]")
         if parts.scheme == "http" and parts.hostname not in LOOPBACK and not insecure:
             raise ServerError(f"{url} is not encrypted: the token could be read on the way; use https, or --insecure")
+        if token is not None and not re.fullmatch("[!-~]{1,1000}", token):
+            raise ServerError("the token is none: wanted printable ASCII characters, as the command token prints it")
         try:
             context = ssl.create_default_context(cafile=authority)
             if certificate is not None:
@@ -187,10 +200,12 @@ class Connection:
         self.url, self.patience, self.traffic = url, patience, Traffic()
         self._hung_up = 0
         self._counting = threading.Lock()  # heads of a layer send at the same time
+        self._failing: list[tuple[float, float]] = []
         cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
         self._http = httpx2.Client(
-            base_url=url, headers=headers, cookies=cookies, timeout=timeout, verify=context, trust_env=False
-        )
+            base_url=url, headers=headers, cookies=cookies, timeout=timeout, trust_env=False,
+            transport=Transport(context, patience, SLOWEST),
+        )  # fmt: skip
 
     def request(self, method: str, path: str, limit: int = MOST_JSON, **options: Any) -> Reply:
         """An answer with a status of success, of at most `limit` bytes.
@@ -200,6 +215,16 @@ class Connection:
         """
         return self.persist(lambda: self.once(method, path, limit, **options))
 
+    def _wasted(self, start: float, end: float) -> float:
+        """Seconds of the last PERIOD that went by with requests that fail, from start to end too. Those of requests
+        that fail at the same time count once."""
+        with self._counting:
+            recent = [each for each in self._failing if each[1] > end - PERIOD]
+            apart = [each for each in recent if each[1] < start or each[0] > end]
+            joined = [each for each in recent if each not in apart] + [(start, end)]
+            self._failing = [*apart, (min(first for first, _ in joined), max(last for _, last in joined))]
+            return sum(last - first for first, last in self._failing)
+
     def persist(self, attempt: Callable[[], Any]) -> Any:
         """`attempt`, again and again while it raises `_Again`, with growing pauses, until patience ends."""
 
@@ -207,7 +232,7 @@ class Connection:
             return self.patience if self.traffic.requests else min(self.patience, FIRST_PATIENCE)
 
         backoff = tenacity.wait_exponential_jitter(multiplier=0.2, max=10)
-        told = False
+        began, told = time.monotonic(), False
 
         def tell(state: tenacity.RetryCallState) -> None:
             nonlocal told
@@ -219,7 +244,7 @@ class Connection:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Again),
             wait=lambda state: max(backoff(state), _asked_pause(state)),
-            stop=lambda state: tenacity.stop_before_delay(patience())(state),
+            stop=lambda state: self._wasted(began, time.monotonic() + state.upcoming_sleep) >= patience(),
             before_sleep=tell,
             reraise=True,
         )
@@ -233,7 +258,7 @@ class Connection:
         try:
             with self._http.stream(method, path, **options) as response:
                 content = self._read(response, limit if response.is_success else MOST_PROBLEM)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             reason = _of_tls(error)
             if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError) and not self.traffic.requests:
                 self._hung_up += 1
@@ -259,16 +284,15 @@ class Connection:
         raise reason
 
     def _read(self, response: httpx2.Response, limit: int) -> bytes:
-        """The body of an answer. Raises ServerError: it is larger than the limit, compressed, or hardly moves."""
+        """The body of an answer. Raises ServerError: it is larger than the limit, or compressed."""
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise ServerError(f"{self.url} answers with compressed bytes, which nobody asked for")
-        body, started = bytearray(), time.monotonic()
+        body, stream = bytearray(), stream_of(response)
         for chunk in response.iter_raw():
             body += chunk
+            stream.moved(len(chunk))
             if len(body) > limit:
                 raise ServerError(f"{self.url} answers with more than {limit:,} bytes: is it a jaxgpt2 server?")
-            if time.monotonic() - started > self.patience + len(body) / SLOWEST:
-                raise ServerError(f"{self.url} answers too slowly: {len(body):,} bytes in {self.patience:.0f} s")
         return bytes(body)
 
     def count(self, **more: int) -> None:
@@ -415,6 +439,8 @@ class Remote:
     _results: dict[Result, bytes] = field(default_factory=dict)
     _forgotten: list[Result] = field(default_factory=list)
     _count: int = 0
+    _deaths: int = 0
+    _evictions: int = 0
 
     def encrypt(self, name: str, *inputs: np.ndarray) -> Sequence[Any]:
         return self.circuit.encrypt(self.keys, name, *inputs)
@@ -476,7 +502,7 @@ class Remote:
 
     def _send(self, batch: Batch) -> Answer:
         """The answer to a batch, which is computed once however often it is sent."""
-        content, deaths, evictions, sent = pack(batch), 0, 0, False
+        content, sent = pack(batch), False
         if self._session is None:
             self._open()
         path = f"/sessions/{self._session}/batches"
@@ -510,11 +536,11 @@ class Remote:
                 raise
             except Refused as error:
                 sent = False
-                if error.code == "keys_missing" and evictions < EVICTIONS:  # evicted since
-                    evictions += 1
+                if error.code == "keys_missing" and self._evictions < EVICTIONS:  # evicted since
+                    self._evictions += 1
                     self.connection.upload(self.keys.evaluation)
-                elif error.code == "worker_died" and deaths < DEATHS:
-                    deaths += 1
+                elif error.code == "worker_died" and self._deaths < DEATHS:
+                    self._deaths += 1
                 else:
                     raise
 

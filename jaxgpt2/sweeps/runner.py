@@ -19,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,9 @@ from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import Module
 from jaxgpt2.quantize import Bits, CalibrationError
 from jaxgpt2.sweeps.store import Row
+
+# More configurations than anybody measures: most likely a slip of the hand.
+MOST_CONFIGURATIONS = 1_000_000
 
 # Tokens that go through the model together; more passages go in several packs of one shape.
 PACK_TOKENS = 2048
@@ -151,15 +155,20 @@ def grid(
         apart: fields of `Bits` that are changed after that.
 
     Raises:
-        SweepError: there are none, or an option that none of the methods has; MethodError: an unknown method.
+        SweepError: there are none, or too many, or an option that none of the methods has; MethodError: an unknown
+            method.
     """
-    names, widths, apart = tuple(names), tuple(widths), tuple(apart)
+    modules, names, widths, apart = tuple(modules), tuple(names), tuple(widths), tuple(apart)
+    options = {option: tuple(values) for option, values in options.items()}
+    most = math.prod(map(len, (modules, names, widths, apart, *options.values())))
+    if most > MOST_CONFIGURATIONS:
+        raise SweepError(f"the grid has up to {most:,} configurations: name at most {MOST_CONFIGURATIONS:,}")
     for option in options:
         if not any(option in methods.get(name).options for name in names):
             raise SweepError(f"none of the methods {', '.join(names)} has an option {option!r}")
     configs = []
     for name in names:
-        own = {option: tuple(values) for option, values in options.items() if option in methods.get(name).options}
+        own = {option: values for option, values in options.items() if option in methods.get(name).options}
         for bits, changes, chosen in itertools.product(widths, apart, itertools.product(*own.values())):
             config = MethodConfig.of(name, bits, dict(zip(own, chosen, strict=True)))
             configs.append(dataclasses.replace(config, bits=dataclasses.replace(config.bits, **changes)))

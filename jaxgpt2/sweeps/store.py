@@ -59,12 +59,15 @@ class SweepDirectory:
             resume: whether rows may be there already.
 
         Raises:
-            DirectoryError: the directory holds something else, another sweep, or this one while not resuming.
+            DirectoryError: the directory holds something else, another sweep, this one while not resuming, or nothing
+                to resume.
         """
         description = path / "sweep.json"
         if path.exists() and not path.is_dir():
             raise DirectoryError(f"{path} is a file: give a directory for --out")
         if not path.exists() or not any(path.iterdir()):
+            if resume:
+                raise DirectoryError(f"{path} holds no sweep to go on with: leave --resume out to begin one")
             path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(identity, indent=2) + "\n"
             write_atomically(description, lambda name: Path(name).write_text(text))
@@ -101,13 +104,20 @@ def read_sweep(path: Path) -> Row:
         DirectoryError: it is not the directory of a sweep.
     """
     try:
-        return json.loads((path / "sweep.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DirectoryError(f"{path} holds no sweep: give another directory") from None
+        found = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DirectoryError(f"{path} holds no sweep: give another directory")
+    return found
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a directory by key; a last line that was cut off by a kill is cut away."""
+    """The rows of a directory by key; a last line that was cut off by a kill is cut away.
+
+    Raises:
+        DirectoryError: another line is no row.
+    """
     file = path / "rows.jsonl"
     if not file.exists():
         return {}
@@ -115,7 +125,14 @@ def read_rows(path: Path) -> dict[str, Row]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         write_atomically(file, lambda name: Path(name).write_bytes(whole))
-    return {row["key"]: row for row in map(json.loads, whole.splitlines())}
+    rows = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise DirectoryError(f"{file}, line {number}: this is no row of a sweep; give another directory") from None
+    return rows
 
 
 def table(rows: Sequence[Row]) -> Any:

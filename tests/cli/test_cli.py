@@ -103,7 +103,7 @@ def test_info_says_what_is_there():
         (["generate", "x", "--attention", "sofmax"], "no attention method 'sofmax'"),
         (["generate", "x", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "x", "--top-p", "2"], "top_p must be"),
-        (["generate", "x", "--p-error", "7"], "p_error must lie between 0 and 1"),
+        (["generate", "x", "--p-error", "7"], "p_error must lie between 2**-128 and 1"),
         (["generate", "x", "--mode", "simulate", "--backend", "nope"], "unknown backend 'nope'"),
         (["generate", "x", "--mode", "encripted"], "'encripted' is not one of"),
         (["generate", "x", "--max-new-tokens", "0"], "0 is not in the range"),

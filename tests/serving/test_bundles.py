@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,132 @@ def test_a_client_runs_no_code_of_a_bundle(poisoned):
     assert marker.exists()
 
 
+@pytest.fixture(scope="module")
+def original(gpt2, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("original") / "out"
+    write_bundles(compiled(gpt2, "0.1", "lowrank", 3), directory, {})
+    return directory / "client"
+
+
+@pytest.fixture
+def client(original, tmp_path) -> Path:
+    """A client bundle that the test may change."""
+    return Path(shutil.copytree(original, tmp_path / "client"))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a file of JSON."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def rehash(client: Path) -> None:
+    """Makes the hashes of a manifest those of the files."""
+    files = {name: digest for name, digest in bundles.hashes(client).items() if name != bundles.MANIFEST}
+    rewrite(client / bundles.MANIFEST, lambda content: content.update(files=files))
+
+
+def refused(client: Path, *parts: str) -> None:
+    """A bundle is refused whose manifest has the right hashes."""
+    rehash(client)
+    with helpers.one_line(BundleError, "is damaged", *parts):
+        read_client(Bundle.read(client, "client"))
+
+
+@pytest.mark.parametrize("length", [10**12, 0, -1, "8", 8.0, True, None, []])
+@pytest.mark.parametrize("name", ["seq_len", "max_tokens"])
+def test_lengths_that_are_none(client, name, length):
+    def change(content: dict[str, Any]) -> None:
+        (content if name == "seq_len" else content["heads"]["0.1"])[name] = length
+
+    rewrite(client / bundles.MANIFEST, change)
+    refused(client, "tokens, and its model reads 1 to 64")
+
+
+@pytest.mark.parametrize(
+    "scale", [np.ones(23), np.ones((24, 1)), np.ones(24, int), np.zeros(24), np.full(24, np.nan), None]
+)
+def test_scales_that_are_none(client, scale):
+    path = client / "heads" / "0.1.safetensors"
+    tensors = helpers.load_file(path)
+    del tensors["input_scale"]
+    helpers.save_file(tensors | ({} if scale is None else {"input_scale": scale}), path)
+    refused(client, "input_scale")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["dequantization.not a name", "dequantization.mean"], ["dequantization.class"], "dequantization", None, [5], [[]]],
+)
+def test_names_that_are_none(client, names):
+    path = client / "heads" / "0.1.safetensors"
+    tensors = helpers.load_file(path)
+    helpers.save_file(tensors | {"dequantization.not a name": np.ones(1), "dequantization.class": np.ones(1)}, path)
+    rewrite(client / bundles.MANIFEST, lambda content: content["heads"]["0.1"].update(dequantization=names))
+    refused(client)
+
+
+def test_numbers_that_are_none(client):
+    path = client / "heads" / "0.1.safetensors"
+    tensors = helpers.load_file(path)
+    helpers.save_file(tensors | {"dequantization.mean": np.full(8, np.inf)}, path)
+    refused(client, "its dequantization is not of finite numbers")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda functions: functions["project"].update(outputs=10**12),
+        lambda functions: functions["project"].update(outputs="3"),
+        lambda functions: functions["project"].update(outputs=True),
+        lambda functions: functions.update({"no name": functions["project"]}),
+        lambda functions: functions["first"].update(sources=[[{"function": "project", "position": 10**9}]]),
+        lambda functions: functions["first"].update(sources=[[{"function": "project", "position": "0"}]]),
+        lambda functions: functions["first"].update(sources=[[{"function": "nobody", "position": 0}]]),
+        lambda functions: functions["first"].update(sources=5),
+    ],
+)
+@pytest.mark.parametrize("both", [True, False])
+def test_signatures_that_are_none(client, change, both):
+    rewrite(client / "circuits" / "0.1" / "circuit.json", lambda content: change(content["signatures"]))
+    if both:
+        rewrite(client / bundles.MANIFEST, lambda content: change(content["circuits"]["0.1"]["signatures"]))
+    rehash(client)
+    with pytest.raises((BundleError, fhe.CircuitFormatError), match="damaged"):
+        read_client(Bundle.read(client, "client"))
+
+
+@pytest.mark.parametrize("identity", ["../../x", "c" * 64, "", 5, None])
+def test_an_identity_of_a_circuit_is_the_bundles(client, identity):
+    """It names the file of the secret keys."""
+    rewrite(client / "circuits" / "0.1" / "circuit.json", lambda content: content.update(id=identity))
+    refused(client)
+    rewrite(client / bundles.MANIFEST, lambda content: content["circuits"]["0.1"].update(id=identity))
+    if identity != "c" * 64:
+        refused(client)
+
+
+@pytest.mark.parametrize("name", ["basis", "mean"])
+def test_results_that_a_method_cannot_decode(client, original, gpt2, name):
+    path = client / "heads" / "0.1.safetensors"
+    tensors = helpers.load_file(path)
+    changed = tensors[f"dequantization.{name}"]
+    helpers.save_file(tensors | {f"dequantization.{name}": np.ones((*changed.shape[:-1], 5))}, path)
+    rehash(client)
+    encrypted = read_client(Bundle.read(client, "client"))
+    executors = {m: SimulatedExecutor(c) for m, c in compiled(gpt2, "0.1", "lowrank", 3).circuits.items()}
+    with helpers.one_line(methods.MethodError, "module 0.1"):
+        list(encrypted.continue_text(PROMPT, 2, encrypted.run_by(executors)))
+
+
+def test_a_file_elsewhere_is_not_part_of_a_bundle(client):
+    """Not even looked at: it may have no end."""
+    rewrite(client / bundles.MANIFEST, lambda content: content["files"].update({"/proc/kmsg": "0" * 64}))
+    with pytest.raises(BundleError, match="lacks /proc/kmsg"):
+        Bundle.read(client, "client")
+
+
 # --- over HTTP ----------------------------------------------------------------------------------
 
 
@@ -193,6 +321,7 @@ def test_a_whole_attention_from_eval_to_a_server(model, tmp_path):
     assert {name for name, tensor in own.items() if tensor.any()} == {"c_proj.bias"}
     with running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server:
         remote = run("generate", PROMPT, "--server", server.url, "--client", tmp_path / "out" / "client",
+                     "--send-my-text-unencrypted",
                      "--keys", tmp_path / "keys", "--max-new-tokens", 4)  # fmt: skip
     assert remote["tokens"] == wanted and remote["modules"] == "1.attn"
 
@@ -204,7 +333,7 @@ def test_sessions_lost_in_mid_text_do_not_change_it(gpt2, tmp_path):
     wanted = list(encrypted.generate(PROMPT, 6, "quantized"))
     with (
         running(tmp_path / "out" / "server", tmp_path / "state", "--workers", 1) as server,
-        RemoteGPT2.connect(server.url, tmp_path / "out" / "client", tmp_path / "keys") as remote,
+        RemoteGPT2.connect(server.url, tmp_path / "out" / "client", tmp_path / "keys", True) as remote,
         httpx2.Client(base_url=server.url) as client,
     ):
         text, got = remote.generate(PROMPT, 6), []

@@ -7,8 +7,10 @@ import gzip
 import json
 import logging
 import re
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 import linears
+import tampering
 from helpers import one_line
 from jaxgpt2.serving import remote as remote_module
 from jaxgpt2.serving.bundle import FORMAT
@@ -96,23 +99,79 @@ def test_compressed_answers_are_refused(encoding):
     assert len(asked) == 1
 
 
-def test_answers_that_hardly_move(monkeypatch):
+@contextlib.contextmanager
+def dripping(first: bytes, drop: bytes, pause: float) -> Iterator[str]:
+    """A server that answers anything with some bytes, and then with a few more again and again; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def talk(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.recv(1 << 16)
+            connection.sendall(first)
+            while True:
+                connection.sendall(drop)
+                time.sleep(pause)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "drop", "pause"),
+    [
+        (b"", b"", 0.05),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.02),  # a header without end
+        (b"HTTP/1.1 200 OK\r\n", b"X: x\r\n", 0.02),  # headers without end
+        (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02),  # answers before the answer
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n", 0.02),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b"x", 0.02),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 60000\r\n\r\n", b"x", 0.02),
+    ],
+)
+def test_answers_that_hardly_move(first, drop, pause):
     """A byte now and then keeps no client for ever."""
-
-    def say(request: Request) -> Said:
-        return 200, {"Transfer-Encoding": "chunked"}, b"1\r\nx\r\n"  # and never an end
-
-    with connected(say, patience=0.5) as connection:
-        connection._http.timeout = 0.3
+    with dripping(first, drop, pause) as url, contextlib.closing(Connection(url, patience=0.4)) as connection:
         started = time.monotonic()
         with one_line(ServerError, "does not answer"):
             connection.request("GET", "/specification")
-        assert time.monotonic() - started < 5
-    clock = iter(range(0, 10_000, 100))
-    with connected(always(200, b"x" * 10)) as connection:
-        monkeypatch.setattr(remote_module.time, "monotonic", lambda: next(clock))
-        with one_line(ServerError, "answers too slowly: 10 bytes in 2 s"):
-            connection.once("GET", "/specification")
+        assert time.monotonic() - started < 10
+
+
+def test_patience_is_that_of_a_whole_text():
+    """A server that fails now and then wastes no more time with many requests than with one."""
+    asked = []
+
+    def say(request: Request) -> Said:
+        asked.append(request)
+        return (200, {}, b"{}") if len(asked) % 2 else problem(503, "busy")(request)
+
+    with connected(say, patience=1.5) as connection:
+        started = time.monotonic()
+        with one_line(Refused, "503 busy"):
+            for _ in range(1000):
+                connection.specification()
+        assert time.monotonic() - started < 10
+
+
+def test_requests_that_fail_at_the_same_time_count_once():
+    connection = Connection("http://127.0.0.1:1")
+    assert connection._wasted(0.0, 3.0) == 3.0
+    assert connection._wasted(1.0, 2.0) == 3.0
+    assert connection._wasted(2.0, 5.0) == 5.0
+    assert connection._wasted(10.0, 11.0) == 6.0
+    assert connection._wasted(4.0, 10.5) == 11.0
+    assert connection._wasted(4000.0, 4001.0) == 1.0  # what is long ago is forgiven
+    connection.close()
 
 
 @pytest.mark.parametrize("after", ["\xb2", "-1", "1e400", "inf", "nan", "9" * 400, "99999", "soon",
@@ -211,6 +270,26 @@ def test_computing_for_ever(circuit, monkeypatch):
     with connected(say) as connection, one_line(ServerError, "does not end"):
         run(connection, circuit)
     assert 3 < len(asked) < 12  # and not thousands of times
+
+
+def test_keys_missing_again_and_again(circuit):
+    """What a batch may ask for again, a text may ask for as often."""
+    honest, asked = tampering.Circuits(circuit), []
+
+    def say(request: Request) -> Said:
+        if request.path.endswith("/batches"):
+            asked.append(request)
+            if len(asked) % 2:
+                return problem(409, "keys_missing")(request)
+        return honest(request)
+
+    keys = circuit.make_keys()
+    honest.evaluation = keys.evaluation
+    with connected(say) as connection:
+        party = Remote(connection, circuit, keys)
+        with one_line(Refused, "409 keys_missing"):
+            for _ in range(100):
+                party.decrypt("nap", party.run("nap", party.encrypt("nap", np.zeros((1, 1), int))))
 
 
 def test_keys_missing_for_ever(circuit):

@@ -455,7 +455,7 @@ def test_the_cheapest_encryption_loses_no_more_than_allowed():
     ("arguments", "message"),
     [
         (["--p-error", "1e-3,low"], "--p-error '1e-3,low' cannot be read: wanted probabilities"),
-        (["--p-error", "2"], "p_error must lie between 0 and 1"),
+        (["--p-error", "2"], "p_error must lie between 2**-128 and 1"),
         (["--rounding", "exact,half"], "rounding must be one of exact, approximate, none, not 'half'"),
     ],
 )
