@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -35,7 +36,7 @@ from jaxgpt2.models.gpt2.text import encode
 
 # Computes a matrix's product, by its full name: integers (B, T, d) of which the first `count` tokens are text -> (B, T,
 # m), int32. What comes out for padding means nothing.
-Products = Callable[[str, jax.Array, int], jax.Array]
+Products = Callable[[str, jax.Array, int], ArrayLike]
 
 
 class Cache(NamedTuple):
@@ -69,6 +70,10 @@ class LinearClient:
             for name in MATRICES
         }
 
+    @functools.cached_property
+    def _on_device(self) -> ClientParams:
+        return jax.device_put(self.params)
+
     def empty_cache(self, batch: int, size: int) -> Cache:
         """Room for `size` tokens of `batch` texts."""
         shape = (batch, self.config.n_head, size, self.config.head_dim)
@@ -87,10 +92,11 @@ class LinearClient:
             logits (B, T, V), with a `count` (B, 1, V) of the last token of text; and the cache with the new tokens.
         """
         config, largest, start = self.config, self.bits.largest_input, 0 if cache is None else cache.length
+        on_device = self._on_device
         text = tokens.shape[1] if count is None else count
-        h = linear.embed(self.params, tokens, start, config)
+        h = linear.embed(on_device, tokens, start, config)
         layers = []
-        for index, params in enumerate(self.params.layers):
+        for index, params in enumerate(on_device.layers):
             c_attn, c_proj, c_fc, mlp_proj = (params[name] for name in MATRICES)
             multiply = [functools.partial(products, f"h.{index}.{name}") for name in MATRICES]
             own = None if cache is None else cache.layers[index]
@@ -107,7 +113,7 @@ class LinearClient:
         if count is not None:
             h = h[:, count - 1 : count]
         after = None if cache is None else Cache(tuple(layers), start + text)
-        return linear.unembed(self.params, h, config), after
+        return linear.unembed(on_device, h, config), after
 
     def encode(self, text: str, room: int = 0) -> list[int]:
         """Token ids that leave `room` tokens of the context free. Raises PromptError."""

@@ -67,6 +67,7 @@ class Request:
     method: str
     path: str
     body: bytes
+    headers: str = ""
 
 
 # What a server says to a request: status, headers, body; None hangs up.
@@ -83,7 +84,7 @@ def serving(say: Callable[[Request], Said]) -> Iterator[str]:
 
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            said = say(Request(self.command, self.path, body))
+            said = say(Request(self.command, self.path, body, str(self.headers)))
             if said is None:
                 self.close_connection = True
                 return

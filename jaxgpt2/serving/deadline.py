@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import httpcore2
-import httpx2
 
 # What httpcore2's streams are asked for to get a `Stream` itself.
 STREAM = "jaxgpt2.stream"
@@ -63,7 +62,7 @@ class Stream(httpcore2.NetworkStream):
         return self if info == STREAM else self._stream.get_extra_info(info)
 
 
-def stream_of(response: httpx2.Response) -> Stream:
+def stream_of(response: httpcore2.Response) -> Stream:
     """What an answer comes on. Bytes of its body are to be noted with `moved`; headers have no time but `silence`."""
     return response.extensions["network_stream"].get_extra_info(STREAM)
 
@@ -76,18 +75,3 @@ class Backend(httpcore2.SyncBackend):
 
     def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore2.NetworkStream:
         return Stream(super().connect_tcp(*arguments, **options), self._silence, self._pace)
-
-
-class Transport(httpx2.HTTPTransport):
-    """httpx2's transport over such connections.
-
-    silence, pace: of a `Stream`.
-    """
-
-    def __init__(self, context: ssl.SSLContext, silence: float, pace: float):
-        super().__init__(verify=context, trust_env=False)
-        # What httpx2 makes too, but for where its connections come from, which it has no argument for.
-        self._pool = httpcore2.ConnectionPool(
-            ssl_context=context, max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0,
-            network_backend=Backend(silence, pace),
-        )  # fmt: skip

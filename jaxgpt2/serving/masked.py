@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import weights
@@ -183,7 +182,7 @@ class Masked:
         self._used = dict.fromkeys(client.shapes, 0)
         self.wrong: set[str] = set()
 
-    def __call__(self, name: str, x: jax.Array, count: int) -> jax.Array:
+    def __call__(self, name: str, x: jax.Array, count: int) -> np.ndarray:
         integers = np.asarray(x)[0, :count]  # (T, d)
         start = self._used[name]
         rows = slice(start, start + count)
@@ -200,7 +199,7 @@ class Masked:
             self.wrong.add(name)
         padded = np.zeros((1, x.shape[1], y.shape[1]), np.int32)
         padded[0, :count] = y
-        return jnp.asarray(padded)
+        return padded
 
     def check(self) -> None:
         """What was found wrong, when the text is done.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.cookiejar
 import json
 import logging
 import re
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import httpcore2
 import numpy as np
 import tenacity
 
@@ -33,7 +32,7 @@ from fhe.rlwe import Parameters
 from jaxgpt2.errors import InputError
 from jaxgpt2.executors import StateLost
 from jaxgpt2.serving.bundle import FORMAT
-from jaxgpt2.serving.deadline import Transport, stream_of
+from jaxgpt2.serving.deadline import Backend, stream_of
 from jaxgpt2.serving.protocol import (
     MAX_CALLS,
     MSGPACK,
@@ -88,6 +87,9 @@ SLOWEST = 10_000
 # A server that never answered and has hung up so many times, will go on so. With Python's TLS, that is how a server
 # refuses a client for its certificate.
 HANG_UPS = 3
+
+# Seconds of silence before a request is tried again.
+TIMEOUTS = {"timeout": {"connect": 10.0, "read": 60.0, "write": 60.0, "pool": 60.0}}
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -177,10 +179,10 @@ class Connection:
         try:
             parts = urllib.parse.urlsplit(url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            usable &= not re.search(r"\s", url)
-            httpx2.URL(url).host.encode("idna")  # as it is looked up
-        except (ValueError, httpx2.InvalidURL):
-            usable = False
+            usable &= re.fullmatch(r"[^\s\x00-\x1f\x7f]+", url) is not None and parts.path.isascii()
+            host = (parts.hostname or "").encode("idna")  # as it is looked up
+        except ValueError:
+            usable, host = False, b""
         if not usable or parts.username is not None or parts.query or parts.fragment:
             raise ServerError(f"{url!r} is no server: wanted https://HOST[:PORT]")
         if parts.scheme == "http" and parts.hostname not in LOOPBACK and not insecure:
@@ -193,27 +195,33 @@ class Connection:
                 context.load_cert_chain(*certificate)
         except OSError as error:
             raise ServerError(f"the certificate cannot be used: {error}") from None
-        headers = {"User-Agent": f"jaxgpt2/{jaxgpt2.__version__}", "Accept-Encoding": "identity"}
+        self._headers = {"User-Agent": f"jaxgpt2/{jaxgpt2.__version__}", "Accept-Encoding": "identity"}
         if token is not None:
-            headers["Authorization"] = f"Bearer {token}"
-        timeout = httpx2.Timeout(10.0, read=60.0, write=60.0)
+            self._headers["Authorization"] = f"Bearer {token}"
         self.url, self.patience, self.traffic = url, patience, Traffic()
+        self._address = parts.scheme, host, parts.port, parts.path.rstrip("/")
         self._hung_up = 0
         self._counting = threading.Lock()  # heads of a layer send at the same time
         self._failing: list[tuple[float, float]] = []
-        cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=()))
-        self._http = httpx2.Client(
-            base_url=url, headers=headers, cookies=cookies, timeout=timeout, trust_env=False,
-            transport=Transport(context, patience, SLOWEST),
+        self._pool = httpcore2.ConnectionPool(
+            ssl_context=context, max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0,
+            network_backend=Backend(patience, SLOWEST),
         )  # fmt: skip
 
-    def request(self, method: str, path: str, limit: int = MOST_JSON, **options: Any) -> Reply:
-        """An answer with a status of success, of at most `limit` bytes.
+    def request(
+        self,
+        method: str,
+        path: str,
+        limit: int = MOST_JSON,
+        content: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """An answer with a status of success, of at most `limit` bytes. What is sent must be there for another try.
 
         Raises:
             Refused: the server will not do it, however often it is asked; ServerError: it does not answer.
         """
-        return self.persist(lambda: self.once(method, path, limit, **options))
+        return self.persist(lambda: self.once(method, path, limit, content, headers))
 
     def _wasted(self, start: float, end: float) -> float:
         """Seconds of the last PERIOD that went by with requests that fail, from start to end too. Those of requests
@@ -253,14 +261,27 @@ class Connection:
         except _Again as error:
             raise error.reason from None
 
-    def once(self, method: str, path: str, limit: int = MOST_JSON, **options: Any) -> Reply:
+    def once(
+        self,
+        method: str,
+        path: str,
+        limit: int = MOST_JSON,
+        content: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
         """Raises _Again where it is worth another try."""
+        scheme, host, port, before = self._address
+        url = httpcore2.URL(scheme=scheme, host=host, port=port, target=before + path)
         try:
-            with self._http.stream(method, path, **options) as response:
-                content = self._read(response, limit if response.is_success else MOST_PROBLEM)
-        except httpx2.RequestError as error:
+            with self._pool.stream(
+                method, url, headers={**self._headers, **(headers or {})}, content=content, extensions=TIMEOUTS
+            ) as response:
+                said = {name.lower(): value.decode("latin-1") for name, value in response.headers}
+                success = 200 <= response.status < 300
+                received = self._read(response, said, limit if success else MOST_PROBLEM)
+        except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
             reason = _of_tls(error)
-            if isinstance(error, httpx2.RemoteProtocolError | httpx2.ReadError) and not self.traffic.requests:
+            if isinstance(error, httpcore2.RemoteProtocolError | httpcore2.ReadError) and not self.traffic.requests:
                 self._hung_up += 1
                 if self._hung_up == HANG_UPS:
                     secure = self.url.startswith("https")
@@ -268,27 +289,27 @@ class Connection:
             if reason is not None:  # no patience mends it
                 raise ServerError(f"{self.url} refuses: {reason}") from None
             raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
-        self.count(requests=1, received=len(content))
-        if response.is_success:
-            return Reply(response.status_code, content)
+        self.count(requests=1, received=len(received))
+        if success:
+            return Reply(response.status, received)
         try:
-            problem = Problem.model_validate_json(content)
+            problem = Problem.model_validate_json(received)
             kind = {"no_batch": _Unknown, "no_session": SessionLost}.get(problem.code, Refused)
-            reason = kind(response.status_code, problem.code, problem.detail)
+            reason = kind(response.status, problem.code, problem.detail)
         except ValueError:
-            reason = ServerError(f"{self.url} answers {response.status_code} and no reason: is it a jaxgpt2 server?")
-        after = response.headers.get("Retry-After", "")
+            reason = ServerError(f"{self.url} answers {response.status} and no reason: is it a jaxgpt2 server?")
+        after = said.get(b"retry-after", "")
         pause = float(after) if re.fullmatch("[0-9]{1,6}", after) else None
-        if (pause is not None and pause <= self.patience) or response.status_code in (408, 502, 503, 504):
+        if (pause is not None and pause <= self.patience) or response.status in (408, 502, 503, 504):
             raise _Again(reason, pause)
         raise reason
 
-    def _read(self, response: httpx2.Response, limit: int) -> bytes:
+    def _read(self, response: httpcore2.Response, said: Mapping[bytes, str], limit: int) -> bytes:
         """The body of an answer. Raises ServerError: it is larger than the limit, or compressed."""
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if said.get(b"content-encoding", "identity").lower() != "identity":
             raise ServerError(f"{self.url} answers with compressed bytes, which nobody asked for")
         body, stream = bytearray(), stream_of(response)
-        for chunk in response.iter_raw():
+        for chunk in response.iter_stream():
             body += chunk
             stream.moved(len(chunk))
             if len(body) > limit:
@@ -383,7 +404,7 @@ class Connection:
         return digest
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.close()
 
 
 _NOT_THIS_CERTIFICATE = "it wants a certificate of the client, or not this client's: see --tls-cert and --tls-key"
@@ -546,7 +567,7 @@ class Remote:
 
     def _open(self) -> None:
         content = NewSession(circuit=self.circuit.id, keys=self.connection.upload(self.keys.evaluation))
-        response = self.connection.request("POST", "/sessions", content=content.model_dump_json())
+        response = self.connection.request("POST", "/sessions", content=content.model_dump_json().encode())
         try:
             self._session = SessionOpened.model_validate_json(response.content).session
         except ValueError:
