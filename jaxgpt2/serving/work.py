@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import signal
 import time
@@ -61,6 +62,15 @@ def _ready() -> OrderedDict[tuple[Path, Path], tuple[fhe.Circuit, bytes]]:
     return OrderedDict()
 
 
+def _load(job: Job) -> fhe.Circuit:
+    backend = fhe.get_backend(job.backend)
+    try:
+        return backend.load(job.circuit)
+    except fhe.UnknownName:
+        importlib.import_module("jaxgpt2.methods")  # registers the functions of all methods, and takes a while
+        return backend.load(job.circuit)
+
+
 def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
     ready, name = _ready(), (job.circuit, job.keys)
     if name not in ready:
@@ -70,7 +80,7 @@ def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
             raise APIError(409, "keys_missing", "these evaluation keys are not here: upload them") from None
         while len(ready) >= job.in_memory:
             ready.popitem(last=False)
-        ready[name] = fhe.get_backend(job.backend).load(job.circuit), keys
+        ready[name] = _load(job), keys
     ready.move_to_end(name)
     return ready[name]
 

@@ -201,7 +201,7 @@ def test_the_api_describes_itself(server):
     assert "$defs" not in json.dumps(body)
     found = raw(server).get("/specification").json()
     assert found["bundle"] == IDENTITY
-    assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash"}
+    assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash", "widen"}
 
 
 def test_metrics_are_for_their_own_token(server):
