@@ -156,7 +156,7 @@ class Server(Accounts):
         self.bundle, self.settings = bundle, settings
         self.circuits: dict[str, CircuitEntry] = {entry.id: entry for entry in bundle.circuits}
         own = self.limits
-        self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client)
+        self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client, own.idle)
         self.sessions = SessionStore(
             settings.state / "sessions", own.idle, own.sessions_per_client, own.sessions, own.session_size
         )
@@ -489,17 +489,14 @@ def make_app(server: Server) -> FastAPI:
         """Evaluation keys from the byte on that is missing, to the last. What has arrived when the connection breaks
         stays here."""
         start, total = content_range(request)
-        with server.admitted(client), server.keys.receive(client, digest, start, total) as file:
-            try:
-                async for chunk in chunks_of(request):
-                    start += len(chunk)
-                    if start > total:
-                        raise APIError(413, "too_large", "more bytes than were announced")
-                    await asyncio.to_thread(file.write, chunk)
-            finally:
-                await asyncio.to_thread(file.flush)
+        with server.admitted(client), server.keys.receive(client, digest, start, total) as upload:
+            async for chunk in chunks_of(request):
+                upload.take(len(chunk))
+                await asyncio.to_thread(upload.write, chunk)
+                start += len(chunk)
             if start == total:
-                await asyncio.to_thread(server.keys.finish, client, digest)
+                await asyncio.to_thread(server.keys.check, client, digest)
+                server.keys.finish(client, digest)
         return KeyStatus(received=start, complete=start == total)
 
     @app.post("/sessions", status_code=201, openapi_extra=_body(NewSession, "application/json"))
