@@ -11,10 +11,11 @@ import ssl
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import prometheus_client
 import structlog
@@ -53,6 +54,8 @@ from jaxgpt2.serving.work import Job
 from jaxgpt2.serving.workers import LocalWorker, Scheduler, TookTooLong, Worker, WorkerDied, dask_workers
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 # The client of this name may read /metrics, which tell of all clients, and nothing else.
 METRICS = "metrics"
@@ -165,14 +168,22 @@ class Server(Accounts):
                 self.sessions.close(session)
         self.metrics = Metrics(self)
         self.scheduler = Scheduler(workers, own.queue)
+        self.reader = ThreadPoolExecutor(1)  # of batches, one at a time: it takes turns with the event loop
+        self.turns: dict[str, asyncio.Lock] = {}
+
+    async def read(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function makes of a batch, where clients take turns too."""
+        async with self.turns.setdefault(client, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self.reader, function, *arguments)
 
     def check_batch(self, session: Session, batch: Batch) -> None:
         """What can be known of a batch before it is computed. Raises APIError."""
         signatures = self.circuits[session.circuit].signatures
         made: set[Result] = set()
+        there = {path.name for path in session.path.iterdir()}
 
         def known(result: Result) -> None:
-            if result not in made and not session.result(result).exists():
+            if result not in made and session.result(result).name not in there:
                 raise APIError(422, "no_result", f"there is no result {result.output} of call {result.call}")
 
         functions: dict[int, str] = {}
@@ -204,10 +215,11 @@ class Server(Accounts):
             ):
                 raise APIError(403, "kept", f"result {result.output} of call {result.call} stays on the server")
 
-    def begin(self, session: Session, batch: Batch) -> None:
-        """Puts a batch in the queue, if it is not computed already or being computed.
+    def begin(self, session: Session, batch: Batch, body: bytes) -> None:
+        """Begins to check and to compute a batch, if it is not computed already or being computed; `answer` says what
+        becomes of it.
 
-        Raises APIError, also for another batch while one is computed.
+        Raises APIError for another batch while one is computed.
         """
         if session.running is not None:
             if session.running[0] != batch.request:
@@ -215,11 +227,9 @@ class Server(Accounts):
             return
         if session.answer(batch.request).exists():
             return
-        self.check_batch(session, batch)
-        self.scheduler.check()
-        self.keys.use(session.client, session.keys)
-        self.count_calls(session.client, len(batch.calls))
-        session.running = batch.request, asyncio.create_task(self._compute(session, batch))
+        task = asyncio.create_task(self._compute(session, batch, body))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody waits for it
+        session.running = batch.request, task
 
     async def answer(self, session: Session, request: str) -> Path | None:
         """The file with the answer to a batch that has begun; None if it takes longer than POLL.
@@ -244,22 +254,29 @@ class Server(Accounts):
             await asyncio.sleep(min(self.limits.idle, SWEEP))
             self.sessions.sweep()
 
-    async def _compute(self, session: Session, batch: Batch) -> None:
+    async def _compute(self, session: Session, batch: Batch, body: bytes) -> None:
+        try:
+            await self.read(session.client, self.check_batch, session, batch)
+            batch.uploads.clear()  # they are in the body, which the worker reads
+            self.scheduler.check()
+            self.keys.use(session.client, session.keys)
+            self.count_calls(session.client, len(batch.calls))
+            await self._finish(session, batch, self._job(session, body))
+        finally:
+            session.running = None
+            session.used = time.time()
+
+    def _job(self, session: Session, body: bytes) -> Job:
         entry = self.circuits[session.circuit]
-        job = Job(
+        return Job(
             entry.backend,
             self.bundle.circuit_directory(entry.module).absolute(),
             self.keys.path(session.client, session.keys).absolute(),
             session.path.absolute(),
-            batch,
+            body,
             self.limits.keys_in_memory,
             self.limits.session_size - session.size,
         )
-        try:
-            await self._finish(session, batch, job)
-        finally:
-            session.running = None
-            session.used = time.time()
 
     async def _finish(self, session: Session, batch: Batch, job: Job) -> None:
         started = time.monotonic()
@@ -531,8 +548,9 @@ def make_app(server: Server) -> FastAPI:
         """Runs a batch's calls, once, however often it is sent."""
         session = server.sessions.get(client, identity)
         with server.admitted(client):
-            batch = unpack(Batch, await body_of(request, server.limits.body))
-            server.begin(session, batch)
+            body = await body_of(request, server.limits.body)
+            batch = await server.read(client, unpack, Batch, body)
+            server.begin(session, batch, body)
             return await _answered(await server.answer(session, batch.request))
 
     @app.get("/sessions/{identity}/batches/{batch}", response_class=Response, responses=ANSWERS)

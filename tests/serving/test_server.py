@@ -179,7 +179,7 @@ def test_a_worker_puts_nothing_into_an_answer_that_stays_on_the_server(circuit, 
     calls = [{"id": 0, "function": "project", "inputs": [0]}, {"id": 0, "function": "nap", "inputs": [1]}]
     for output in (0, 1):
         content = {"request": "0" * 32, "calls": calls, "uploads": uploads, "results": [{"call": 0, "output": output}]}
-        job = Job("clear", tmp_path / "circuit", tmp_path / "keys", tmp_path, unpack(Batch, packed(content)), 1, 10**6)
+        job = Job("clear", tmp_path / "circuit", tmp_path / "keys", tmp_path, packed(content), 1, 10**6)
         done = perform(job)
         if output == 0:  # the second call's own, for the client
             answer = unpack(Answer, (tmp_path / f"answer.{'0' * 32}").read_bytes())
@@ -580,7 +580,7 @@ def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
     party = remote(server, circuit)
     job = Job(
         "clear", server.bundle / "circuits" / "0.1", tmp_path / "keys", tmp_path / "session",
-        unpack(Batch, batch_of(party, "project", ROW, results=[])), 1, 10**6,
+        batch_of(party, "project", ROW, results=[]), 1, 10**6,
     )  # fmt: skip
     job.session.mkdir()
     job.keys.write_bytes(party.keys.evaluation)
@@ -596,10 +596,10 @@ def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
     assert perform(dataclasses.replace(job, room=size - 1)).refusal == full
     assert not list(job.session.iterdir())  # nothing of a batch that does not fit
     assert perform(dataclasses.replace(job, room=size)).refusal is None
-    # What the client wants back has its place there too, as often as it is named.
-    calls = [{"id": 0, "function": "nap", "inputs": [0]}]
-    nap = {"calls": calls, "results": [{"call": 0, "output": 0}] * 1000}
-    job = dataclasses.replace(job, batch=unpack(Batch, batch_of(party, "nap", np.zeros((1, 1), int), **nap)))
+    # What the client wants back has its place there too.
+    calls = [{"id": number, "function": "nap", "inputs": [0]} for number in range(1000)]
+    nap = {"calls": calls, "results": [{"call": number, "output": 0} for number in range(1000)]}
+    job = dataclasses.replace(job, batch=batch_of(party, "nap", np.zeros((1, 1), int), **nap))
     assert perform(dataclasses.replace(job, room=50_000)).refusal == full
     assert perform(job).refusal is None
 
@@ -687,6 +687,7 @@ def test_a_worker_that_dies_takes_one_request_with_it(server, circuit):
     assert response.json() == {
         "code": "worker_died", "detail": "the process that computed this died; it has been replaced"
     }  # fmt: skip
+    assert {event["event"] for event in server.events()} >= {"worker died"}  # all of the log can be read
     assert client.post(path, content=batch_of(party, "crash", fatal * 0)).status_code == 200
     with pytest.raises(Refused, match="died"):  # after a few tries
         run(party, "crash", fatal)
