@@ -204,6 +204,12 @@ def test_the_api_describes_itself(server):
     assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash", "widen"}
 
 
+def test_a_server_does_without_jax():
+    """It would take longer to start, and three times the memory."""
+    code = "import sys, jaxgpt2.serving.server; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_metrics_are_for_their_own_token(server):
     assert b"jaxgpt2_requests_total" in raw(server, "metrics").get("/metrics").content
     assert raw(server, "alice").get("/metrics").status_code == 403
