@@ -16,9 +16,11 @@ from fhe.errors import (
     KeyMismatch,
     NoWeights,
     UnknownBackend,
+    UnknownName,
 )
 from fhe.registry import backends, get_backend, register_backend
 from fhe.signatures import Output, Signature, Signatures
+from fhe.storage import register_functions
 from fhe.tfhe.cost import LOOKUP_TIMES, MILLISECONDS_PER_LOOKUP, Cost, Report
 from fhe.tfhe.tables import LookupTable, NumpyOps, Ops
 
@@ -49,9 +51,11 @@ __all__ = [
     "Signature",
     "Signatures",
     "UnknownBackend",
+    "UnknownName",
     "backends",
     "cached_keys",
     "compile_cached",
     "get_backend",
     "register_backend",
+    "register_functions",
 ]

@@ -163,8 +163,7 @@ class Circuit(Protocol):
     def save(self, directory: str | Path, server: bool = True) -> None:
         """Write the circuit to a directory for `Backend.load`; the directory is made if missing.
 
-        server: False writes the client's half only: it makes keys, encrypts and decrypts, and holds no weights and no
-        code.
+        server: False writes the client's half only: it makes keys, encrypts and decrypts, and holds no weights.
         """
         ...
 
@@ -220,8 +219,8 @@ class Backend(Protocol):
     def load(self, directory: str | Path, server: bool = True) -> Circuit:
         """A saved circuit, or its client's half if the directory holds no more. Raises CircuitFormatError.
 
-        server: False loads the client's half and never opens a file of the server's half, even if one is there. The
-        server's half holds code that loading runs: load it only from a source that you trust.
+        server: False loads the client's half and never opens a file of the server's half, even if one is there. An
+        engine whose compiler makes machine code has it in the server's half: load it only from a source that you trust.
         """
         ...
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from fhe.backend import Backend, Circuit, FHEConfig, Function, Keys, check_functions
 from fhe.errors import CircuitFormatError, KeyMismatch
+from fhe.storage import register_functions
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def compile_cached(
     Raises what `backend.compile` raises, and TypeError if params hold something that cannot be hashed.
     """
     functions = check_functions(functions)
+    register_functions(*(function.run for function in functions.values()))
     entry = Path(directory) / fingerprint(backend, functions, params, config)
     if entry.exists():
         try:

@@ -4,9 +4,7 @@ It needs NumPy only. It serves to test everything around a circuit. Its report c
 Concrete: lookups and products of ciphertexts by stage, with bit widths taken from the input set.
 """
 
-import hashlib
 import io
-import pickle
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +23,7 @@ from fhe.tfhe.cost import Cost, Report
 from fhe.tfhe.tables import NumpyOps
 from fhe.tfhe.tracer import count_lookups, trace
 
-FORMAT = 2
+FORMAT = 3
 KIND = "clear circuit"
 
 
@@ -139,7 +137,7 @@ class ClearBackend:
         )
         shapes = {name: tuple(value.shape for value in f.inputset[0]) for name, f in functions.items()}
         names = {name: getattr(function.run, "__qualname__", "") for name, function in functions.items()}
-        identity = hashlib.sha256(pickle.dumps((names, params, shapes, signatures, config))).hexdigest()
+        identity = storage.digest((names, params, shapes, signatures, config))
         bodies = {name: function.run for name, function in functions.items()}
         return ClearCircuit(identity, report, shapes, signatures, bodies, params)
 

@@ -32,6 +32,10 @@ class CircuitFormatError(FHEError):
     """Bytes or files that are damaged, truncated, of another format, or in the wrong place."""
 
 
+class UnknownName(CircuitFormatError):
+    """A saved circuit that names a function or a class which is not known here (see `fhe.register_functions`)."""
+
+
 class NoWeights(FHEError):
     """The client's half of a circuit, which has no weights, was asked to compute."""
 

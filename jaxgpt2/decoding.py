@@ -49,6 +49,11 @@ class CircuitCache(NamedTuple):
 class DecodingStrategy(Protocol):
     """Hashable: programs are compiled in JAX for each."""
 
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        """The functions that circuits are made of: a saved circuit names them (`fhe.register_functions`)."""
+        ...
+
     def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
         """The results of all rows of a text (T, C), each (T, ...). Row i depends on rows 0 to i alone."""
         ...
@@ -118,6 +123,10 @@ class FullSequence:
 
     run: Body
 
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return (self.run,)
+
     def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
         return self.run(ops, params, x)
 
@@ -174,6 +183,10 @@ class Cached:
     row: int
     alone: tuple[int, ...]
     blocks: tuple[int, ...] = (4, 2, 1)
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return self.project, self.first, self.attend
 
     # In JAX, and in NumPy.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import socket
@@ -15,10 +16,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from fhe import rlwe
 from jaxgpt2.linear import LinearClient, LinearGPT2, Products
+from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import FORMAT
+from jaxgpt2.serving.linear_bundle import shapes_of
 from jaxgpt2.serving.masked import LocalOwner, alone, prepare, store_for
 from jaxgpt2.serving.masks import MaskStore
 
@@ -57,6 +62,17 @@ def recorded(products: Products, into: list[tuple[str, np.ndarray]]) -> Products
         return y
 
     return multiply
+
+
+def random_matrices(directory: Path, width: int = 32) -> Path:
+    """A server's bundle of random matrices: of inputs and outputs it has (width, 3 width), (width, width) and so on."""
+    config = GPT2Config(n_embd=width, n_layer=2, n_head=2, n_positions=8, vocab_size=8, eos_token_id=None)
+    random = np.random.default_rng(0)
+    weights = {name: random.integers(-127, 128, shape, np.int16) for name, shape in shapes_of(config).items()}
+    directory.mkdir()
+    save_file(weights, directory / "weights.safetensors")
+    bundles.write(directory, "server", "c" * 64, {}, {"linear": {"config": dataclasses.asdict(config)}})
+    return directory
 
 
 # --- servers in a thread --------------------------------------------------------------------------

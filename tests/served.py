@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import fhe
 
 HERE = Path(__file__).parent
+
+WIDE = 200_000
 
 # What `crash` dies of.
 FATAL = 9
@@ -42,8 +43,14 @@ def nap(ops: Any, params: Any, x: Any) -> tuple[Any]:
 
 def crash(ops: Any, params: Any, x: Any) -> tuple[Any]:
     if np.max(x) == FATAL:
+        os.write(2, b"Stack dump, as native code prints it:\n")
         os.kill(os.getpid(), signal.SIGKILL)
     return (x + 0,)
+
+
+def widen(ops: Any, params: Any, x: Any) -> tuple[Any]:
+    """A result of WIDE numbers."""
+    return (x + np.zeros((1, WIDE), np.int64),)
 
 
 PARAMS = {
@@ -62,7 +69,9 @@ def small_circuit() -> Any:
         "attend": fhe.Function(attend, pairs, [[fhe.Output("project", 0)], [fhe.Output("project", 1)]]),
         "nap": fhe.Function(nap, still),
         "crash": fhe.Function(crash, still),
+        "widen": fhe.Function(widen, still),
     }
+    fhe.register_functions(*(function.run for function in functions.values()))
     return fhe.get_backend("clear").compile(functions, PARAMS, fhe.FHEConfig())
 
 
@@ -70,6 +79,8 @@ def certificates(directory: Path) -> Path:
     """A directory, now with NAME.pem and NAME.key: of an authority, a server and a client that it vouches for, and a
     stranger."""
     if shutil.which("openssl") is None:
+        import pytest  # no server needs it
+
         pytest.skip("openssl is not installed")
 
     def certificate(name: str, *more: object) -> None:
@@ -115,7 +126,7 @@ class Running:
 def running(bundle: Path, state: Path, *arguments: object, port: int = 0) -> Iterator[Running]:
     """A server of a bundle on a free port of this machine, or on a given one; ended at the end."""
     log = state.with_name(f"{state.name}-{time.monotonic_ns()}.log")
-    command = [sys.executable, "-W", "ignore", "-m", "jaxgpt2.cli", "serve", bundle, "--state", state,
+    command = [sys.executable, "-W", "ignore", HERE / "served_main.py", "serve", bundle, "--state", state,
                "--port", port, "--workers", 2, *arguments]  # fmt: skip
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     with log.open("wb") as file:

@@ -4,9 +4,7 @@ Sources: Cheon, Kim, Kim and Song, "Homomorphic Encryption for Arithmetic of App
 SEAL's documentation for levels, scales and the conditions on moduli.
 """
 
-import hashlib
 import math
-import pickle
 import secrets
 import threading
 import time
@@ -28,7 +26,7 @@ from fhe.ckks.slots import CleartextSimulator, OperationCounts
 from fhe.errors import CircuitFormatError, CompilationError, KeyMismatch
 from fhe.signatures import Output, Signature, Signatures, check_count
 
-FORMAT = 2
+FORMAT = 3
 KIND = "CKKS circuit"
 
 
@@ -281,8 +279,7 @@ class CKKSBackend:
         conjugates = any(one.counts.conjugates for one in traced.values())
         report = _report(parameters, traced, signatures, len(rotations) + conjugates)
         report = replace(report, compile_seconds=time.perf_counter() - start)
-        content = pickle.dumps((signatures.to_json(), depths, params, parameters, rotations, conjugates))
-        identity = hashlib.sha256(content).hexdigest()
+        identity = storage.digest((signatures, depths, params, parameters, rotations, conjugates))
         description = _Description(identity, parameters, signatures, depths, rotations, conjugates, report)
         return CKKSCircuit(description, {name: function.run for name, function in functions.items()}, params)
 

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from fhe import Circuit, Keys, get_backend
+from fhe import Circuit, Keys, get_backend, register_functions
 from jaxgpt2.errors import InputError
 from jaxgpt2.executors import LocalExecutor
 
@@ -31,19 +31,23 @@ class ProcessDied(InputError):
 
 
 class Parts(NamedTuple):
-    """What a worker needs of a circuit: its saved files, and what the client sends a server."""
+    """What a worker needs of a circuit: its saved files, the functions that they may name, and what the client sends a
+    server."""
 
     identity: str
     backend: str
     files: tuple[tuple[str, bytes], ...]
+    functions: tuple[Callable[..., Any], ...]
     evaluation: bytes
 
 
 def parts_of(circuit: Circuit, keys: Keys) -> Parts:
+    from jaxgpt2 import methods  # a server imports this module, and does without JAX
+
     with tempfile.TemporaryDirectory() as directory:
         circuit.save(directory)
         files = tuple((path.name, path.read_bytes()) for path in sorted(Path(directory).iterdir()))
-    return Parts(circuit.id, circuit.report.backend, files, keys.evaluation)
+    return Parts(circuit.id, circuit.report.backend, files, methods.bodies(), keys.evaluation)
 
 
 # On a worker --------------------------------------------------------------------------------------
@@ -59,6 +63,7 @@ def _loaded(identity: str, backend: str, files: tuple[tuple[str, bytes], ...]) -
 
 def compute(parts: Parts, name: str, arrays: Sequence[bytes]) -> list[bytes]:
     """One call of a circuit's function."""
+    register_functions(*parts.functions)
     return _loaded(parts.identity, parts.backend, parts.files).run(name, arrays, parts.evaluation)
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fhe import FHEConfig, get_backend
-from jaxgpt2.decoding import STRETCH, DecodingStrategy
+from fhe import FHEConfig, get_backend, register_functions
+from jaxgpt2.decoding import STRETCH, Body, DecodingStrategy
 from jaxgpt2.errors import InputError
 from jaxgpt2.quantize import Bits, quantize
 
@@ -128,6 +128,12 @@ class Method:
     fhe_config: FHEConfig = FHEConfig(rounding="approximate")
 
     @property
+    def bodies(self) -> tuple[Body, ...]:
+        """The functions that its circuits are made of."""
+        functions = [function for function in (self.head, self.layer) if function is not None]
+        return tuple(body for function in functions for body in function.strategy.bodies)
+
+    @property
     def by_lookups(self) -> bool:
         """Whether plain integers and lookups are all that it needs: then its lookups can be counted without an engine,
         and have an error probability and a rounding."""
@@ -204,7 +210,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method, *, replace: bool = False) -> None:
-    """Makes a method available by its name, everywhere: command line, simulation, encryption.
+    """Makes a method available by its name, everywhere: command line, simulation, encryption, circuits in files.
 
     Raises:
         MethodError: the name is taken, and `replace` is not set.
@@ -212,6 +218,12 @@ def register(method: Method, *, replace: bool = False) -> None:
     if method.name in _METHODS and not replace:
         raise MethodError(f"attention method {method.name!r} exists already")
     _METHODS[method.name] = method
+    register_functions(*method.bodies)
+
+
+def bodies() -> tuple[Body, ...]:
+    """The functions that circuits of registered methods are made of; another process must know them."""
+    return tuple(body for method in _METHODS.values() for body in method.bodies)
 
 
 def names() -> tuple[str, ...]:

@@ -35,7 +35,7 @@ from fhe import Function, Output
 from fhe.ckks.linalg import Layout, evaluate_polynomial, power_of_two, project, split_real_imaginary
 from fhe.ckks.slots import CleartextSimulator, SlotOps, V
 from fhe.errors import FHEError
-from jaxgpt2.decoding import CircuitCache, appended, write
+from jaxgpt2.decoding import Body, CircuitCache, appended, write
 from jaxgpt2.executors import Executor
 from jaxgpt2.methods.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule
@@ -428,6 +428,10 @@ class PackedSequence:
     """
 
     slots: int = 8192
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return prefill, decode_step
 
     # In JAX: numerators (T, W) and denominators (T, 1), in float32.
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import limits as rates
 from limits.storage import MemoryStorage
@@ -18,6 +18,12 @@ from jaxgpt2.serving.limits import Limits
 # Whoever has no token is this client, where the server asks for none.
 ANYBODY = "anybody"
 
+# The client of this name may read /metrics, which tell of all clients, and nothing else.
+METRICS = "metrics"
+
+# Bytes of bodies that are here at once, of all clients; half as many of one. A body alone may be larger.
+MOST_HELD = 10**9
+
 
 class Accounts:
     """tokens: client's name by the SHA-256 of its token; None asks for none."""
@@ -25,6 +31,7 @@ class Accounts:
     def __init__(self, tokens: Mapping[str, str] | None, limits: Limits):
         self.tokens, self.limits = tokens, limits
         self.in_flight: Counter[str] = Counter()
+        self.held: Counter[str] = Counter()
         self.rates = MovingWindowRateLimiter(MemoryStorage())
 
     def client(self, token: str | None) -> str:
@@ -35,6 +42,39 @@ class Accounts:
         if name is None:
             raise APIError(401, "unauthorized", "this server wants a bearer token that it knows")
         return name
+
+    def user(self, token: str | None) -> str:
+        """The same, where it is no token for /metrics. Raises APIError."""
+        name = self.client(token)
+        if name == METRICS:
+            raise APIError(403, "metrics_only", "this token reads /metrics, and no more")
+        return name
+
+    def check_reads_metrics(self, token: str | None) -> None:
+        """Raises APIError unless whoever has this token may read /metrics."""
+        if self.client(token) != METRICS and self.tokens is not None:
+            raise APIError(403, "metrics_only", f"/metrics is for the client named {METRICS}")
+
+    @contextlib.contextmanager
+    def room(self, client: str) -> Iterator[Callable[[int], None]]:
+        """Room for a body that comes. Yields what takes so many bytes more of it, until the end, and raises APIError if
+        other bodies leave none."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            others, own = self.held.total() - taken, self.held[client] - taken
+            taken += size
+            self.held[client] += size
+            if (others and others + taken > MOST_HELD) or (own and own + taken > MOST_HELD // 2):
+                raise APIError(503, "busy", "the bodies of other requests leave no room for this one", retry_after=1)
+
+        try:
+            yield take
+        finally:
+            self.held[client] -= taken
+            if not self.held[client]:
+                del self.held[client]
 
     @contextlib.contextmanager
     def admitted(self, client: str) -> Iterator[None]:

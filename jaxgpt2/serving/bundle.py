@@ -2,14 +2,15 @@
 
     OUT/server/                       the head's owner
       bundle.json                     format, identity, circuits with their signatures, hashes of all files
-      circuits/L.H/                   a compiled circuit, with weights and code
+      circuits/L.H/                   a compiled circuit, with weights; from Concrete with machine code
     OUT/client/                       the user
       bundle.json                     the same, and how to decode
       circuits/L.H/                   the circuit's client half
       heads/L.H.safetensors           scales and decoding
       model/                          the float model, in Hugging Face's format, without the encrypted modules' weights
 
-A server bundle holds code: load only what you trust. A client bundle holds none.
+No bundle holds Python code: circuits name functions of methods that are registered where they are loaded. A server
+bundle of Concrete holds the machine code that its compiler made: load only what you trust. A client bundle holds none.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jaxgpt2.errors import InputError
 MANIFEST = "bundle.json"
 
 # Of bundles, requests and answers. A client and a server of different formats do not try to understand each other.
-FORMAT = 2
+FORMAT = 3
 
 # The key of a manifest that says what linear layers are served, instead of circuits.
 LINEAR = "linear"

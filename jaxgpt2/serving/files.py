@@ -21,8 +21,11 @@ import os
 import secrets
 import shutil
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fhe.envelope import write_whole
 from jaxgpt2.serving.protocol import Result
@@ -41,17 +44,57 @@ class APIError(Exception):
         self.status, self.code, self.detail, self.retry_after = status, code, detail, retry_after
 
 
+@dataclass
+class KeySet:
+    """A client's set of keys, complete or not.
+
+    size: its bytes; of one that arrives, those that have a place. total: those that it shall have.
+    """
+
+    client: str
+    path: Path
+    size: int
+    used: float
+    total: int
+
+
+class Upload:
+    """Keys that arrive."""
+
+    def __init__(self, store: KeyStore, keys: KeySet, received: int, total: int, file: BinaryIO):
+        self._store, self._keys, self._received, self._total, self._file = store, keys, received, total, file
+
+    def take(self, size: int) -> None:
+        """Room for so many bytes more, before they are written. Raises APIError: there is none."""
+        self._received += size
+        if self._received > self._total:
+            raise APIError(413, "too_large", "more bytes than were announced")
+        if self._received > self._keys.size:
+            wanted = min(self._total, self._received + self._store.step)
+            self._store.make_room(self._keys, wanted)
+            self._keys.size = wanted
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()  # what came is there, whatever becomes of the connection
+
+
 class KeyStore:
     """Evaluation keys, every client's in a directory of its own.
 
-    capacity: bytes of all keys together, those arriving counted whole; the least recently used ones go first.
-    per_client: sets of keys that one client may have here, complete or not.
+    Keys take room as their bytes come. Where there is no more, a client's own keys go for its new ones, those used
+    longest ago first; and those of other clients only if they have not been used for long, or if that client has more
+    than its share and this one has not: all room, divided among the clients that have keys here.
+
+    capacity: bytes of all keys together. per_client: sets of keys that one client may have here, complete or not. idle:
+    seconds after which keys that nobody uses go for anybody's.
     """
 
-    def __init__(self, directory: Path, capacity: int, per_client: int):
-        self.directory, self.capacity, self.per_client = directory, capacity, per_client
+    def __init__(self, directory: Path, capacity: int, per_client: int, idle: float):
+        self.directory, self.capacity, self.per_client, self.idle = directory, capacity, per_client, idle
+        self.step = capacity // 1000  # bytes that a place grows by
         directory.mkdir(parents=True, exist_ok=True)
-        self._arriving: dict[Path, int] = {}  # and how many bytes they will have
+        self._arriving: dict[Path, KeySet] = {}
 
     def path(self, client: str, digest: str) -> Path:
         return self.directory / client / digest
@@ -78,13 +121,15 @@ class KeyStore:
         return path
 
     @contextlib.contextmanager
-    def receive(self, client: str, digest: str, start: int, total: int):
-        """Opens the keys' file for the bytes from `start` on. Yields an object with `write`; closing it is not enough:
-        see `finish`.
+    def receive(self, client: str, digest: str, start: int, total: int) -> Iterator[Upload]:
+        """Opens the keys' file for the bytes from `start` on.
+
+        Nothing is removed until bytes come; but what could not have room is refused. `check` and `finish` are for when
+        all is here.
 
         Raises:
-            APIError: too large, out of step with what has arrived, arriving already on another connection, or too much
-            arrives at once.
+            APIError: too large, out of step with what has arrived, arriving already on another connection, or there is
+            no room.
         """
         if total > self.capacity:
             raise APIError(413, "too_large", f"keys of {total} bytes, and this server keeps {self.capacity} in all")
@@ -94,66 +139,96 @@ class KeyStore:
         received, complete = self.status(client, digest)
         if complete or start != received:
             raise APIError(409, "offset", f"{received} bytes are here, the upload begins at {start}")
-        self._make_room(partial, total)
+        keys = KeySet(client, partial, received, time.time(), total)
+        self._leaving(keys, total, promised=True)
         partial.parent.mkdir(exist_ok=True)
-        self._arriving[partial] = total
+        self._arriving[partial] = keys
         try:
             with partial.open("ab") as file:
-                yield file
+                yield Upload(self, keys, received, total, file)
         finally:
-            del self._arriving[partial]
+            self._arriving.pop(partial, None)
 
-    def finish(self, client: str, digest: str) -> None:
-        """Checks what has arrived, and takes it for the client's keys.
+    def check(self, client: str, digest: str) -> None:
+        """Checks what has arrived; it takes a while for large keys.
 
         Raises:
             APIError: these are not the bytes that were announced; they are thrown away.
         """
-        path = self.path(client, digest)
-        partial = path.with_name(digest + PARTIAL)
+        partial = self.path(client, digest).with_name(digest + PARTIAL)
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # what has a name is on disk, even if the power fails
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             partial.unlink()
             raise APIError(422, "digest", "the bytes received are not those of this SHA-256: upload them again")
+
+    def finish(self, client: str, digest: str) -> None:
+        """Takes what has arrived, and was checked, for the client's keys."""
+        path = self.path(client, digest)
+        partial = path.with_name(digest + PARTIAL)
+        self._arriving.pop(partial, None)
         os.replace(partial, path)
         os.utime(path)
 
     @property
     def size(self) -> int:
         """Bytes of all keys."""
-        total = 0
-        for path in self.directory.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # complete since, under another name
-                total += path.stat().st_size
-        return total
+        return sum(keys.size for keys in self._sets())
 
-    def _make_room(self, partial: Path, total: int) -> None:
-        """Removes the keys used longest ago, and uploads begun and left, until keys of so many bytes may arrive.
+    def make_room(self, keys: KeySet, size: int) -> None:
+        """Removes what must go so that these keys can have so many bytes. Raises APIError: that is not enough."""
+        for each in self._leaving(keys, size, promised=False):
+            each.path.unlink(missing_ok=True)
 
-        Raises:
-            APIError: what arrives already leaves no room, and will be the next to go once it is here.
+    def _leaving(self, keys: KeySet, size: int, promised: bool) -> list[KeySet]:
+        """What must go so that these keys can have so many bytes. Raises APIError: that is not enough.
+
+        promised: other keys that arrive have all the room that they shall have, up to their client's share.
         """
-        arriving = {path: size for path, size in self._arriving.items() if path != partial}
-        left = [path for path in self.directory.glob("*/*") if path != partial and path not in arriving]
-        facts = {path: path.stat() for path in left}
-        left.sort(key=lambda path: facts[path].st_mtime)
-        room = self.capacity - total - sum(arriving.values())
-        if room < 0:
-            raise APIError(503, "busy", "the keys that others send leave no room for these", retry_after=5)
-        sets = self.per_client - 1 - sum(path.parent == partial.parent for path in arriving)
+        others = [each for each in self._sets() if each.path != keys.path]
+        others.sort(key=lambda each: each.used)
+        arriving = set(self._arriving)
+        sets = self.per_client - 1 - sum(each.client == keys.client and each.path in arriving for each in others)
         if sets < 0:
             raise APIError(429, "keys", f"a client may have {self.per_client} sets of keys, so many arrive", 5)
-        own = [path for path in left if path.parent == partial.parent]
-        doomed = own[: max(0, len(own) - sets)]
-        excess = sum(facts[path].st_size for path in left if path not in doomed) - room
-        for path in left:
-            if path not in doomed and excess > 0:
-                doomed.append(path)
-                excess -= facts[path].st_size
-        for path in doomed:
-            path.unlink(missing_ok=True)
+        own = [each for each in others if each.client == keys.client and each.path not in arriving]
+        leaving = own[: max(0, len(own) - sets)]
+        bytes_of = Counter({keys.client: size})
+        for each in others:
+            if each not in leaving:
+                bytes_of[each.client] += each.size
+        share, now = self.capacity / len(bytes_of), time.time()
+        for each in self._arriving.values() if promised else ():
+            if each.size:  # what is only announced counts for nothing
+                bytes_of[each.client] += max(0, min(each.total - each.size, int(share) - bytes_of[each.client]))
+
+        def may_go(each: KeySet) -> bool:
+            if each.client == keys.client or now - each.used > self.idle:
+                return True
+            return bytes_of[keys.client] <= share < bytes_of[each.client]
+
+        # Nobody's first, the client's own last.
+        for each in sorted(others, key=lambda each: (now - each.used <= self.idle) + (each.client == keys.client)):
+            if bytes_of.total() <= self.capacity:
+                break
+            if each not in leaving and each.path not in arriving and may_go(each):
+                leaving.append(each)
+                bytes_of[each.client] -= each.size
+        if bytes_of.total() > self.capacity:
+            raise APIError(503, "busy", "the keys of others leave no room for these", retry_after=5)
+        return leaving
+
+    def _sets(self) -> list[KeySet]:
+        """All sets that are here."""
+        found = []
+        for path in self.directory.glob("*/*"):
+            if path in self._arriving:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # complete since, under another name
+                facts = path.stat()
+                found.append(KeySet(path.parent.name, path, facts.st_size, facts.st_mtime, facts.st_size))
+        return [*found, *self._arriving.values()]
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, ValidationError
 
 from jaxgpt2.errors import InputError
 
@@ -21,6 +21,12 @@ MSGPACK = "application/vnd.msgpack"
 
 # Calls of a batch: a token takes a handful, a whole prompt may come at once.
 MAX_CALLS = 1000
+
+# Inputs of a call, and items of any other list.
+MAX_INPUTS, MAX_ITEMS = 10_000, 20 * MAX_CALLS
+
+# Lists, maps and what is in them, of a whole message: a prompt of a thousand calls has 90,000.
+MAX_PARTS = 500_000
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Identity = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -52,28 +58,28 @@ class Call(Message, frozen=True):
 
     id: Number
     function: Annotated[str, Field(max_length=200)]
-    inputs: Annotated[list[Number | Result], Field(max_length=10_000)]
+    inputs: Annotated[list[Number | Result], Field(max_length=MAX_INPUTS), FailFast()]
 
 
 class Batch(Message, frozen=True):
     """Calls to run in order.
 
     request: the batch's identity, drawn by the client.
-    results: what the answer shall hold.
+    results: what the answer shall hold, each once.
     forget: results of earlier batches that no later call will take.
     """
 
     request: Identity
-    calls: Annotated[list[Call], Field(max_length=MAX_CALLS)]
-    uploads: Annotated[list[bytes], Field(max_length=100 * MAX_CALLS)]
-    results: Annotated[list[Result], Field(max_length=100 * MAX_CALLS)]
-    forget: Annotated[list[Result], Field(max_length=100 * MAX_CALLS)] = []
+    calls: Annotated[list[Call], Field(max_length=MAX_CALLS), FailFast()]
+    uploads: Annotated[list[bytes], Field(max_length=MAX_ITEMS), FailFast()]
+    results: Annotated[list[Result], Field(max_length=MAX_ITEMS), FailFast()]
+    forget: Annotated[list[Result], Field(max_length=MAX_ITEMS), FailFast()] = []
 
 
 class Answer(Message, frozen=True):
     """The results that a batch asked for, in its order."""
 
-    results: list[bytes]
+    results: Annotated[list[bytes], FailFast()]
 
 
 class NewSession(Message, frozen=True):
@@ -106,6 +112,8 @@ class Problem(Message, frozen=True):
 
 M = TypeVar("M", bound=Message)
 
+_RESULT = Result.model_fields.keys()
+
 
 def pack(message: Message) -> bytes:
     data = msgpack.packb(message.model_dump(exclude_defaults=True))
@@ -113,10 +121,33 @@ def pack(message: Message) -> bytes:
     return data
 
 
-def unpack(kind: type[M], data: bytes) -> M:
-    """Raises BadRequest, one line that quotes nothing of the data."""
+def unpack(kind: type[M], data: bytes | bytearray) -> M:
+    """Raises BadRequest, one line that quotes nothing of the data.
+
+    What is in it is counted while it is read. It is read in small steps, so that other threads are not kept waiting.
+    """
+    left = MAX_PARTS
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= 1 + len(container)
+        if left < 0:
+            raise BadRequest(f"the request has more than {MAX_PARTS} parts")
+        return container
+
+    def built(fields: dict[Any, Any]) -> Any:
+        """Results are by far the most of a batch."""
+        return Result.model_validate(counted(fields)) if fields.keys() == _RESULT else counted(fields)
+
     try:
-        content = msgpack.unpackb(data)
+        content = msgpack.unpackb(
+            data, object_hook=built, list_hook=counted, max_array_len=MAX_ITEMS, max_map_len=10, max_ext_len=0,
+            max_str_len=1000,
+        )  # fmt: skip
+    except BadRequest:
+        raise
+    except ValidationError as error:
+        raise BadRequest(describe(error)) from None
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise BadRequest(f"this is no MessagePack: {type(error).__name__}") from None
     return read(kind, content)

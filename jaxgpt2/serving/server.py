@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -12,25 +13,25 @@ import ssl
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import prometheus_client
 import structlog
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from filelock import FileLock, Timeout
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 import fhe
 import jaxgpt2
 from jaxgpt2.errors import InputError
+from jaxgpt2.serving import asgi
 from jaxgpt2.serving.accounts import Accounts
 from jaxgpt2.serving.bundle import FORMAT, Bundle, CircuitEntry
 from jaxgpt2.serving.files import APIError, KeyStore, Session, SessionStore
@@ -55,14 +56,10 @@ from jaxgpt2.serving.workers import LocalWorker, Scheduler, TookTooLong, Worker,
 
 log = structlog.get_logger()
 
-# The client of this name may read /metrics, which tell of all clients, and nothing else.
-METRICS = "metrics"
+T = TypeVar("T")
 
 # Seconds that a request waits for an answer before it is told to ask again.
 POLL = 20.0
-
-# A request whose next bytes take longer than this is given up.
-PATIENCE = 60.0
 
 # Expired sessions are looked for so often, in seconds.
 SWEEP = 60.0
@@ -120,12 +117,12 @@ def read_tokens(path: Path) -> dict[str, str]:
     return tokens
 
 
-class Metrics:
-    """What Prometheus may ask for. No metric names a client."""
+class Metrics(asgi.Metrics):
+    """Those of a server of circuits."""
 
     def __init__(self, server: "Server"):
-        registry = self.registry = prometheus_client.CollectorRegistry()
-        prometheus_client.ProcessCollector(registry=registry)
+        super().__init__()
+        registry = self.registry
 
         def gauge(name: str, text: str, value: Any) -> None:
             prometheus_client.Gauge(f"jaxgpt2_{name}", text, registry=registry).set_function(value)
@@ -135,13 +132,6 @@ class Metrics:
         gauge("workers", "Worker processes.", lambda: len(server.scheduler.workers))
         gauge("sessions", "Open sessions.", lambda: len(server.sessions.sessions))
         gauge("key_bytes", "Evaluation keys on disk.", lambda: server.keys.size)
-        self.requests = prometheus_client.Counter(
-            "jaxgpt2_requests", "Requests by route and status.", ["route", "status"], registry=registry
-        )
-        self.received = prometheus_client.Counter(
-            "jaxgpt2_received_bytes", "Bodies of requests.", ["route"], registry=registry
-        )
-        self.sent = prometheus_client.Counter("jaxgpt2_sent_bytes", "Bodies of answers.", ["route"], registry=registry)
         self.seconds = prometheus_client.Histogram(
             "jaxgpt2_function_seconds", "Runs of a circuit's functions.", ["function"], registry=registry,
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
@@ -157,7 +147,7 @@ class Server(Accounts):
         self.bundle, self.settings = bundle, settings
         self.circuits: dict[str, CircuitEntry] = {entry.id: entry for entry in bundle.circuits}
         own = self.limits
-        self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client)
+        self.keys = KeyStore(settings.state / "keys", own.keys, own.keys_per_client, own.idle)
         self.sessions = SessionStore(
             settings.state / "sessions", own.idle, own.sessions_per_client, own.sessions, own.session_size
         )
@@ -166,14 +156,22 @@ class Server(Accounts):
                 self.sessions.close(session)
         self.metrics = Metrics(self)
         self.scheduler = Scheduler(workers, own.queue)
+        self.reader = ThreadPoolExecutor(1)  # of batches, one at a time: it takes turns with the event loop
+        self.turns: dict[str, asyncio.Lock] = {}
+
+    async def read(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function makes of a batch, where clients take turns too."""
+        async with self.turns.setdefault(client, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self.reader, function, *arguments)
 
     def check_batch(self, session: Session, batch: Batch) -> None:
         """What can be known of a batch before it is computed. Raises APIError."""
         signatures = self.circuits[session.circuit].signatures
         made: set[Result] = set()
+        there = {path.name for path in session.path.iterdir()}
 
         def known(result: Result) -> None:
-            if result not in made and not session.result(result).exists():
+            if result not in made and session.result(result).name not in there:
                 raise APIError(422, "no_result", f"there is no result {result.output} of call {result.call}")
 
         functions: dict[int, str] = {}
@@ -196,6 +194,8 @@ class Server(Accounts):
                 elif source >= len(batch.uploads):
                     raise APIError(422, "inputs", f"there is no upload {source}")
             made |= {Result(call=call.id, output=output) for output in range(port.outputs)}
+        if len(set(batch.results)) < len(batch.results):
+            raise APIError(422, "result_twice", "a result is asked for twice")
         for result in batch.results:
             known(result)
             # The client's key opens what the server keeps for later calls: queries, keys, values one by one.
@@ -205,22 +205,25 @@ class Server(Accounts):
             ):
                 raise APIError(403, "kept", f"result {result.output} of call {result.call} stays on the server")
 
-    def begin(self, session: Session, batch: Batch) -> None:
-        """Puts a batch in the queue, if it is not computed already or being computed.
+    def begin(self, session: Session, batch: Batch, body: bytes) -> asyncio.Task[None] | None:
+        """Begins to check and to compute a batch, if it is not computed already or being computed; `answer` says what
+        becomes of it.
 
-        Raises APIError, also for another batch while one is computed.
+        Returns:
+            the new task, if there is one.
+
+        Raises APIError for another batch while one is computed.
         """
         if session.running is not None:
             if session.running[0] != batch.request:
                 raise APIError(409, "in_order", "this session is computing another batch", retry_after=1)
-            return
+            return None
         if session.answer(batch.request).exists():
-            return
-        self.check_batch(session, batch)
-        self.scheduler.check()
-        self.keys.use(session.client, session.keys)
-        self.count_calls(session.client, len(batch.calls))
-        session.running = batch.request, asyncio.create_task(self._compute(session, batch))
+            return None
+        task = asyncio.create_task(self._compute(session, batch, body))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # if nobody waits for it
+        session.running = batch.request, task
+        return task
 
     async def answer(self, session: Session, request: str) -> Path | None:
         """The file with the answer to a batch that has begun; None if it takes longer than POLL.
@@ -245,22 +248,29 @@ class Server(Accounts):
             await asyncio.sleep(min(self.limits.idle, SWEEP))
             self.sessions.sweep()
 
-    async def _compute(self, session: Session, batch: Batch) -> None:
+    async def _compute(self, session: Session, batch: Batch, body: bytes) -> None:
+        try:
+            await self.read(session.client, self.check_batch, session, batch)
+            batch.uploads.clear()  # they are in the body, which the worker reads
+            self.scheduler.check()
+            self.keys.use(session.client, session.keys)
+            self.count_calls(session.client, len(batch.calls))
+            await self._finish(session, batch, self._job(session, body))
+        finally:
+            session.running = None
+            session.used = time.time()
+
+    def _job(self, session: Session, body: bytes) -> Job:
         entry = self.circuits[session.circuit]
-        job = Job(
+        return Job(
             entry.backend,
             self.bundle.circuit_directory(entry.module).absolute(),
             self.keys.path(session.client, session.keys).absolute(),
             session.path.absolute(),
-            batch,
+            body,
             self.limits.keys_in_memory,
             self.limits.session_size - session.size,
         )
-        try:
-            await self._finish(session, batch, job)
-        finally:
-            session.running = None
-            session.used = time.time()
 
     async def _finish(self, session: Session, batch: Batch, job: Job) -> None:
         started = time.monotonic()
@@ -297,33 +307,7 @@ class Server(Accounts):
             session.measure()
 
 
-async def chunks_of(request: Request) -> AsyncIterator[bytes]:
-    """A request's body as it comes. Raises APIError if it stops coming."""
-    stream = request.stream().__aiter__()
-    while True:
-        try:
-            async with asyncio.timeout(PATIENCE):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise APIError(408, "slow", f"nothing came for {PATIENCE:g} s") from None
-        if chunk:
-            yield chunk
-
-
-async def body_of(request: Request, limit: int) -> bytes:
-    """A request's body. Raises APIError if it is larger than the limit, before all of it is here."""
-    too_large = APIError(413, "too_large", f"a request may have {limit} bytes")
-    if int(request.headers.get("content-length", 0)) > limit:
-        raise too_large
-    parts, size = [], 0
-    async for chunk in chunks_of(request):
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        parts.append(chunk)
-    return b"".join(parts)
+RANGE = r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})"
 
 
 def content_range(request: Request) -> tuple[int, int]:
@@ -332,19 +316,10 @@ def content_range(request: Request) -> tuple[int, int]:
     FIRST may be ALL: then no byte is missing, and what is here is to be checked.
     """
     value = request.headers.get("content-range", "")
-    match = re.fullmatch(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15})", value)
+    match = re.fullmatch(RANGE, value)
     if match is None or not int(match[1]) <= int(match[2]) + 1 == int(match[3]):
         raise APIError(400, "range", "wanted Content-Range: bytes FIRST-LAST/ALL, to the last byte of all")
     return int(match[1]), int(match[3])
-
-
-def refused(error: APIError) -> JSONResponse:
-    headers = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(int(-(-error.retry_after // 1)))
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(Problem(code=error.code, detail=error.detail).model_dump(), error.status, headers)
 
 
 DESCRIPTION = """Runs functions of compiled circuits on encrypted data. It holds weights and evaluation keys; it cannot
@@ -353,9 +328,11 @@ decrypt. Batches of calls and their answers are MessagePack of the schemas `Batc
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
+        400: "A body that ends early, or a Content-Range that is none",
         401: "No token, or one that is not known",
         403: "Another client's",
         404: "Not here, or not any more",
+        405: "Another method; see Allow",
         408: "The request stopped coming",
         409: "Out of step; the code says how",
         413: "Too large",
@@ -373,18 +350,34 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
+UPLOAD: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "Content-Range",
+            "in": "header",
+            "required": True,
+            "description": "The first byte that is missing, the last, and the number of all. The first may be the "
+            "number of all: then no byte is missing, and what is here is checked.",
+            "schema": {"type": "string", "pattern": f"^{RANGE}$"},
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+}
+
+
 bearer = HTTPBearer(auto_error=False)
 
 
-async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
+async def token_of(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str | None:
+    return credentials.credentials if credentials else None
+
+
+async def client_of(request: Request, token: Annotated[str | None, Depends(token_of)]) -> str:
     """Whose token a request has."""
-    return request.app.state.server.client(credentials.credentials if credentials else None)
-
-
-async def client_of(name: Annotated[str, Depends(caller)]) -> str:
-    if name == METRICS:
-        raise APIError(403, "metrics_only", "this token reads /metrics, and no more")
-    return name
+    return request.app.state.server.user(token)
 
 
 Client = Annotated[str, Depends(client_of)]
@@ -406,47 +399,18 @@ def make_app(server: Server) -> FastAPI:
     )  # fmt: skip
     app.state.server = server
 
-    @app.middleware("http")
-    async def watch(request: Request, call_next: Any) -> Response:
-        """One line of log for every request, without its address, headers or body."""
-        started = time.monotonic()
-        try:
-            response = await call_next(request)
-        except Exception as error:
-            log.error("failed", exc_info=error)
-            response = refused(APIError(500, "failed", f"the server failed: {type(error).__name__}"))
-        route = getattr(request.scope.get("route"), "path", "none")
-        received = int(request.headers.get("content-length") or 0)
-        server.metrics.requests.labels(route, response.status_code).inc()
-        server.metrics.received.labels(route).inc(received)
-        server.metrics.sent.labels(route).inc(int(response.headers.get("content-length") or 0))
-        if route not in ("/healthz", "/metrics"):
-            log.info(
-                "request", method=request.method, route=route, status=response.status_code, received=received,
-                seconds=round(time.monotonic() - started, 3),
-            )  # fmt: skip
-        return response
-
-    @app.exception_handler(APIError)
-    async def on_refusal(_: Request, error: APIError) -> JSONResponse:
-        return refused(error)
+    app.add_middleware(asgi.Watch, metrics=server.metrics, quiet={"/healthz", "/metrics"})
+    for kind, handler in asgi.HANDLERS.items():
+        app.add_exception_handler(kind, handler)
 
     @app.exception_handler(BadRequest)
     async def on_bad_request(_: Request, error: BadRequest) -> JSONResponse:
-        return refused(APIError(422, "malformed", str(error)))
+        return asgi.refused(APIError(422, "malformed", str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return refused(APIError(422, "malformed", f"{first['loc'][-1]}: {first['msg']}"))
-
-    @app.exception_handler(HTTPException)
-    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
-        return refused(APIError(error.status_code, "http", str(error.detail)))
-
-    @app.exception_handler(ClientDisconnect)
-    async def on_disconnect(_: Request, error: ClientDisconnect) -> JSONResponse:
-        return refused(APIError(400, "disconnected", "the request ended before its body"))
+        return asgi.refused(APIError(422, "malformed", f"{first['loc'][-1]}: {first['msg']}"))
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
@@ -454,12 +418,10 @@ def make_app(server: Server) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def metrics(name: Annotated[str, Depends(caller)]) -> Response:
+    async def metrics(token: Annotated[str | None, Depends(token_of)]) -> Response:
         """For Prometheus; with the token of the client named `metrics`, where the server asks for tokens."""
-        if server.settings.tokens is not None and name != METRICS:
-            raise APIError(403, "metrics_only", f"/metrics is for the client named {METRICS}")
-        text = prometheus_client.generate_latest(server.metrics.registry)
-        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        server.check_reads_metrics(token)
+        return server.metrics.answer()
 
     @app.get("/specification")
     async def specification(client: Client) -> dict[str, Any]:
@@ -485,29 +447,26 @@ def make_app(server: Server) -> FastAPI:
         received, complete = server.keys.status(client, digest)
         return KeyStatus(received=received, complete=complete)
 
-    @app.put("/keys/{digest}")
+    @app.put("/keys/{digest}", openapi_extra=UPLOAD)
     async def upload_keys(client: Client, digest: Digest, request: Request) -> KeyStatus:
         """Evaluation keys from the byte on that is missing, to the last. What has arrived when the connection breaks
         stays here."""
         start, total = content_range(request)
-        with server.admitted(client), server.keys.receive(client, digest, start, total) as file:
-            try:
-                async for chunk in chunks_of(request):
-                    start += len(chunk)
-                    if start > total:
-                        raise APIError(413, "too_large", "more bytes than were announced")
-                    await asyncio.to_thread(file.write, chunk)
-            finally:
-                await asyncio.to_thread(file.flush)
+        with server.admitted(client), server.keys.receive(client, digest, start, total) as upload:
+            async for chunk in asgi.chunks_of(request):
+                upload.take(len(chunk))
+                await asyncio.to_thread(upload.write, chunk)
+                start += len(chunk)
             if start == total:
-                await asyncio.to_thread(server.keys.finish, client, digest)
+                await asyncio.to_thread(server.keys.check, client, digest)
+                server.keys.finish(client, digest)
         return KeyStatus(received=start, complete=start == total)
 
     @app.post("/sessions", status_code=201, openapi_extra=_body(NewSession, "application/json"))
     async def open_session(client: Client, request: Request) -> SessionOpened:
         """A session for calls of one circuit under keys that were uploaded."""
         try:
-            content = json.loads(await body_of(request, 10_000))
+            content = json.loads(await asgi.body_of(request, 10_000))
         except (ValueError, RecursionError):
             raise BadRequest("this is no JSON") from None
         wanted = read(NewSession, content)
@@ -534,26 +493,35 @@ def make_app(server: Server) -> FastAPI:
     async def run_batch(client: Client, identity: Identity, request: Request) -> Response:
         """Runs a batch's calls, once, however often it is sent."""
         session = server.sessions.get(client, identity)
-        with server.admitted(client):
-            batch = unpack(Batch, await body_of(request, server.limits.body))
-            server.begin(session, batch)
-            return await _answered(await server.answer(session, batch.request))
+        asgi.until_answered(request, server.admitted(client))
+        with contextlib.ExitStack() as held:
+            take = held.enter_context(server.room(client))
+            body = bytes(await asgi.body_of(request, server.limits.body, take))
+            batch = await server.read(client, unpack, Batch, body)
+            task = server.begin(session, batch, body)
+            if task is not None:  # what it computes with is held until it is done
+                rest = held.pop_all()
+                task.add_done_callback(lambda _: rest.close())
+        return _answered(request, await server.answer(session, batch.request))
 
     @app.get("/sessions/{identity}/batches/{batch}", response_class=Response, responses=ANSWERS)
-    async def wait_for_batch(client: Client, identity: Identity, batch: Identity) -> Response:
+    async def wait_for_batch(client: Client, identity: Identity, batch: Identity, request: Request) -> Response:
         """The answer to a batch that was sent before."""
         session = server.sessions.get(client, identity)
-        with server.admitted(client):
-            return await _answered(await server.answer(session, batch))
+        asgi.until_answered(request, server.admitted(client))
+        return _answered(request, await server.answer(session, batch))
 
     return app
 
 
-async def _answered(path: Path | None) -> Response:
+def _answered(request: Request, path: Path | None) -> Response:
     if path is None:
         return Response(status_code=202)
     try:
-        return Response(await asyncio.to_thread(path.read_bytes), media_type=MSGPACK)
+        file = asgi.until_answered(request, path.open("rb"))
+        pieces = iter(functools.partial(file.read, asgi.CHUNK), b"")
+        size = os.fstat(file.fileno()).st_size
+        return StreamingResponse(pieces, media_type=MSGPACK, headers={"Content-Length": str(size)})
     except FileNotFoundError:  # the session's next batch is done, or the session closed
         raise APIError(404, "no_batch", "the answer to this batch has been dropped") from None
 
@@ -657,14 +625,16 @@ def listen(app: Any, bundle: Bundle, settings: ServerSettings) -> None:
     except (OSError, ssl.SSLError) as error:
         raise InputError(f"the certificate or its key cannot be used: {error}") from None
     try:
-        listening = config.bind_socket()
+        listener = config.bind_socket()
     except SystemExit:  # uvicorn's answer to an address that is taken
         raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a connection whose other end takes nothing is ended
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * asgi.PATIENCE))
     # Headers and body are two writes, and the second one would wait for an acknowledgement of the first.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     scheme = "http" if settings.certificate is None else "https"
-    log.info("listening", url=f"{scheme}://{settings.host}:{listening.getsockname()[1]}", bundle=bundle.id)
+    log.info("listening", url=f"{scheme}://{settings.host}:{listener.getsockname()[1]}", bundle=bundle.id)
     for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])
     log.info("stopped")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import signal
 import time
@@ -18,12 +19,12 @@ from pathlib import Path
 import fhe
 from fhe.envelope import write_whole
 from jaxgpt2.serving.files import APIError
-from jaxgpt2.serving.protocol import Answer, Batch, Result, pack
+from jaxgpt2.serving.protocol import Answer, Batch, Result, pack, unpack
 
 
 @dataclass(frozen=True)
 class Job:
-    """A batch, and where to find what it needs.
+    """A batch, packed as it came, and where to find what it needs.
 
     circuit: directory of the compiled circuit; keys: file of the evaluation keys; session: directory of results.
     in_memory: sets of keys that a worker holds ready at once. room: bytes by which the session may grow.
@@ -33,7 +34,7 @@ class Job:
     circuit: Path
     keys: Path
     session: Path
-    batch: Batch
+    batch: bytes
     in_memory: int
     room: int
 
@@ -49,6 +50,11 @@ class Done:
 def start_worker(threads: int | None) -> None:
     """Before a worker's first job. threads: of its runtime; None for as many as there are cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all processes; the server decides
+    # What native code prints when it dies would stand between the lines of the server's log.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the runtime when it is loaded, with the first circuit
     with contextlib.suppress(OSError):  # Linux: where memory runs out, a worker goes and not the server
@@ -61,6 +67,15 @@ def _ready() -> OrderedDict[tuple[Path, Path], tuple[fhe.Circuit, bytes]]:
     return OrderedDict()
 
 
+def _load(job: Job) -> fhe.Circuit:
+    backend = fhe.get_backend(job.backend)
+    try:
+        return backend.load(job.circuit)
+    except fhe.UnknownName:
+        importlib.import_module("jaxgpt2.methods")  # registers the functions of all methods, and takes a while
+        return backend.load(job.circuit)
+
+
 def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
     ready, name = _ready(), (job.circuit, job.keys)
     if name not in ready:
@@ -70,7 +85,7 @@ def _circuit(job: Job) -> tuple[fhe.Circuit, bytes]:
             raise APIError(409, "keys_missing", "these evaluation keys are not here: upload them") from None
         while len(ready) >= job.in_memory:
             ready.popitem(last=False)
-        ready[name] = fhe.get_backend(job.backend).load(job.circuit), keys
+        ready[name] = _load(job), keys
     ready.move_to_end(name)
     return ready[name]
 
@@ -91,21 +106,22 @@ def perform(job: Job) -> Done:
 
 def _perform(job: Job) -> list[tuple[str, float]]:
     circuit, keys = _circuit(job)
-    kept, forgotten = circuit.signatures.server_state, set(job.batch.forget)
+    batch = unpack(Batch, job.batch)
+    kept, forgotten = circuit.signatures.server_state, set(batch.forget)
     fresh: dict[Result, bytes] = {}
     stored: dict[Result, bytes] = {}
     shown: dict[Result, bytes] = {}  # the client's: nothing else can get into an answer, whatever is asked for
-    wanted, size = Counter(job.batch.results), 0
+    wanted, size = Counter(batch.results), 0
     seconds = []
 
     def take(source: int | Result) -> bytes:
         if isinstance(source, int):
-            return job.batch.uploads[source]
+            return batch.uploads[source]
         if source not in fresh:
             fresh[source] = (job.session / f"{source.call}.{source.output}").read_bytes()
         return fresh[source]
 
-    for call in job.batch.calls:
+    for call in batch.calls:
         started = time.perf_counter()
         results = circuit.run(call.function, [take(source) for source in call.inputs], keys)
         seconds.append((call.function, time.perf_counter() - started))
@@ -123,8 +139,8 @@ def _perform(job: Job) -> list[tuple[str, float]]:
     for result, data in stored.items():
         write_whole(job.session / f"{result.call}.{result.output}", data, durable=False)
     try:
-        answer = Answer(results=[shown[result] for result in job.batch.results])
+        answer = Answer(results=[shown[result] for result in batch.results])
     except KeyError:
         raise APIError(403, "kept", "a result that was asked for stays on the server") from None
-    write_whole(job.session / f"answer.{job.batch.request}", pack(answer), durable=False)
+    write_whole(job.session / f"answer.{batch.request}", pack(answer), durable=False)
     return seconds

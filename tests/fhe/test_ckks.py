@@ -67,6 +67,7 @@ def functions() -> dict[str, fhe.Function]:
 
 @pytest.fixture(scope="module")
 def circuit() -> CKKSCircuit:
+    fhe.register_functions(everything, with_state)
     return CKKSBackend().compile(functions(), PARAMS)
 
 

@@ -92,6 +92,7 @@ def made(request):
     if request.param == "concrete":
         pytest.importorskip("concrete.fhe", reason="needs the extra 'fhe'")
     backend = fhe.get_backend(request.param)
+    fhe.register_functions(project, attend, total)
     circuit = backend.compile(functions(), PARAMS, CONFIG)
     return backend, circuit, circuit.make_keys()
 

@@ -161,9 +161,10 @@ def test_a_client_runs_no_code_of_a_bundle(poisoned):
     with pytest.raises(fhe.NoWeights):
         own.simulate("project", np.zeros((1, 24), int))
     assert not marker.exists()
-    # It is code, and would have run.
-    fhe.get_backend("clear").load(circuit)
-    assert marker.exists()
+    # Nor does whoever opens it.
+    with pytest.raises(fhe.CircuitFormatError, match="damaged"):
+        fhe.get_backend("clear").load(circuit)
+    assert not marker.exists()
 
 
 @pytest.fixture(scope="module")

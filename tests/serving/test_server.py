@@ -179,7 +179,7 @@ def test_a_worker_puts_nothing_into_an_answer_that_stays_on_the_server(circuit, 
     calls = [{"id": 0, "function": "project", "inputs": [0]}, {"id": 0, "function": "nap", "inputs": [1]}]
     for output in (0, 1):
         content = {"request": "0" * 32, "calls": calls, "uploads": uploads, "results": [{"call": 0, "output": output}]}
-        job = Job("clear", tmp_path / "circuit", tmp_path / "keys", tmp_path, unpack(Batch, packed(content)), 1, 10**6)
+        job = Job("clear", tmp_path / "circuit", tmp_path / "keys", tmp_path, packed(content), 1, 10**6)
         done = perform(job)
         if output == 0:  # the second call's own, for the client
             answer = unpack(Answer, (tmp_path / f"answer.{'0' * 32}").read_bytes())
@@ -201,7 +201,13 @@ def test_the_api_describes_itself(server):
     assert "$defs" not in json.dumps(body)
     found = raw(server).get("/specification").json()
     assert found["bundle"] == IDENTITY
-    assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash"}
+    assert set(found["circuits"]["0.1"]["functions"]) == {"project", "attend", "nap", "crash", "widen"}
+
+
+def test_a_server_does_without_jax():
+    """It would take longer to start, and three times the memory."""
+    code = "import sys, jaxgpt2.serving.server; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_metrics_are_for_their_own_token(server):
@@ -368,55 +374,144 @@ def test_keys_are_what_their_name_says(server):
         assert put(b"12345", span) == (400, "range")
 
 
-def test_the_keys_used_longest_ago_go_first(tmp_path):
-    store = KeyStore(tmp_path, capacity=1000, per_client=2)
+class Store(KeyStore):
+    """A store that is easy to fill, and tells who has what: the first letter of every set, in order of use."""
 
-    def add(client: str, data: bytes) -> str:
+    def __init__(self, path: Path, **changes: Any):
+        super().__init__(path, **{"capacity": 1000, "per_client": 4, "idle": 1000.0, **changes})
+        self.now = time.time() - 100
+
+    def add(self, client: str, letter: str, size: int) -> str:
+        """Keys that come whole."""
+        data = letter.encode() * size
         digest = hashlib.sha256(data).hexdigest()
-        with store.receive(client, digest, 0, len(data)) as file:
-            file.write(data)
-        store.finish(client, digest)
-        os.utime(store.path(client, digest), (time.time() - 100 + len(added), time.time() - 100 + len(added)))
-        added.append(digest)
+        with self.receive(client, digest, 0, size) as upload:
+            upload.take(size)
+            upload.write(data)
+        self.check(client, digest)
+        self.finish(client, digest)
+        self.touch(self.path(client, digest))
         return digest
 
-    added: list[str] = []
-    first, second = add("a", b"1" * 400), add("b", b"2" * 400)
-    store.use("a", first)
-    third = add("c", b"3" * 400)
-    assert [store.status(*key)[1] for key in (("a", first), ("b", second), ("c", third))] == [True, False, True]
+    def touch(self, path: Path) -> None:
+        self.now += 1
+        os.utime(path, (self.now, self.now))
+
+    def kept(self) -> str:
+        paths = sorted(self.directory.glob("*/*"), key=lambda path: path.stat().st_mtime)
+        return "".join(path.read_text()[:1] for path in paths)
+
+
+def test_keys_have_so_many_bytes(tmp_path):
+    store = Store(tmp_path)
+    store.add("alice", "a", 1000)
+    for size in (1001, 100 * 1000):
+        with pytest.raises(APIError, match="this server keeps 1000 in all"):
+            store.add("alice", "b", size)
+    assert store.kept() == "a"
+
+
+def test_a_client_has_so_many_sets_of_keys(tmp_path):
+    store = Store(tmp_path, per_client=2)
+    for letter in "abcd":
+        store.add("alice", letter, 10)
+    assert store.kept() == "cd"
+    store.touch(next(path for path in tmp_path.glob("*/*") if path.read_text()[0] == "c"))
+    store.add("alice", "e", 10)
+    assert store.kept() == "ce"
+    for number in range(200):
+        store.add("alice", chr(200 + number), 10)
+        assert len(store.kept()) == 2
+
+
+def test_a_clients_keys_go_for_its_own(tmp_path):
+    store = Store(tmp_path)
+    first = store.add("alice", "a", 500)
+    store.add("alice", "b", 400)
     with pytest.raises(APIError, match="upload them"):
-        store.use("b", second)
-    small = [add("d", bytes([n])) for n in range(3)]
-    assert [store.status("d", digest)[1] for digest in small] == [False, True, True]  # two of a client
-    assert store.size <= store.capacity
+        store.use("alice", "0" * 64)
+    store.use("alice", first)
+    store.add("alice", "c", 500)
+    assert store.kept() in ("ac", "ca")
+    assert store.size == 1000
 
 
-def test_what_arrives_counts_like_what_is_there(tmp_path):
-    store = KeyStore(tmp_path, capacity=1000, per_client=2)
+def test_another_clients_keys_stay_within_its_share(tmp_path):
+    """And what is beyond it goes to whoever has less than a share, not to who would have more."""
+    store = Store(tmp_path)
+    store.add("alice", "a", 400)
+    store.add("alice", "b", 400)
+    with pytest.raises(APIError, match="leave no room") as refused:
+        store.add("bob", "c", 501)  # more than half of all
+    assert (refused.value.status, refused.value.retry_after) == (503, 5)
+    assert store.kept() == "ab"
+    store.add("bob", "d", 500)
+    assert store.kept() == "bd"
+    with pytest.raises(APIError, match="leave no room"):
+        store.add("carol", "e", 334)
+    store.add("carol", "f", 300)  # within a third of all; alice and bob have more, and alice's were used before
+    assert store.kept() == "df"
+    store.add("carol", "g", 200)
+    store.add("carol", "h", 200)  # beyond her share: her own go
+    assert store.kept() == "dgh"
 
-    def begin(client: str, digest: str, size: int) -> Any:
-        return store.receive(client, digest, 0, size)
 
+def test_keys_that_nobody_uses_go_for_anybodys(tmp_path):
+    store = Store(tmp_path, idle=50.0)  # alice's were used longer ago
+    store.add("alice", "a", 900)
+    store.now = time.time()
+    store.add("bob", "b", 900)
+    assert store.kept() == "b"
+
+
+def test_three_clients_with_room_for_one(tmp_path):
+    """Those that come late are told before they send."""
+    store = Store(tmp_path)
+    with store.receive("alice", "1", 0, 800) as upload:
+        upload.take(1)
+        for client in ("bob", "carol"):
+            with pytest.raises(APIError, match="leave no room"), store.receive(client, "1", 0, 800):
+                pytest.fail("it is received")
+        upload.take(799)
+
+
+def test_keys_that_are_announced_take_no_room(tmp_path):
+    store = Store(tmp_path)
+    store.add("alice", "a", 600)
+    with store.receive("bob", "1", 0, 500):  # and sends nothing
+        assert store.kept() == "a" and store.size == 600
+        store.add("alice", "b", 300)
+        assert store.kept() == "ab"
+    with store.receive("bob", "1", 0, 500) as upload:
+        upload.take(99)
+        upload.write(b"c" * 99)
+        assert store.kept() == "abc"
+        upload.take(2)
+        assert store.kept() == "bc"  # alice had more than half
+        with pytest.raises(APIError, match="more bytes than were announced"):
+            upload.take(400)
+
+
+def test_what_arrives_is_not_removed(tmp_path):
+    store = Store(tmp_path, per_client=2)
     for digest in ("1", "2", "3"):  # begun, and left
-        with begin("a", digest, 300) as file:
-            file.write(b"x")
-        os.utime(tmp_path / "a" / f"{digest}.partial", (int(digest), int(digest)))
-    assert [store.status("a", digest)[0] for digest in ("1", "2", "3")] == [0, 1, 1]
-    with begin("a", "4", 300) as four, begin("a", "5", 300) as five:
-        four.write(b"x")
-        five.write(b"x")
-        assert sorted(path.name for path in tmp_path.glob("a/*")) == ["4.partial", "5.partial"]
-        with pytest.raises(APIError, match="2 sets of keys") as refused, begin("a", "6", 300):
+        with store.receive("alice", digest, 0, 300) as upload:
+            upload.take(1)
+            upload.write(digest.encode())
+        store.touch(store.path("alice", f"{digest}.partial"))
+    assert [store.status("alice", digest)[0] for digest in ("1", "2", "3")] == [0, 1, 1]
+    with store.receive("alice", "4", 0, 600) as four, store.receive("alice", "5", 0, 300) as five:
+        for upload in (four, five):
+            upload.take(1)
+            upload.write(b"x")
+        assert sorted(path.name for path in tmp_path.glob("*/*")) == ["4.partial", "5.partial"]
+        with pytest.raises(APIError, match="2 sets of keys") as refused, store.receive("alice", "6", 0, 300):
             pass
         assert (refused.value.status, refused.value.retry_after) == (429, 5)
-        with pytest.raises(APIError, match="no room") as refused, begin("b", "7", 500):
-            pass
-        assert refused.value.status == 503
-        with begin("b", "7", 400):
-            pass
-    with begin("b", "7", 1000):
-        assert [path.name for path in tmp_path.glob("*/*")] == ["7.partial"]
+        four.take(599)
+        with pytest.raises(APIError, match="leave no room"), store.receive("bob", "7", 0, 500):
+            pass  # it is within bob's share, but what arrives stays
+        store.add("bob", "b", 300)
 
 
 def test_an_upload_of_which_only_the_check_is_missing_goes_on(bundle, circuit, tmp_path):
@@ -491,7 +586,7 @@ def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
     party = remote(server, circuit)
     job = Job(
         "clear", server.bundle / "circuits" / "0.1", tmp_path / "keys", tmp_path / "session",
-        unpack(Batch, batch_of(party, "project", ROW, results=[])), 1, 10**6,
+        batch_of(party, "project", ROW, results=[]), 1, 10**6,
     )  # fmt: skip
     job.session.mkdir()
     job.keys.write_bytes(party.keys.evaluation)
@@ -507,10 +602,10 @@ def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
     assert perform(dataclasses.replace(job, room=size - 1)).refusal == full
     assert not list(job.session.iterdir())  # nothing of a batch that does not fit
     assert perform(dataclasses.replace(job, room=size)).refusal is None
-    # What the client wants back has its place there too, as often as it is named.
-    calls = [{"id": 0, "function": "nap", "inputs": [0]}]
-    nap = {"calls": calls, "results": [{"call": 0, "output": 0}] * 1000}
-    job = dataclasses.replace(job, batch=unpack(Batch, batch_of(party, "nap", np.zeros((1, 1), int), **nap)))
+    # What the client wants back has its place there too.
+    calls = [{"id": number, "function": "nap", "inputs": [0]} for number in range(1000)]
+    nap = {"calls": calls, "results": [{"call": number, "output": 0} for number in range(1000)]}
+    job = dataclasses.replace(job, batch=batch_of(party, "nap", np.zeros((1, 1), int), **nap))
     assert perform(dataclasses.replace(job, room=50_000)).refusal == full
     assert perform(job).refusal is None
 
@@ -598,6 +693,7 @@ def test_a_worker_that_dies_takes_one_request_with_it(server, circuit):
     assert response.json() == {
         "code": "worker_died", "detail": "the process that computed this died; it has been replaced"
     }  # fmt: skip
+    assert {event["event"] for event in server.events()} >= {"worker died"}  # all of the log can be read
     assert client.post(path, content=batch_of(party, "crash", fatal * 0)).status_code == 200
     with pytest.raises(Refused, match="died"):  # after a few tries
         run(party, "crash", fatal)
