@@ -562,7 +562,7 @@ class EncryptedGPT2:
             cache = output.cache
             return np.asarray(output.logits[0, 0])
 
-        return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.eos_token_id)
+        return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.ends_of_text)
 
 
 def head_weights(model: Decoder, layer: int, head: int, fisher: np.ndarray | None = None) -> HeadWeights:
