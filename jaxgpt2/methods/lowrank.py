@@ -42,6 +42,12 @@ from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
+# Ranks that are looked at: few, since each pair of them is compiled. Tokens that they are looked at on; and what a head
+# may lose by them, when its cheapest configuration is looked for.
+RANKS = (2, 4, 8, 12, 16, 20, 24, 32, 40, 48)
+LOSS_TOKENS = 2048
+TOLERANCES = (0.1, 0.04, 0.015, 0.005)
+
 # Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
 BATCH = 40
 RATE = 0.03
@@ -537,6 +543,61 @@ def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]
     return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
 
 
+def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dict[int, float], dict[int, float]]:
+    """What a head loses by each score rank, with values of full rank, and by each value rank, with scores of full rank.
+
+    As a share of what it loses by being left out, by `HeadWeights.metric`, on the first LOSS_TOKENS tokens or so.
+    Nothing is rounded.
+    """
+    ends = np.cumsum([len(passage) for passage in inputs])
+    some = inputs[: int(np.searchsorted(ends, LOSS_TOKENS)) + 1]
+    real = np.concatenate(some)
+    texts = [slice(end - len(x), end) for x, end in zip(some, np.cumsum([len(x) for x in some]), strict=True)]
+    q, k, v = real @ weights.query + weights.query_bias, real @ weights.key, real @ weights.value
+    q_mean, k_mean, mean = q.mean(axis=0), k.mean(axis=0), v.mean(axis=0)
+    q, k, v, size = q - q_mean, k - k_mean, v - mean, q.shape[1]
+    own = k @ q_mean / np.sqrt(size)  # the key's own term, which costs no rank
+    metric_root = square_root(weights.metric)[0]
+    unrotated = {rank: factor_scores(q, k, rank) for rank in (*(rank for rank in RANKS if rank < size), size)}
+
+    def attention(rank: int) -> np.ndarray:
+        """The mean values that the head reads, centred (N, D)."""
+        to_query, to_key = unrotated[rank]
+        left, right, rows = q @ to_query, k @ to_key, []
+        for t in texts:
+            scores = np.where(np.tri(t.stop - t.start, dtype=bool), left[t] @ right[t].T + own[t], -np.inf)
+            e = np.exp(scores - scores.max(axis=1, keepdims=True))
+            rows.append(e / e.sum(axis=1, keepdims=True) @ v[t])
+        return np.concatenate(rows)
+
+    exact = attention(size)
+    whole = float((((exact + mean + weights.value_bias) @ metric_root) ** 2).sum())
+
+    def share(error: np.ndarray) -> float:
+        return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
+
+    by_score = {rank: share(attention(rank) - exact) for rank in unrotated}
+    by_value = {}
+    for rank in unrotated:
+        there, back = factor_values(v, metric_root, rank)
+        by_value[rank] = share(exact @ there @ back - exact)
+    return by_score, by_value
+
+
+def smallest(losses: dict[int, float], tolerance: float) -> int:
+    """The least rank that loses no more than that."""
+    return min(rank for rank, loss in losses.items() if loss <= tolerance or rank == max(losses))
+
+
+def propose(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> list[dict[str, int]]:
+    """The ranks at which a head loses about TOLERANCES, in pairs of about the same loss."""
+    scores, values = (
+        [smallest(losses, tolerance) for tolerance in TOLERANCES] for losses in rank_losses(weights, inputs)
+    )
+    pairs = {(score, value) for i, score in enumerate(scores) for j, value in enumerate(values) if abs(i - j) <= 1}
+    return [{"score_rank": score, "value_rank": value} for score, value in sorted(pairs)]
+
+
 LOWRANK = Method(
     "lowrank",
     head=QuantizedFunction(STRATEGY, calibrate, decode),
@@ -546,5 +607,6 @@ LOWRANK = Method(
     # Found by tune for all heads of the bundled model: a lookup that is one step off now and then is little beside the
     # rounding of 4 bits.
     fhe_config=FHEConfig(3e-2, "approximate"),
-    search={"score_rank": (4, 8, 16, 24), "value_rank": (4, 16, 24, 32, 48)},
+    propose=propose,
+    quick={"training_steps": 0},
 )
