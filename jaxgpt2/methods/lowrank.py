@@ -46,7 +46,10 @@ SCORE_BITS = 2
 # may lose by them, when its cheapest configuration is looked for.
 RANKS = (2, 4, 8, 12, 16, 20, 24, 32, 40, 48)
 LOSS_TOKENS = 2048
-TOLERANCES = (0.1, 0.04, 0.015, 0.005)
+TOLERANCES = (0.1, 0.04, 0.02, 0.01)
+
+# What a head may lose by each of its ranks where they are not named.
+TOLERANCE = 0.02
 
 # Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
 BATCH = 40
@@ -408,13 +411,15 @@ def calibrate(
     """The head in integers; a head_dim below the ranks bounds them.
 
     Args:
+        score_rank, value_rank: 0 for the least at which the head loses no more than TOLERANCE of what it does, see
+            `rank_losses`.
         exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
         training_steps: of `refine`; 0 keeps the closed formulas.
     """
     term_bits = bits.activations + SCORE_BITS
     for name, value, low, high in (
-        ("score_rank", score_rank, 1, 4096),
-        ("value_rank", value_rank, 1, 4096),
+        ("score_rank", score_rank, 0, 4096),
+        ("value_rank", value_rank, 0, 4096),
         ("exponential_bits", exponential_bits or term_bits, 4, 16),
         ("training_steps", training_steps, 0, 100_000),
     ):
@@ -424,6 +429,12 @@ def calibrate(
     saturated = largest_level(term_bits)
     exponential_bits = exponential_bits or term_bits
     head_dim = weights.query.shape[1]
+    if not score_rank or not value_rank:
+        by_score, by_value = rank_losses(weights, inputs)
+        score_rank, value_rank = (
+            score_rank or smallest(by_score, TOLERANCE),
+            value_rank or smallest(by_value, TOLERANCE),
+        )
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
