@@ -7,9 +7,8 @@
 
 A row is one head at one number of bits with every metric: agreement at three k, KL, recovered KL, head error. It shares
 the float model, and with the other rows of its head the model without that head; both are counted in. Its calibration
-is the method's work, done on other threads meanwhile, and stands apart; a row as a sweep runs it, with calibration, stands
-beside it.
-Beside it stand as many single-sentence forward passes of transformers as there are passages. Reported are medians;
+is the method's work, done on other threads meanwhile, and stands apart; so does a row as a sweep runs it, calibration
+included. Beside it stand as many single-sentence passes of transformers as there are passages. Reported are medians;
 compilation is no part of them.
 
 The limit of a row is the arithmetic of the layers after the head and of the output projection over the vocabulary, at
