@@ -320,8 +320,10 @@ class ConcreteCircuit:
         # Zeros in place of what other functions gave: that may lie outside its type, see `_state`.
         places = [x if position in own else np.zeros_like(x) for position, x in enumerate(arrays)]
         values = list(_as_values(client.simulate_encrypt(*places, function_name=name)))
+        program = cast("Any", ClientProgram).create_simulated(client.specs.program_info)
+        circuit = program.get_client_circuit(name)
         for position in set(range(len(arrays))) - set(own):
-            values[position] = self._state(client, name, position, arrays[position])
+            values[position] = self._state(circuit, name, position, arrays[position])
         results = server.run(*values, function_name=name)
         decrypted = _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
         return tuple(self._unwrapped(name, position, x) for position, x in enumerate(decrypted))
@@ -356,7 +358,7 @@ class ConcreteCircuit:
         width = encoding["width"]
         return x if encoding["isSigned"] else np.where(x >> width, x - (2 << width), x)
 
-    def _state(self, client: fhe.Client, name: str, position: int, x: NDArray[Any]) -> Any:
+    def _state(self, circuit: Any, name: str, position: int, x: NDArray[Any]) -> Any:
         """A simulated ciphertext that stays on the server, of any integers.
 
         A wrong lookup past the end of a table gives minus the entry at the other end. A ciphertext of it goes on as it
@@ -364,8 +366,7 @@ class ConcreteCircuit:
         """
         encoding = self._types[name]["inputs"][position]
         x = x if encoding["isSigned"] else x % (2 << encoding["width"])
-        program = cast("Any", ClientProgram).create_simulated(client.specs.program_info)
-        return fhe.Value(program.get_client_circuit(name).simulate_prepare_input(NativeValue(x), position))
+        return fhe.Value(circuit.simulate_prepare_input(NativeValue(x), position))
 
     def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)

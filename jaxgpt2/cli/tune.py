@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Widths that `tune` tries.
 TUNED_BITS = "3-5"
 
-# Passages that a first look at a configuration takes, at least, or a quarter of them.
+# Passages that a first look at a configuration takes, at least, or a quarter of them; and as many of calibration.
 SCREENED = 32
 
 
@@ -217,11 +217,14 @@ def final_rows(experiment: Experiment, gpt2: GPT2, table: Table, configurations:
 
 def screen_rows(experiment: Experiment, gpt2: GPT2, table: Table, configurations: Sequence[Configuration],
                 scheduler: str | None) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of configurations, calibrated fast and measured on some of the passages."""
+    """Rows of configurations, calibrated fast, on some of the text, and measured on some of the passages."""
     from jaxgpt2.sweeps.tune import screened
 
-    some = experiment.passages[: max(SCREENED, len(experiment.passages) // 4)]
-    fewer, own = dataclasses.replace(experiment, passages=some), table.under(f"first {len(some)} passages: ")
+    some, text = (
+        passages[: max(SCREENED, len(passages) // 4)] for passages in (experiment.passages, experiment.calibration)
+    )
+    fewer = dataclasses.replace(experiment, passages=some, calibration=text)
+    own = table.under(f"first {len(some)} passages, calibrated on {len(text)}: ")
     return final_rows(fewer, gpt2, own, [screened(each) for each in configurations], scheduler, "screened")
 
 

@@ -88,14 +88,14 @@ def candidates(
         states = states.at(gpt2, layer)
         data = CalibrationData.of(gpt2, states)
         for module in own:
+            assert module.head is not None
+            weights = head_weights(gpt2, layer, module.head, data.fisher)
+            proposals: dict[str, Sequence[Mapping[str, int]]] = {}
+            for name in dict.fromkeys(names):
+                propose = methods.get(name).propose
+                proposals[name] = ({},) if propose is None else propose(weights, data.inputs)
             for each in (each for each in found if each.module == module):
-                propose = methods.get(each.config.method).propose
-                proposals: Sequence[Mapping[str, int]] = ({},)
-                if propose is not None:
-                    assert module.head is not None
-                    weights = head_weights(gpt2, layer, module.head, data.fisher)
-                    proposals = propose(weights, data.inputs)
-                for proposal in proposals:
+                for proposal in proposals[each.config.method]:
                     # What is named stands.
                     changes = {**proposal, **dict(each.config.changes)}
                     config = dataclasses.replace(each.config, changes=tuple(sorted(changes.items())))

@@ -402,6 +402,24 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
     assert "none of 8 configurations recovers 1 of the KL, the best recovers" in unreachable.stderr.replace("\n", " ")
 
 
+def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "FEW", 1)
+    out = tmp_path / "configs.json"
+    tuning = ["tune", *common(model), "--encrypt", "1.2", "--bits", "3,7", "--seq-len", 3, "--recovered-kl", 0.5,
+              "--simulated", 0, "--out", out]  # fmt: skip
+    result = run(*tuning, "--json")
+    assert result.exit_code == 0, result.output
+    rows = read_rows(Path(f"{out}.rows"))
+    rough = [row for key, row in rows.items() if key.startswith("first 20 passages, calibrated on 20: 1.2 ")]
+    trained = [row for key, row in rows.items() if key.startswith("1.2 ")]
+    assert len(rough) + len(trained) == len(rows) and len(rough) >= 4
+    assert {row["training_steps"] for row in rough} == {0} and {row["training_steps"] for row in trained} == {300}
+    assert len(trained) < len(rough)
+    found = json.loads(result.stdout)
+    assert found["recovered_kl"] >= 0.5
+    assert found["heads"]["1.2"]["measured"]["kl"] in {row["kl"] for row in trained}
+
+
 def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(model, tmp_path):
     out = tmp_path / "configs.json"
     tuning = ["tune", *common(model), "--encrypt", "0.1", "--bits", 3, "--set", "score_rank=4", "--set",
