@@ -569,11 +569,11 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
     q, k, v, size = q - q_mean, k - k_mean, v - mean, q.shape[1]
     own = k @ q_mean / np.sqrt(size)  # the key's own term, which costs no rank
     metric_root = square_root(weights.metric)[0]
-    unrotated = {rank: factor_scores(q, k, rank) for rank in (*(rank for rank in RANKS if rank < size), size)}
+    maps = {rank: factor_scores(q, k, rank) for rank in (*(rank for rank in RANKS if rank < size), size)}
 
     def attention(rank: int) -> np.ndarray:
         """The mean values that the head reads, centred (N, D)."""
-        to_query, to_key = unrotated[rank]
+        to_query, to_key = maps[rank]
         left, right, rows = q @ to_query, k @ to_key, []
         for t in texts:
             scores = np.where(np.tri(t.stop - t.start, dtype=bool), left[t] @ right[t].T + own[t], -np.inf)
@@ -587,9 +587,9 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
     def share(error: np.ndarray) -> float:
         return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
 
-    by_score = {rank: share(attention(rank) - exact) for rank in unrotated}
+    by_score = {rank: share(attention(rank) - exact) for rank in maps}
     by_value = {}
-    for rank in unrotated:
+    for rank in maps:
         there, back = factor_values(v, metric_root, rank)
         by_value[rank] = share(exact @ there @ back - exact)
     return by_score, by_value
