@@ -6,7 +6,7 @@ use `Ops` and `LookupTable`; functions of slot vectors use `fhe.ckks.slots` and 
 """
 
 from fhe.backend import Backend, Circuit, CircuitReport, FHEConfig, Function, Keys, Rounding, RunCost
-from fhe.cache import cached_keys, compile_cached
+from fhe.cache import cached_keys, compile_cached, content_hash
 from fhe.errors import (
     BackendUnavailable,
     CircuitFormatError,
@@ -55,6 +55,7 @@ __all__ = [
     "backends",
     "cached_keys",
     "compile_cached",
+    "content_hash",
     "get_backend",
     "register_backend",
     "register_functions",

@@ -86,10 +86,16 @@ def fingerprint(backend: Backend, functions: Mapping[str, Function], params: Any
     and what they close over, their input sets and sources, params and config.
     """
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
-    return _hash((backend.name, backend.version(), sources, dict(functions), params, config))
+    return content_hash((backend.name, backend.version(), sources, dict(functions), params, config))
 
 
-def _hash(value: Any) -> str:
+def content_hash(value: Any) -> str:
+    """SHA-256 of a value: numbers, text, arrays, dataclasses, functions with the source of what they are made of, and
+    tuples, lists and dicts of these.
+
+    Raises:
+        TypeError: it holds something else.
+    """
     digest = hashlib.sha256()
     _update(digest, value)
     return digest.hexdigest()
@@ -133,7 +139,7 @@ def _update(digest: Any, value: Any) -> None:
         for cell in value.__closure__ or ():
             _update(digest, cell.cell_contents)
     else:
-        raise TypeError(f"cannot hash a {type(value).__qualname__} for the cache of circuits")
+        raise TypeError(f"cannot hash a {type(value).__qualname__} for a cache")
 
 
 def _collect_sources(module: ModuleType, sources: dict[str, str]) -> None:

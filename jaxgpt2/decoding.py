@@ -35,6 +35,10 @@ class NotReady(InputError):
     """A mode that needs `calibrate` or `compile` first, or modules made for longer texts."""
 
 
+class OutOfRange(fhe.FHEError):
+    """Decrypted numbers that no activation like those of calibration can give: the result would be wrong."""
+
+
 class CircuitCache(NamedTuple):
     """What was read with a circuit so far.
 
@@ -88,7 +92,7 @@ class DecodingStrategy(Protocol):
         """The results of rows x (T, C) that follow those in the cache, by a circuit for texts of `length` tokens.
 
         Raises:
-            NotReady: the text is longer than that; fhe.FHEError: decrypted numbers that cannot be right.
+            NotReady: the text is longer than that; OutOfRange: decrypted numbers that cannot be right.
         """
         ...
 

@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import fhe
 from jaxgpt2 import methods
 from jaxgpt2.calibration import CalibrationData, HiddenStates
-from jaxgpt2.decoding import CircuitCache, NotReady
+from jaxgpt2.decoding import CircuitCache, NotReady, OutOfRange
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.executors import Executor, LocalExecutor, SimulatedExecutor, StateLost
 from jaxgpt2.executors.processes import over_cores
@@ -34,6 +35,7 @@ from jaxgpt2.models import Decoder
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.quantize import Bits, CalibrationError
+from weights.checkpoint import write_atomically
 
 Mode = Literal["float", "quantized", "simulate", "encrypted"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -142,12 +144,27 @@ def _decode(function: QuantizedFunction, dequantization: Any, results: tuple[jax
     return jax.vmap(lambda *row: function.decode(dequantization, row))(*results)
 
 
+@functools.partial(jax.jit, static_argnames="function")
+def _refused(function: QuantizedFunction, dequantization: Any, results: tuple[jax.Array, ...]) -> jax.Array:
+    """Which rows (B, T) a client refuses."""
+    assert function.refuses is not None
+    return jax.vmap(lambda *row: function.refuses(dequantization, row))(*results)
+
+
+# Is told the index of a text that is refused when it is decrypted, and why.
+Refusals = Callable[[int, str], object]
+
+
 @dataclass(frozen=True)
 class QuantizedRunner:
-    """Modules as quantized functions in JAX."""
+    """Modules as quantized functions in JAX.
+
+    refused: is told which texts a client would refuse; they are computed all the same.
+    """
 
     functions: Mapping[Module, QuantizedFunction]
     quantized: Mapping[Module, QuantizedModule]
+    refused: Refusals | None = None
 
     def extend(
         self, module: Module, x: jax.Array, lengths: np.ndarray, cache: Any, start: int, size: int | None
@@ -159,6 +176,12 @@ class QuantizedRunner:
         else:
             cache = _empty(function, own.params, x, size) if cache is None else cache
             results, cache = _extend(function, own.params, x, cache, jnp.asarray(start))
+        if self.refused is not None and function.refuses is not None:
+            rows = np.asarray(_refused(function, own.dequantization, results)) & (
+                np.arange(x.shape[1]) < lengths[:, None]
+            )
+            for index in np.flatnonzero(rows.any(axis=1)):
+                self.refused(int(index), f"the engine would refuse what module {module} gives")
         return _decode(function, own.dequantization, results), cache
 
 
@@ -167,12 +190,15 @@ class CircuitRunner:
     """Modules as circuits that executors call, one text at a time. It needs no `params`.
 
     length: tokens that the circuits are compiled for.
+    refused: is told which texts are refused, whose outputs are then NaN. None makes a refusal an error, OutOfRange; it
+        is one too where all texts are refused.
     """
 
     functions: Mapping[Module, QuantizedFunction]
     clients: Mapping[Module, QuantizedModule]
     executors: Mapping[Module, Executor]
     length: int
+    refused: Refusals | None = None
 
     def extend(
         self, module: Module, x: jax.Array, lengths: np.ndarray, cache: Any, start: int, size: int | None
@@ -190,17 +216,35 @@ class CircuitRunner:
         function, client = self.functions[module], self.clients[module]
         texts = np.asarray(_encode(function, client, x))
         known: Sequence[CircuitCache | None] = [None] * len(texts) if cache is None else cache
-        read = [
-            self._read(module, np.asarray(text[:count], np.result_type(text.dtype, np.int64)), before)
-            for text, count, before in zip(texts, lengths, known, strict=True)
-        ]
+        # What an earlier module refused has no numbers.
+        missing = np.isnan(np.asarray(x[:, 0])).any(axis=1) & (self.refused is not None)
+        found: list[tuple[list[np.ndarray], CircuitCache | None] | None] = []
+        for index, (text, count, before) in enumerate(zip(texts, lengths, known, strict=True)):
+            if missing[index]:
+                found.append(None)
+                continue
+            try:
+                found.append(self._read(module, np.asarray(text[:count], np.result_type(text.dtype, np.int64)), before))
+            except OutOfRange as error:
+                if self.refused is None:
+                    raise
+                self.refused(index, f"module {module}: {error}")
+                missing[index] = True
+                found.append(None)
+        if missing.all():
+            raise OutOfRange(f"module {module}: every text is refused")
+        nothing: Any = [part[:0] for part in next(each for each in found if each is not None)[0]], None
+        read = [each or nothing for each in found]
         # Padding gives zeros, so that what follows is the compiled code of the mode "quantized".
         results = tuple(
             jnp.asarray(np.stack([np.pad(part, ((0, x.shape[1] - len(part)), (0, 0))) for part in parts]), kind)
             for parts in zip(*(results for results, _ in read), strict=True)
             for kind in (jnp.int32 if parts[0].dtype.kind == "i" else jnp.float32,)
         )
-        return _decode(function, client.dequantization, results), [after for _, after in read]
+        outputs = _decode(function, client.dequantization, results)
+        if missing.any():
+            outputs = jnp.where(missing[:, None, None], jnp.nan, outputs)
+        return outputs, [after for _, after in read]
 
     def _read(self, module: Module, x: np.ndarray, cache: CircuitCache | None) -> tuple[list[np.ndarray], CircuitCache]:
         read = functools.partial(
@@ -298,22 +342,47 @@ class EncryptedGPT2:
 
     # Calibration ---------------------------------------------------------------------------------
 
-    def calibrate(self, passages: Sequence[str], max_tokens: int) -> EncryptedGPT2:
+    def calibrate(self, passages: Sequence[str], max_tokens: int, cache: Path | None = None) -> EncryptedGPT2:
         """The encrypted modules quantized, their scales and tables made from these passages.
 
         Args:
             passages: text like what the model will read, and not what it will be evaluated on.
             max_tokens: longest text that the modules will read; longer passages are cut.
+            cache: directory in which quantized modules are kept; None calibrates anew. It holds weights.
 
         Raises:
             CalibrationError: a sum that int32 cannot hold; PromptError: no text.
         """
         self._check_length(max_tokens)
-        states, data = HiddenStates.read(self.model, passages, max_tokens), {}
-        for layer in self._layers():
-            states = states.at(self.model, layer)
-            data[layer] = CalibrationData.of(self.model, states)
-        return self.calibrate_on(data, max_tokens)
+        paths = {} if cache is None else self._cached(cache, passages, max_tokens)
+        found = {module: one for module, path in paths.items() if (one := read_quantized(path)) is not None}
+        missing = {module: config for module, config in self.configs.items() if module not in found}
+        if missing:
+            rest, data = dataclasses.replace(self, configs=missing), {}
+            states = HiddenStates.read(self.model, passages, max_tokens)
+            for layer in rest._layers():
+                states = states.at(self.model, layer)
+                data[layer] = CalibrationData.of(self.model, states)
+            made = rest.calibrate_on(data, max_tokens).quantized
+            for module, path in paths.items():
+                if module in made:
+                    write_quantized(path, made[module])
+            found |= made
+        quantized = {module: found[module] for module in self.modules}
+        return dataclasses.replace(self, quantized=quantized, circuits={}, seq_len=None)
+
+    def _cached(self, directory: Path, passages: Sequence[str], max_tokens: int) -> dict[Module, Path]:
+        """Where quantized modules are kept: by a hash of all that they are made from."""
+        sources = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+        model = self.model.config, self.model.fingerprint(), self.model.tokenizer.to_str()
+        common = fhe.content_hash((sources, model, list(passages), max_tokens))
+        paths = {}
+        for module, config in self.configs.items():
+            own = (str(module), config.bits, config.options, self.function(module).calibrate)
+            # A calibration that cannot be hashed is done anew.
+            with contextlib.suppress(TypeError):
+                paths[module] = directory / f"{fhe.content_hash((common, own))}.pickle"
+        return paths
 
     def _check_length(self, max_tokens: int) -> None:
         if not 1 <= max_tokens <= self.model.config.n_positions:
@@ -578,7 +647,22 @@ class EncryptedGPT2:
             cache = output.cache
             return np.asarray(output.logits[0, 0])
 
-        return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.eos_token_id)
+        return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.ends_of_text)
+
+
+def read_quantized(path: Path) -> QuantizedModule | None:
+    """A quantized module from the user's cache; None where there is none, or it cannot be read."""
+    try:
+        found = pickle.loads(path.read_bytes())
+    except Exception:  # a damaged pickle raises anything
+        return None
+    return found if isinstance(found, QuantizedModule) else None
+
+
+def write_quantized(path: Path, module: QuantizedModule) -> None:
+    """Keeps a quantized module in the user's cache."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_atomically(path, lambda name: Path(name).write_bytes(pickle.dumps(module)))
 
 
 def head_weights(model: Decoder, layer: int, head: int, fisher: np.ndarray | None = None) -> HeadWeights:

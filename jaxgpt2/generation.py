@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,14 +93,14 @@ def generate_tokens(
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    end_of_text: int | None = None,
+    ends_of_text: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yields new tokens as they are chosen; stops after `max_new_tokens`, or before the end-of-text token."""
+    """Yields new tokens as they are chosen; stops after `max_new_tokens`, or before a token that ends the text."""
     random = np.random.default_rng(sampling.seed)
     tokens = list(prompt)
     for _ in range(max_new_tokens):
         token = choose(next_logits(tokens), sampling, random)
-        if token == end_of_text:
+        if token in ends_of_text:
             return
         tokens.append(token)
         yield token

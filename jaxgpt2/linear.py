@@ -168,7 +168,7 @@ class LinearClient:
 
         try:
             yield from generate_tokens(
-                read_once(read, size), tokens, max_new_tokens, sampling, self.config.eos_token_id
+                read_once(read, size), tokens, max_new_tokens, sampling, self.config.ends_of_text
             )
         except GeneratorExit:  # whoever reads the text wants no more of it; but not if reading it failed
             read_the_rest()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -90,34 +90,73 @@ def sending(text: str, total: int) -> Iterator[Callable[[int], None]]:
         note(f"{text}, {megabytes(total)}: {seconds(took)}")
 
 
+class Pace:
+    """How long things take, by their kind, and so how long those that are left will.
+
+    left: how many there are of each kind.
+    """
+
+    def __init__(self, left: Mapping[str, float]):
+        self.left = dict(left)
+        self._done: dict[str, float] = {}
+        self._took: dict[str, float] = {}
+
+    def add(self, kind: str, count: float, took: float) -> None:
+        """So many more of a kind are done; took: seconds since something was done before."""
+        self.left[kind] = max(0.0, self.left.get(kind, 0.0) - count)
+        self._done[kind] = self._done.get(kind, 0.0) + count
+        self._took[kind] = self._took.get(kind, 0.0) + took
+
+    def remaining(self) -> float | None:
+        """Seconds that the rest will take; a kind of which none was seen takes the mean of the others. None where
+        nothing was seen."""
+        done = sum(self._done.values())
+        if not done:
+            return None
+        mean = sum(self._took.values()) / done
+        each = {kind: self._took[kind] / count for kind, count in self._done.items() if count}
+        return sum(count * each.get(kind, mean) for kind, count in self.left.items())
+
+
+class Counting(Protocol):
+    def __call__(self, count: float, kind: str = "", left: Mapping[str, float] | None = None) -> object:
+        """So many more of a kind are done, a part of one too. The first call says how many were done before, and (left)
+        how many there are to do of each kind, where kinds take different times."""
+        ...
+
+
 @contextlib.contextmanager
-def counting(text: str, total: int, interval: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` things are done, how fast, and how long the rest will take.
+def counting(text: str, total: int, interval: float = 10.0) -> Iterator[Counting]:
+    """Shows how many of `total` things are done, and how long the rest will take.
 
     Yields:
-        a function to be told how many more are done; the first call says how many were done before.
+        a function to be told what is done.
     """
-    done = before = 0
-    started = said = time.monotonic()
-    first = True
+    done = 0.0
+    said = last = time.monotonic()
+    pace: Pace | None = None
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[left]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(text, total=total, rate="")
+        task = progress.add_task(text, total=total, count=f"0/{total}", left="")
 
-        def advance(count: int) -> None:
-            nonlocal done, before, started, said, first
+        def advance(count: float, kind: str = "", left: Mapping[str, float] | None = None) -> None:
+            nonlocal done, said, last, pace
             done += count
             now = time.monotonic()
-            if first:
-                before, started, first = done, now, False
-            speed = (done - before) / (now - started) if now > started else 0.0
-            rate = f"{speed:.3g} a second" if speed >= 1 or not speed else f"{seconds(1 / speed)} each"
-            progress.update(task, completed=done, rate=rate)
-            if not console.is_terminal and speed and (now - said > interval or done == total):
+            if pace is None:  # what was done before says nothing of the pace
+                pace = Pace({"": total - done} if left is None else left)
+            else:
+                pace.add(kind, count, now - last)
+            last = now
+            remaining = pace.remaining()
+            rest = "" if remaining is None else f"{seconds(remaining)} left"
+            whole = int(done + 1e-6)
+            progress.update(task, completed=done, count=f"{whole}/{total}", left=rest)
+            if not console.is_terminal and rest and (now - said > interval or whole == total):
                 said = now
-                note(f"{text}: {done} of {total}, {rate}, {seconds((total - done) / speed)} left")
+                note(f"{text}: {whole} of {total}, {rest}")
 
         yield advance

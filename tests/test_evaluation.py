@@ -1,15 +1,20 @@
 """The measures of DESIGN: agreement, KL, the ablated head's KL, recovered KL, head error."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
 import helpers
+from jaxgpt2.decoding import Cached, OutOfRange
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError, PromptError
-from jaxgpt2.evaluation import check_disjoint, evaluate, read_passages
+from jaxgpt2.evaluation import check_disjoint, divergence, evaluate, measure, read_passages
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import Module
 from jaxgpt2.quantize import Bits
 
 # The tokenizer of the random models has a token a byte.
@@ -78,6 +83,79 @@ def test_long_passages_are_cut_where_a_length_is_given(encrypted):
     short = evaluate(encrypted, ["one c", "a"], runner)  # a token a byte
     assert cut.positions == 6
     assert cut.kl == pytest.approx(short.kl, rel=1e-4)
+
+
+def test_kl_is_never_negative():
+    """Logits that differ by roundings: what cancels in the sum of p (log p - log q) is of either sign."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(400, 3000)).astype(np.float32) * 4
+    for size in (0.0, 1e-7, 1e-6, 1e-4, 1e-2, 0.1, 1.0):
+        other = (logits + size * random.normal(size=logits.shape)).astype(np.float32)
+        p, q = (scipy.special.log_softmax(x.astype(np.float64), axis=-1) for x in (logits, other))
+        found = np.asarray(divergence(*(jnp.asarray(x, jnp.float32) for x in (p, q))))
+        assert (found >= 0).all()
+        wanted = (np.exp(p) * (p - q)).sum(axis=-1)
+        # float32 keeps log probabilities of up to 40 to 2e-6.
+        assert np.allclose(found, wanted, rtol=1e-3, atol=1e-10 + 4e-6 * np.sqrt(wanted.max()))
+
+
+@pytest.fixture
+def refusing(encrypted, monkeypatch) -> EncryptedGPT2:
+    """Compiled, and its client refuses whatever is decrypted of a text of three tokens."""
+    read = Cached.read
+
+    def refuse(self, client, executor, x, cache, length):
+        if len(x) == 3:
+            raise OutOfRange("sums of attention weights are too small")
+        return read(self, client, executor, x, cache, length)
+
+    monkeypatch.setattr(Cached, "read", refuse)
+    return encrypted.compile(CALIBRATION, 8, backend="clear")
+
+
+def test_refused_texts_are_counted_and_left_out(refusing, encrypted):
+    texts = ["the dog", "mat", "it ran", "cat"]
+    runners = {"quantized": encrypted.runner("quantized"), "simulate": refusing.runner("simulate")}
+    found = measure(refusing, texts, runners, (1,))
+    assert list(found.refused["simulate"]) == [1, 3]
+    assert "module 0.1: sums of attention" in found.refused["simulate"][1]
+    wanted = evaluate(encrypted, ["the dog", "it ran"], encrypted.runner("quantized"), (1,))
+    for name in runners:  # both columns are of the same texts
+        measured = found.evaluation(name)
+        assert (measured.positions, measured.passages) == (13, 2)
+        assert measured.kl == pytest.approx(wanted.kl, rel=1e-3)
+        assert measured.kl_ablated == pytest.approx(wanted.kl_ablated, rel=1e-3)
+        assert measured.head_error == pytest.approx(wanted.head_error, rel=1e-3)
+    assert [found.evaluation(name).refused for name in runners] == [0, 2]
+    with pytest.raises(OutOfRange, match=r"passage 2 is refused: module 0\.1: sums"):
+        evaluate(refusing, texts, refusing.runner("simulate"), (1,), strict=True)
+    with pytest.raises(OutOfRange, match=r"all passages are refused, the first: module 0\.1"):
+        evaluate(refusing, ["mat", "cat"], refusing.runner("simulate"), (1,))
+
+
+def test_a_text_that_one_module_refuses_reaches_no_later_one(refusing):
+    two = dataclasses.replace(
+        refusing,
+        configs={Module(layer, 1): refusing.configs[Module(0, 1)] for layer in range(2)},
+        quantized={Module(layer, 1): refusing.quantized[Module(0, 1)] for layer in range(2)},
+        circuits={Module(layer, 1): refusing.circuits[Module(0, 1)] for layer in range(2)},
+    )
+    found = measure(two, ["the dog", "mat"], {"simulate": two.runner("simulate")}, (1,))
+    assert found.refused["simulate"].keys() == {1}
+    assert np.isfinite(found.evaluation("simulate").kl)
+
+
+def test_refusals_are_foreseen_in_jax(encrypted):
+    """Of a method that says what it refuses; its texts are computed all the same."""
+    runner = encrypted.runner("quantized")
+    function = dataclasses.replace(
+        encrypted.function(Module(0, 1)), refuses=lambda _, results: results[1][:, 0] == results[1][2, 0]
+    )
+    runner = dataclasses.replace(runner, functions={Module(0, 1): function})
+    found = measure(encrypted, ["a", "it", "the dog"], {"": runner}, (1,))
+    assert set(found.refused[""]) == {2}  # the third row of padding refuses no text
+    assert found.evaluation("").passages == 3
+    assert found.evaluation("").refused == 1
 
 
 @pytest.mark.parametrize(

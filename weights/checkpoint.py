@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def _download(hub_id: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except GatedRepoError:
         reason = "access is restricted: ask for it on the model's page, then set HF_TOKEN"
     except RepositoryNotFoundError:
@@ -84,6 +85,10 @@ def _download(hub_id: str) -> Path:
         reason = _first_line(error)
     except OSError as error:
         reason = f"the Hub cannot be reached: {_first_line(error)}"
+    else:
+        if any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+            return directory
+        reason = f"it has no {SINGLE_FILE} there; get what there is by `hf download {hub_id} --local-dir DIR`, give DIR"
     raise CheckpointError(f"{hub_id}: no such directory here, and from the Hub: {reason}")
 
 
@@ -108,11 +113,28 @@ def load_config(directory: Path) -> dict[str, Any]:
     return _read_json(directory / "config.json")
 
 
+def conversion(directory: Path) -> str:
+    """A shell command that makes `model.safetensors` of `pytorch_model*.bin`, and runs no code that these may hold."""
+    program = (
+        "import pathlib, torch, safetensors.torch; "
+        f"d = pathlib.Path({str(directory)!r}); "
+        "parts = [torch.load(p, map_location='cpu', weights_only=True) for p in d.glob('pytorch_model*.bin')]; "
+        "tensors = {n: t.clone().contiguous() for part in parts for n, t in part.items()}; "
+        f"safetensors.torch.save_file(tensors, d / {SINGLE_FILE!r})"
+    )
+    return f"python -c {shlex.quote(program)}"
+
+
 def _files(directory: Path) -> list[Path]:
     single = directory / SINGLE_FILE
     if single.exists():
         return [single]
     if not (directory / INDEX_FILE).exists():
+        if any(directory.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                f"{directory} has pytorch_model.bin alone, a format that can run code when it is read: convert it "
+                f"(with torch and safetensors, which read numbers only) by {conversion(directory)}"
+            )
         raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = _read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -127,7 +149,7 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
 @contextlib.contextmanager
@@ -183,7 +205,7 @@ def load_tensors(directory: Path, wanted: Shapes) -> dict[str, np.ndarray]:
             embedding does not want `lm_head.weight`; a copy of the embedding under that name is then ignored.
 
     Returns:
-        name to float32 array, for exactly the wanted names. Values stored as float16 or bfloat16 are widened.
+        name to float32 array, for exactly the wanted names. Other floats are converted.
 
     Raises:
         CheckpointError: a file that is missing or damaged, a tensor missing, misshapen, unknown or of another type.
@@ -210,7 +232,11 @@ def load_tensors(directory: Path, wanted: Shapes) -> dict[str, np.ndarray]:
                     raise CheckpointError(f"{path}: tensor {name} is stored twice")
                 shapes[name] = shape
                 if wanted.get(name) == shape:
-                    tensors[name] = np.asarray(file.get_tensor(stored_name), np.float32)
+                    try:
+                        with np.errstate(over="raise"):
+                            tensors[name] = np.asarray(file.get_tensor(stored_name), np.float32)
+                    except FloatingPointError:
+                        raise CheckpointError(f"{path}: tensor {name} has values beyond float32") from None
     _check_tensors(directory, shapes, wanted)
     if tied_head is not None and not np.array_equal(tied_head.astype(np.float32), tensors["wte.weight"]):
         raise CheckpointError(

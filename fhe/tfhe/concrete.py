@@ -14,7 +14,8 @@ Functions of one circuit share parameters and keys. A result that another functi
 sum of results of lookups is fine; an input in that sum is not, because Concrete takes the noise of a result from the
 last lookup before it. Results for the client may contain inputs.
 
-Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently.
+Beyond the ranges of the input set an encrypted result is undefined: integers wrap silently. So does what a wrong lookup
+gives at the end of a full table, encrypted and simulated.
 """
 
 # concrete-python has no type stubs, types its own code in part, and hides some of what is needed here.
@@ -33,6 +34,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +47,7 @@ os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
 
 from concrete import fhe
 from concrete.compiler import ClientProgram  # pyright: ignore[reportUnknownVariableType]
+from concrete.compiler import Value as NativeValue  # pyright: ignore[reportUnknownVariableType]
 from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
 from concrete.fhe.compilation.module import FheModule
 from concrete.fhe.compilation.module_compiler import FunctionDef, ModuleCompiler
@@ -312,9 +315,18 @@ class ConcreteCircuit:
             weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
             self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
         server, client = self._simulator
-        values = client.simulate_encrypt(*(np.asarray(x, np.int64) for x in inputs), function_name=name)
-        results = server.run(*_as_values(values), function_name=name)
-        return _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
+        arrays = [np.asarray(x, np.int64) for x in inputs]
+        own = self.signatures[name].client_inputs
+        # Zeros in place of what other functions gave: that may lie outside its type, see `_state`.
+        places = [x if position in own else np.zeros_like(x) for position, x in enumerate(arrays)]
+        values = list(_as_values(client.simulate_encrypt(*places, function_name=name)))
+        program = cast("Any", ClientProgram).create_simulated(client.specs.program_info)
+        circuit = program.get_client_circuit(name)
+        for position in set(range(len(arrays))) - set(own):
+            values[position] = self._state(circuit, name, position, arrays[position])
+        results = server.run(*values, function_name=name)
+        decrypted = _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
+        return tuple(self._unwrapped(name, position, x) for position, x in enumerate(decrypted))
 
     def make_keys(self, seed: int | None = None) -> ConcreteKeys:
         # Concrete's default is seed 0, so all 128 bits are drawn here, from the operating system.
@@ -328,6 +340,35 @@ class ConcreteCircuit:
         with _refusals("keys"):
             keys = fhe.Keys.deserialize(data)
         return self._with_evaluation(keys, key_id)
+
+    @cached_property
+    def _types(self) -> dict[str, dict[str, list[Any]]]:
+        """Width and sign of every function's "inputs" and "outputs"."""
+        circuits = json.loads(cast("Any", self._specs).program_info.serialize())["circuits"]
+        return {
+            circuit["name"]: {
+                side: [end["typeInfo"]["lweCiphertext"]["encoding"]["integer"] for end in circuit[side]]
+                for side in ("inputs", "outputs")
+            }
+            for circuit in circuits
+        }
+
+    def _unwrapped(self, name: str, position: int, x: NDArray[Any]) -> NDArray[Any]:
+        """A result of which a wrong lookup made a negative number of an unsigned type: modulo twice its range, one
+        beyond its range."""
+        encoding = self._types[name]["outputs"][position]
+        width = encoding["width"]
+        return x if encoding["isSigned"] else np.where(x >> width, x - (2 << width), x)
+
+    def _state(self, circuit: Any, name: str, position: int, x: NDArray[Any]) -> Any:
+        """A simulated ciphertext that stays on the server, of any integers.
+
+        A wrong lookup past the end of a table gives minus the entry at the other end. A ciphertext of it goes on as it
+        is, modulo twice the range of its type, and so must this; Concrete's simulation of encryption refuses it.
+        """
+        encoding = self._types[name]["inputs"][position]
+        x = x if encoding["isSigned"] else x % (2 << encoding["width"])
+        return fhe.Value(circuit.simulate_prepare_input(NativeValue(x), position))
 
     def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)
@@ -360,10 +401,11 @@ class ConcreteCircuit:
         program = cast("Any", ClientProgram).create_encrypted(self._specs.program_info, keys.keys._keyset)
         circuit = program.get_client_circuit(name)
         with _refusals(f"the results of {name}"):
-            return tuple(
-                np.asarray(circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val(), np.int64)
+            values = [
+                (position, circuit.process_output(fhe.Value.deserialize(part)._inner, position).to_py_val())
                 for position, part in parts
-            )
+            ]
+        return tuple(self._unwrapped(name, position, np.asarray(value, np.int64)) for position, value in values)
 
     def save(self, directory: str | Path, server: bool = True) -> None:
         """Write `circuit.json` and `client.json`, all that a client needs, and `server.zip` and `circuit.mlir`, which

@@ -12,6 +12,7 @@ from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     Directory,
     cache_directory,
+    calibrated,
     calibration_passages,
     compile_options,
     compiled,
@@ -54,8 +55,7 @@ def compile_command(calibration: Path | None, backend: str | None, p_error: floa
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
     passages = calibration_passages(calibration)
-    with step("calibrating"):
-        encrypted = encrypted.calibrate(passages, seq_len)
+    encrypted = calibrated(encrypted, passages, seq_len, cache)
     encrypted = compiled(encrypted, passages, seq_len, fhe_configs, backend, cache)
     result = compile_result(encrypted, seq_len)
     if out is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from jaxgpt2.cli.options import (
     MODES,
     announce_run,
     cache_directory,
+    calibrated,
     calibration_passages,
     compile_options,
     compiled,
@@ -30,11 +32,12 @@ from jaxgpt2.cli.options import (
     options,
     parse_numbers,
 )
-from jaxgpt2.progress import step
+from jaxgpt2.progress import note, step
 
 if TYPE_CHECKING:
     import fhe
     from jaxgpt2.encrypted import Mode
+    from jaxgpt2.evaluation import Evaluation
     from jaxgpt2.modules import Module
 
 
@@ -47,10 +50,13 @@ if TYPE_CHECKING:
               help="Evaluation text, one passage a line.  [default: bundled]")  # fmt: skip
 @click.option("--top-k", "ks", default="1,5,10", show_default=True, metavar="K[,K...]", help="Agreement at these k.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N passages.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Only the first N tokens of each passage.")
+@click.option("--strict", is_flag=True,
+              help="End at the first passage whose decrypted numbers are refused; else it is left out.")  # fmt: skip
 @json_option
 def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, p_error: float | None,
                      rounding: str | None, cache: Path | None, text: Path | None, ks: str, limit: int | None,
-                     as_json: bool, **chosen: Any) -> None:  # fmt: skip
+                     max_tokens: int | None, strict: bool, as_json: bool, **chosen: Any) -> None:  # fmt: skip
     """How much encrypted modules change the model on a text."""
     from jaxgpt2 import evaluation
 
@@ -60,16 +66,15 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     evaluation.check_disjoint(calibrating, passages)
     if chosen["modules"] == linear.LINEAR:
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
-        linear.evaluate(passages, numbers, mode, as_json, chosen | {"calibration": calibration})
+        linear.evaluate(passages, numbers, max_tokens, mode, as_json, chosen | {"calibration": calibration})
         return
     if mode != "quantized":
         cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
-    longest = evaluation.longest_passage(encrypted.model, passages)
-    with step("calibrating"):
-        encrypted = encrypted.calibrate(calibrating, longest)
+    longest = evaluation.longest_passage(encrypted.model, passages, max_tokens)
+    encrypted = calibrated(encrypted, calibrating, longest, cache)
     keys: dict[Module, fhe.Keys] = {}
     if mode != "quantized":
         encrypted = compiled(encrypted, calibrating, longest, fhe_configs, backend, cache)
@@ -80,26 +85,43 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(encrypted.over_cores(keys)) if keys else encrypted.runner(mode)
         stack.enter_context(step(f"evaluating {len(passages)} passages"))
-        measured = evaluation.evaluate(encrypted, passages, runner, numbers)
+        runners = {"quantized": encrypted.runner("quantized"), mode: runner}
+        each = evaluation.measure(encrypted, passages, runners, numbers, longest, strict)
+    measured, quantized = each.evaluation(mode), each.evaluation("quantized")
+    for number, reason in sorted(each.refused[mode].items()):
+        note(f"{text or 'the bundled text'}, line {number + 1}: refused: {reason}")
     result = {
-        **dataclasses.asdict(measured),
-        "recovered_kl": measured.recovered_kl,
+        **with_recovered(measured),
+        **({} if mode == "quantized" else {"quantized": with_recovered(quantized)}),
+        "refused_passages": {str(number + 1): reason for number, reason in sorted(each.refused[mode].items())},
         "mode": mode,
         "model": chosen["model"],
         **modules_of(encrypted),
         "seconds": time.monotonic() - started,
     }
+    # Beside what was decrypted or simulated stands what the same integers give in JAX.
+    columns = {"decrypted" if mode == "encrypted" else "simulated" if mode == "simulate" else mode: measured}
+    columns |= {"quantized": quantized}
+    wide = "".join(f"{name:>12}" for name in columns)
+
+    def row(name: str, value: Callable[[Evaluation], float], ablated: float, form: str) -> str:
+        cells = "".join(f"{value(one):>12{form}}" for one in columns.values())
+        return f"{name:22}{cells}{ablated:>12{form}}"
+
     lines = [
         f"{result['modules']} of {chosen['model']}, {describe(encrypted)}, {mode}: "
         f"{measured.positions} positions in {measured.passages} passages",
         "",
-        f"{'':22}{'quantized':>12}{'ablated':>12}",
-        *(
-            f"{f'top-{k} agreement':22}{measured.top_k[k]:>12.4f}{measured.top_k_ablated[k]:>12.4f}"
-            for k in measured.top_k
-        ),
-        f"{'KL from float (nats)':22}{measured.kl:>12.2e}{measured.kl_ablated:>12.2e}",
-        f"{'recovered KL':22}{measured.recovered_kl:>12.4f}{0:>12}",
-        f"{'head error':22}{measured.head_error:>12.4f}{1:>12}",
+        f"{'':22}{wide}{'ablated':>12}",
+        *(row(f"top-{k} agreement", lambda one, k=k: one.top_k[k], measured.top_k_ablated[k], ".4f") for k in each.ks),
+        row("KL from float (nats)", lambda one: one.kl, measured.kl_ablated, ".2e"),
+        row("recovered KL", lambda one: one.recovered_kl, 0.0, ".4f"),
+        row("head error", lambda one: one.head_error, 1.0, ".4f"),
+        f"{'passages refused':22}{measured.refused:>12}",
     ]
     emit(as_json, result, lines)
+
+
+def with_recovered(measured: Evaluation) -> dict[str, Any]:
+    """The measures, those that follow from others too."""
+    return dataclasses.asdict(measured) | {"recovered_kl": measured.recovered_kl}

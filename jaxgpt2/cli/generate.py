@@ -12,6 +12,7 @@ from jaxgpt2.cli import linear
 from jaxgpt2.cli.options import (
     announce_run,
     cache_directory,
+    calibrated,
     calibration_passages,
     compile_options,
     compiled,
@@ -90,8 +91,7 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
     if mode != "float":
         length = len(encrypted.model.encode(prompt, room=max_new_tokens)) + max_new_tokens - 1
         passages = calibration_passages(calibration)
-        with step("calibrating"):
-            encrypted = encrypted.calibrate(passages, length)
+        encrypted = calibrated(encrypted, passages, length, cache)
         if mode != "quantized":
             encrypted = compiled(encrypted, passages, length, fhe_configs, backend, cache)
             result["reports"] = {str(module): each.report.to_json() for module, each in encrypted.circuits.items()}

@@ -235,7 +235,9 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
 # --- eval, compile, sweep -----------------------------------------------------------------------
 
 
-def evaluate(passages: list[str], ks: Sequence[int], mode: str, as_json: bool, chosen: dict[str, Any]) -> None:
+def evaluate(
+    passages: list[str], ks: Sequence[int], max_tokens: int | None, mode: str, as_json: bool, chosen: dict[str, Any]
+) -> None:
     """`eval --encrypt linear`."""
     from jaxgpt2.evaluation import evaluate_linear
 
@@ -244,7 +246,7 @@ def evaluate(passages: list[str], ks: Sequence[int], mode: str, as_json: bool, c
     gpt2, model = quantized_model(**chosen)
     started = time.monotonic()
     with step(f"evaluating {len(passages)} passages"):
-        measured = evaluate_linear(gpt2, model.client, model.products(), passages, ks)
+        measured = evaluate_linear(gpt2, model.client, model.products(), passages, ks, max_tokens)
     bits = model.client.bits
     result = {
         **dataclasses.asdict(measured), "mode": mode, "model": chosen["model"], "modules": LINEAR,
@@ -306,6 +308,7 @@ def sweep_linear(
     passages: list[str],
     calibration: list[str],
     ks: tuple[int, ...],
+    max_tokens: int | None,
     out: Path,
     resume: bool,
     as_json: bool,
@@ -315,7 +318,6 @@ def sweep_linear(
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.sweeps import linear as sweeping
     from jaxgpt2.sweeps.store import SweepDirectory, require_extra
-    from jaxgpt2.sweeps.sweep import fingerprint
 
     require_extra()
     check_disjoint(calibration, passages)
@@ -323,16 +325,17 @@ def sweep_linear(
     gpt2 = GPT2.from_pretrained(model)
     texts = {"passages": passages, "calibration": calibration}
     identity = {
-        "model": model, "weights": fingerprint(gpt2), "ks": list(ks),
+        "model": model, "weights": gpt2.fingerprint(), "ks": list(ks),
         "grid": [sweeping.key_of(bits) for bits in widths],
         **{name: hashlib.sha256("\n".join(some).encode()).hexdigest() for name, some in texts.items()},
+        **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }  # fmt: skip
     started = time.monotonic()
     directory = SweepDirectory.open(out, identity, resume)
     missing = [bits for bits in widths if sweeping.key_of(bits) not in directory.rows]
     with counting("widths", len(widths)) as progress:
         progress(len(widths) - len(missing))
-        for row in sweeping.measured(gpt2, missing, passages, calibration, ks):
+        for row in sweeping.measured(gpt2, missing, passages, calibration, ks, max_tokens):
             directory.append([row])
             progress(1)
     frame = directory.finish([sweeping.key_of(bits) for bits in widths])

@@ -111,7 +111,7 @@ compile_options = options(
     click.option("--rounding", type=ROUNDING,
                  help="How low bits are rounded away before a lookup.  [default: as tuned, else the method's]"),
     click.option("--cache", type=Directory(), metavar="DIR",
-                 help="Compiled circuits and keys are kept here.  [default: the user's cache directory]"),
+                 help="Calibrated heads, circuits and keys are kept here.  [default: the user's cache directory]"),
 )  # fmt: skip
 
 
@@ -305,6 +305,11 @@ def cache_directory(path: Path | None) -> Path:
     return path
 
 
+def calibrated(encrypted: EncryptedGPT2, passages: list[str], max_tokens: int, cache: Path | None) -> EncryptedGPT2:
+    with step("calibrating (kept for the next run)"):
+        return encrypted.calibrate(passages, max_tokens, cache_directory(cache) / "calibrated")
+
+
 def compiled(
     encrypted: EncryptedGPT2,
     passages: list[str],
@@ -363,12 +368,12 @@ def describe_config(config: MethodConfig) -> str:
     return f"{config.method}{options}, bits {bits.inputs}/{bits.weights}/{bits.activations}{lookups}{noise}"
 
 
-def refuse_given(context: click.Context, why: str, head: Iterable[str], *names: str) -> None:
+def refuse_given(context: click.Context, why: str, head: Iterable[str], *names: str, beside: str = "--server") -> None:
     """Raises InputError for an option that was given and has no place here."""
     for name in (*head, *names):
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             option = next(option for option in context.command.params if option.name == name)
-            raise InputError(f"{option.opts[0]} has no place beside --server: {why}")
+            raise InputError(f"{option.opts[0]} has no place beside {beside}: {why}")
 
 
 def emit(as_json: bool, result: dict[str, Any], lines: Iterable[str]) -> None:

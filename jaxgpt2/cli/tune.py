@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxgpt2.cli.options import File, describe_config, emit, json_option, model_options, options
+from jaxgpt2.cli.options import File, cache_directory, describe_config, emit, json_option, model_options, options
 from jaxgpt2.cli.sweep import (
     cost_options,
     make_experiment,
@@ -24,16 +25,19 @@ from jaxgpt2.cli.sweep import (
     width_options,
 )
 from jaxgpt2.errors import InputError, MissingExtra
-from jaxgpt2.progress import counting, note, seconds
+from jaxgpt2.progress import counting, note, seconds, step
 
 if TYPE_CHECKING:
     import fhe
     from jaxgpt2.models.gpt2.pretrained import GPT2
-    from jaxgpt2.sweeps.runner import Experiment
-    from jaxgpt2.sweeps.tune import Encryption
+    from jaxgpt2.sweeps.runner import Configuration, Experiment
+    from jaxgpt2.sweeps.tune import Table, Trial
 
-# Widths that `tune` tries: every one more is a training for each head and choice of ranks.
+# Widths that `tune` tries.
 TUNED_BITS = "3-5"
+
+# Passages that a first look at a configuration takes, at least, or a quarter of them; and as many of calibration.
+SCREENED = 32
 
 
 @click.command()
@@ -58,32 +62,39 @@ TUNED_BITS = "3-5"
               help="Ways to round low bits away before a lookup to try: exact, approximate, none. Costs in the grid "
                    "are counted with the first.")  # fmt: skip
 @click.option("--noise", default=0.01, show_default=True,
-              help="Recovered KL that these two may cost, all heads together.")  # fmt: skip
-@click.option("--simulated", default=16, show_default=True, type=click.IntRange(0), metavar="N",
-              help="Passages that the chosen heads read in simulation for that, cut to --seq-len tokens; 0 leaves "
-                   "error probability and rounding to the method.")  # fmt: skip
-@click.option("--out", type=File(), metavar="FILE", help="Write the configs here, for --configs.")
+              help="Share of its KL that these two may cost a head, which simulation must be sure of.")  # fmt: skip
+@click.option("--simulated", default=64, show_default=True, type=click.IntRange(0), metavar="N",
+              help="Passages, at most, that a chosen head reads in simulation for that, cut to --seq-len tokens; 0 "
+                   "leaves error probability and rounding to the method.")  # fmt: skip
+@click.option("--out", type=File(), metavar="FILE",
+              help="Write the configs here, for --configs; rows go into FILE.rows as they are measured.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the rows of FILE.rows.")
 @json_option
 def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, input_bits: str | None,
          weight_bits: str | None, activation_bits: str | None, rounding_threshold_bits: str | None,
-         changes: tuple[str, ...], text: Path | None, limit: int | None, calibration: Path | None, seq_len: int,
-         batch: int, scheduler: str | None, sweeps: tuple[Path, ...], p_errors: str, roundings: str,
-         noise: float, simulated: int, out: Path | None, as_json: bool) -> None:  # fmt: skip
+         changes: tuple[str, ...], text: Path | None, limit: int | None, max_tokens: int | None,
+         calibration: Path | None, seq_len: int, batch: int, scheduler: str | None, sweeps: tuple[Path, ...],
+         p_errors: str, roundings: str, noise: float, simulated: int, out: Path | None, resume: bool,
+         as_json: bool) -> None:  # fmt: skip
     """Find the cheapest configs of heads that keep most of what the heads do, and how to encrypt their lookups."""
     from jaxgpt2 import methods
     from jaxgpt2.encrypted import get_backend
+    from jaxgpt2.evaluation import longest_passage
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.modules import Module, ModuleError, parse_modules
     from jaxgpt2.sweeps import tune as tuning
-    from jaxgpt2.sweeps.runner import check, grid
-    from jaxgpt2.sweeps.sweep import measured
+    from jaxgpt2.sweeps.runner import check
+    from jaxgpt2.sweeps.store import SweepDirectory
+    from jaxgpt2.sweeps.sweep import identity_of
     from weights.checkpoint import write_atomically
 
     if not wanted < 1:
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
     if out is not None and out.exists():
         raise InputError(f"{out} exists: give another --out, or remove it")
-    candidates = parse_encryptions(p_errors, roundings)
+    if resume and out is None:
+        raise InputError("--resume goes on with the rows beside --out FILE: give it")
+    encryptions = parse_encryptions(p_errors, roundings)
     config = read_config(model)
     if modules_text == "all":
         modules_text = ",".join(
@@ -94,12 +105,16 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
         raise ModuleError("tune finds configs for single heads: name them, as 0.3")
 
     @functools.cache
-    def loaded() -> tuple[Experiment, GPT2]:
-        """Texts and model, where something is measured."""
-        experiment = make_experiment(model, text, limit, calibration, "1", seq_len, candidates[0].rounding, batch)
+    def loaded() -> tuple[Experiment, GPT2, tuning.Table]:
+        """Texts, model and what was measured before, where something is measured."""
+        experiment = make_experiment(model, text, limit, max_tokens, calibration, "1", seq_len,
+                                     encryptions[0].rounding, batch)  # fmt: skip
         gpt2 = GPT2.from_pretrained(model)
         check(experiment, gpt2)
-        return experiment, gpt2
+        if out is None:
+            return experiment, gpt2, tuning.Table({})
+        directory = SweepDirectory.open(Path(f"{out}.rows"), identity_of(experiment, gpt2), resume)
+        return experiment, gpt2, tuning.Table(dict(directory.rows), directory)
 
     rows: list[dict[str, Any]] = []
     chosen = [name.strip() for name in names.split(",")]
@@ -112,16 +127,22 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
             get_backend(methods.get(name).backend)
     except MissingExtra as error:
         raise InputError(f"{error}, or leave error probability and rounding to the method: --simulated 0") from None
+    stopped = "stopped" + ("" if out is None else f"; the rows so far are in {out}.rows: --resume goes on")
     if not sweeps:
         widths, apart = parse_widths(bits, input_bits, weight_bits, activation_bits, rounding_threshold_bits)
-        searched = {option: values for name in chosen for option, values in methods.get(name).search.items()}
-        configurations = grid(modules, chosen, widths, searched | parse_grid_changes(changes), apart)
-        experiment, gpt2 = loaded()
-        with stoppable("stopped"), counting("configurations", len(configurations)) as progress:
-            progress(0)
-            for some in measured(experiment, configurations, gpt2, scheduler):
-                rows += some
-                progress(len(some))
+        options = parse_grid_changes(changes)
+        experiment, gpt2, table = loaded()
+        with stoppable(stopped):
+            with step("looking at the heads' spectra"):
+                length = max(seq_len, longest_passage(gpt2, experiment.passages, max_tokens))
+                configurations = tuning.candidates(
+                    gpt2, modules, chosen, widths, options, apart, experiment.calibration, length
+                )
+            rows = tuning.search(
+                configurations, wanted,
+                lambda some: screen_rows(experiment, gpt2, table, some, scheduler),
+                lambda some: final_rows(experiment, gpt2, table, some, scheduler, "configurations"),
+            )  # fmt: skip
     found = tuning.cheapest(
         {
             str(module): [row for row in rows if (row["layer"], row["head"]) == (module.layer, module.head)]
@@ -133,20 +154,20 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
         module: methods.MethodConfig.from_json(json.loads(found[str(module)]["key"].partition(" ")[2]))
         for module in modules
     }
-    encryptions: dict[str, list[tuning.Encryption]] = {}
-    for name in simulable:
-        own = {module: config for module, config in configs.items() if config.method == name}
-        if not own:
-            continue
-        experiment, gpt2 = loaded()
-        with stoppable("stopped"), counting("circuits", len(own) * len(candidates)) as progress:
+    tried: dict[str, list[Trial]] = {}
+    own = {module: config for module, config in configs.items() if config.method in simulable}
+    if own:
+        experiment, gpt2, table = loaded()
+        with stoppable(stopped), counting("heads simulated", len(own)) as progress:
             progress(0)
-            encryptions[name] = tuning.measure_encryption(
-                gpt2, own, candidates, experiment.passages[:simulated], experiment.calibration, seq_len, progress
-            )
-        chosen = tuning.cheapest_encryption(encryptions[name], noise).fhe_config
-        configs |= {module: dataclasses.replace(config, encryption=chosen) for module, config in own.items()}
-    columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "pbs_count", "max_bit_width",
+            encrypted = tuning.tune_encryption(
+                gpt2, own, encryptions, experiment.passages[:simulated], experiment.calibration, seq_len, noise, table,
+                cache_directory(None) / "calibrated", progress,
+            )  # fmt: skip
+        for module, (best, trials) in encrypted.items():
+            configs[module] = dataclasses.replace(configs[module], encryption=best)
+            tried[str(module)] = trials
+    columns = ("recovered_kl", "kl", "kl_ablated", "head_error", "top_1", "refused", "pbs_count", "max_bit_width",
                "rotations", "products", "levels", "estimated_seconds", "estimated_seconds_per_token", "machine",
                "seq_len", "rounding")  # fmt: skip
     result = {
@@ -157,43 +178,71 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
             | {"measured": {name: row[name] for name in columns if (row := found[str(module)]).get(name) is not None}}
             for module, config in configs.items()
         },
-        "encryptions": {name: [each.to_json() for each in tried] for name, tried in encryptions.items()},
+        "encryptions": {head: [dataclasses.asdict(each) for each in trials] for head, trials in tried.items()},
     }
     kept = 1 - sum(row["kl"] for row in found.values()) / sum(row["kl_ablated"] for row in found.values())
     result["recovered_kl"] = kept
     if out is not None:
         text_of = json.dumps(result, indent=2) + "\n"
         write_atomically(out, lambda name: Path(name).write_text(text_of))
-        note(f"wrote {out}: for --configs of generate, compile and eval")
+        note(f"wrote {out}: for --configs of generate, compile, eval and sweep")
     lines = [
         f"head {module}: {describe_config(config)}: recovers {row['recovered_kl']:.4f}, "
         f"about {seconds(row['estimated_seconds'])} for {row['seq_len']} tokens, "
         f"{seconds(row['estimated_seconds_per_token'])} for one more ({row['machine']})"
+        + (f"; {row['refused']} of {row['passages']} passages refused" if row.get("refused") else "")
         for module, config in configs.items()
         for row in (found[str(module)],)
     ]
     if len(found) > 1:
         lines.append(f"together they recover {kept:.4f}")
-    for name, tried in encryptions.items():
-        lines += encryption_lines(name, tried, min(simulated, len(loaded()[0].passages)), seq_len)
+    if tried:
+        lines += trial_lines(tried, seq_len)
     emit(as_json, result, lines)
 
 
-def encryption_lines(method: str, tried: Sequence[Encryption], passages: int, tokens: int) -> list[str]:
-    """A table of what was tried, dearest first."""
-    working = sorted((each for each in tried if each.error is None), key=lambda each: -each.complexity)
+def final_rows(experiment: Experiment, gpt2: GPT2, table: Table, configurations: Sequence[Configuration],
+               scheduler: str | None, name: str) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of configurations; what is in the table is not measured again."""
+    from jaxgpt2.sweeps.sweep import kind, measured
+
+    missing = list({each.key: each for each in configurations if each.key not in table.rows}.values())
+    if missing:
+        with counting(name, len(missing)) as progress:
+            progress(0, left=Counter(map(kind, missing)))
+            for some in measured(experiment, missing, gpt2, scheduler, progress):
+                table.add(some)
+    return [table.rows[each.key] for each in configurations]
+
+
+def screen_rows(experiment: Experiment, gpt2: GPT2, table: Table, configurations: Sequence[Configuration],
+                scheduler: str | None) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of configurations, calibrated fast, on some of the text, and measured on some of the passages."""
+    from jaxgpt2.sweeps.tune import screened
+
+    some, text = (
+        passages[: max(SCREENED, len(passages) // 4)] for passages in (experiment.passages, experiment.calibration)
+    )
+    fewer = dataclasses.replace(experiment, passages=some, calibration=text)
+    own = table.under(f"first {len(some)} passages, calibrated on {len(text)}: ")
+    return final_rows(fewer, gpt2, own, [screened(each) for each in configurations], scheduler, "screened")
+
+
+def trial_lines(tried: Mapping[str, Sequence[Trial]], tokens: int) -> list[str]:
+    """A table of what was tried for each head."""
     return [
         "",
-        f"{method} on encrypted lookups, simulated on {passages} passages of {tokens} tokens:",
-        f"{'error per lookup':18}{'rounding':14}{'complexity':>12}{'KL lost':>10}",
+        f"encrypted lookups, simulated on passages of {tokens} tokens; KL lost is a share of the head's, with bounds:",
+        f"{'head':8}{'error per lookup':18}{'rounding':14}{'texts':>6}{'complexity':>12}{'KL lost':>10}",
         *(
-            f"{each.fhe_config.p_error:<18g}{each.fhe_config.rounding:14}{each.complexity:>12.2e}{each.lost:>10.4f}"
-            for each in working
-        ),
-        *(
-            f"{each.fhe_config.p_error:<18g}{each.fhe_config.rounding:14}{each.error}"
-            for each in tried
-            if each.error is not None
+            f"{head:8}{each.fhe_config.p_error:<18g}{each.fhe_config.rounding:14}"
+            + (
+                f"{each.texts:>6}{each.complexity:>12.2e}{each.lost:>10.4f}  {each.low:.4f} to {each.high:.4f}"
+                if each.error is None
+                else each.error
+            )
+            for head, trials in tried.items()
+            for each in trials
         ),
     ]
 
@@ -234,9 +283,11 @@ def rows_of_sweeps(paths: Sequence[Path]) -> list[dict[str, Any]]:
             differing = ", ".join(sorted(name for name in first if first[name] != identity.get(name)))
             raise InputError(f"{path} and {paths[0]} are sweeps of other {differing}: their rows cannot be compared")
         rows |= (found := read_rows(path))
-        if strange := [key for key, row in found.items() if not _is_of_a_head(row)]:
+        # A directory of tune also has rows of circuits, and of some of the passages.
+        of_heads = {key: row for key, row in found.items() if key[:1].isdigit()}
+        if strange := [key for key, row in of_heads.items() if not _is_of_a_head(row)]:
             raise InputError(f"{path} is no sweep of heads: {strange[0]!r:.80} is another row")
-    return list(rows.values())
+    return [row for key, row in rows.items() if key[:1].isdigit()]
 
 
 def _is_of_a_head(row: dict[str, Any]) -> bool:

@@ -42,6 +42,15 @@ from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
+# Ranks that are looked at: few, since each pair of them is compiled. Tokens that they are looked at on; and what a head
+# may lose by them, when its cheapest configuration is looked for.
+RANKS = (2, 4, 8, 12, 16, 20, 24, 32, 40, 48)
+LOSS_TOKENS = 2048
+TOLERANCES = (0.1, 0.04, 0.02, 0.01)
+
+# What a head may lose by each of its ranks where they are not named.
+TOLERANCE = 0.02
+
 # Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
 BATCH = 40
 RATE = 0.03
@@ -402,13 +411,15 @@ def calibrate(
     """The head in integers; a head_dim below the ranks bounds them.
 
     Args:
+        score_rank, value_rank: 0 for the least at which the head loses no more than TOLERANCE of what it does, see
+            `rank_losses`.
         exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
         training_steps: of `refine`; 0 keeps the closed formulas.
     """
     term_bits = bits.activations + SCORE_BITS
     for name, value, low, high in (
-        ("score_rank", score_rank, 1, 4096),
-        ("value_rank", value_rank, 1, 4096),
+        ("score_rank", score_rank, 0, 4096),
+        ("value_rank", value_rank, 0, 4096),
         ("exponential_bits", exponential_bits or term_bits, 4, 16),
         ("training_steps", training_steps, 0, 100_000),
     ):
@@ -418,6 +429,12 @@ def calibrate(
     saturated = largest_level(term_bits)
     exponential_bits = exponential_bits or term_bits
     head_dim = weights.query.shape[1]
+    if not score_rank or not value_rank:
+        by_score, by_value = rank_losses(weights, inputs)
+        score_rank, value_rank = (
+            score_rank or smallest(by_score, TOLERANCE),
+            value_rank or smallest(by_value, TOLERANCE),
+        )
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
@@ -537,6 +554,61 @@ def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]
     return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
 
 
+def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dict[int, float], dict[int, float]]:
+    """What a head loses by each score rank, with values of full rank, and by each value rank, with scores of full rank.
+
+    As a share of what it loses by being left out, by `HeadWeights.metric`, on the first LOSS_TOKENS tokens or so.
+    Nothing is rounded.
+    """
+    ends = np.cumsum([len(passage) for passage in inputs])
+    some = inputs[: int(np.searchsorted(ends, LOSS_TOKENS)) + 1]
+    real = np.concatenate(some)
+    texts = [slice(end - len(x), end) for x, end in zip(some, np.cumsum([len(x) for x in some]), strict=True)]
+    q, k, v = real @ weights.query + weights.query_bias, real @ weights.key, real @ weights.value
+    q_mean, k_mean, mean = q.mean(axis=0), k.mean(axis=0), v.mean(axis=0)
+    q, k, v, size = q - q_mean, k - k_mean, v - mean, q.shape[1]
+    own = k @ q_mean / np.sqrt(size)  # the key's own term, which costs no rank
+    metric_root = square_root(weights.metric)[0]
+    maps = {rank: factor_scores(q, k, rank) for rank in (*(rank for rank in RANKS if rank < size), size)}
+
+    def attention(rank: int) -> np.ndarray:
+        """The mean values that the head reads, centred (N, D)."""
+        to_query, to_key = maps[rank]
+        left, right, rows = q @ to_query, k @ to_key, []
+        for t in texts:
+            scores = np.where(np.tri(t.stop - t.start, dtype=bool), left[t] @ right[t].T + own[t], -np.inf)
+            e = np.exp(scores - scores.max(axis=1, keepdims=True))
+            rows.append(e / e.sum(axis=1, keepdims=True) @ v[t])
+        return np.concatenate(rows)
+
+    exact = attention(size)
+    whole = float((((exact + mean + weights.value_bias) @ metric_root) ** 2).sum())
+
+    def share(error: np.ndarray) -> float:
+        return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
+
+    by_score = {rank: share(attention(rank) - exact) for rank in maps}
+    by_value = {}
+    for rank in maps:
+        there, back = factor_values(v, metric_root, rank)
+        by_value[rank] = share(exact @ there @ back - exact)
+    return by_score, by_value
+
+
+def smallest(losses: dict[int, float], tolerance: float) -> int:
+    """The least rank that loses no more than that."""
+    return min(rank for rank, loss in losses.items() if loss <= tolerance or rank == max(losses))
+
+
+def propose(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> list[dict[str, int]]:
+    """The ranks at which a head loses about TOLERANCES, in pairs of about the same loss."""
+    scores, values = (
+        [smallest(losses, tolerance) for tolerance in TOLERANCES] for losses in rank_losses(weights, inputs)
+    )
+    pairs = {(score, value) for i, score in enumerate(scores) for j, value in enumerate(values) if abs(i - j) <= 1}
+    return [{"score_rank": score, "value_rank": value} for score, value in sorted(pairs)]
+
+
 LOWRANK = Method(
     "lowrank",
     head=QuantizedFunction(STRATEGY, calibrate, decode),
@@ -546,5 +618,6 @@ LOWRANK = Method(
     # Found by tune for all heads of the bundled model: a lookup that is one step off now and then is little beside the
     # rounding of 4 bits.
     fhe_config=FHEConfig(3e-2, "approximate"),
-    search={"score_rank": (4, 8, 16, 24), "value_rank": (4, 16, 24, 32, 48)},
+    propose=propose,
+    quick={"training_steps": 0},
 )

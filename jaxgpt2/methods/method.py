@@ -82,12 +82,15 @@ class QuantizedFunction:
         decode: `decode(dequantization, results)`: results (T, ...) to reals, in JAX: the head's output (T, D), or for a
             layer what it adds to the residual stream less the bias of its projection, (T, C).
         encode: `encode(module, x)`: the float input (..., C) to what the functions take, in JAX.
+        refuses: `refuses(dequantization, results)`: which rows of results (T, ...) a client refuses when it decrypts
+            them, bool (T,), in JAX; None: it refuses none.
     """
 
     strategy: DecodingStrategy
     calibrate: Callable[..., QuantizedModule]
     decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
     encode: Callable[[QuantizedModule, jax.Array], jax.Array] = quantize_input
+    refuses: Callable[[Any, tuple[jax.Array, ...]], jax.Array] | None = None
 
     def samples(self, module: QuantizedModule, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Calibration inputs (T, C), encoded: of integers, each as it is and `STRETCH` as large."""
@@ -96,9 +99,11 @@ class QuantizedFunction:
         encoded = [np.asarray(self.encode(module.client, jnp.asarray(x))) for x in stretched]
         return [x.astype(np.int64) if x.dtype.kind == "i" else x.astype(np.float64) for x in encoded]
 
-    def whole(self, ops: Any, module: QuantizedModule, x: jax.Array) -> jax.Array:
-        """A text's float inputs (T, C) to the output (T, ...), in JAX."""
-        return self.decode(module.dequantization, self.strategy.whole(ops, module.params, self.encode(module, x)))
+    def whole(self, ops: Any, module: QuantizedModule, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A text's float inputs (T, C) to the output (T, ...), and which rows are refused (T,), in JAX."""
+        results = self.strategy.whole(ops, module.params, self.encode(module, x))
+        refused = jnp.zeros(x.shape[0], bool) if self.refuses is None else self.refuses(module.dequantization, results)
+        return self.decode(module.dequantization, results), refused
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,9 @@ class Method:
         backend: the one that it is made for, taken where none is named.
         options: what else may be chosen, such as ranks: names and default values.
         bits: the widths that go with activations of so many bits.
-        search: values of options that are worth trying when the cheapest configuration is looked for.
+        propose: `propose(weights, inputs)`: options that are worth trying for a head when its cheapest configuration is
+            looked for, from what `calibrate` gets. None: only the defaults are.
+        quick: options with which a head is calibrated fast, for a first look at a configuration.
         fhe_config: error probability and rounding that it tolerates, for engines of lookups.
     """
 
@@ -124,7 +131,8 @@ class Method:
     backend: str = "concrete"
     options: Mapping[str, int] = field(default_factory=dict)
     bits: Callable[[int], Bits] = lambda n: Bits.of(n, rounding_threshold=n + 2)
-    search: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    propose: Callable[[HeadWeights, Sequence[np.ndarray]], Sequence[Mapping[str, int]]] | None = None
+    quick: Mapping[str, int] = field(default_factory=dict)
     fhe_config: FHEConfig = FHEConfig(rounding="approximate")
 
     @property

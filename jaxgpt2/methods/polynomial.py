@@ -34,8 +34,7 @@ from scipy.optimize import minimize
 from fhe import Function, Output
 from fhe.ckks.linalg import Layout, evaluate_polynomial, power_of_two, project, split_real_imaginary
 from fhe.ckks.slots import CleartextSimulator, SlotOps, V
-from fhe.errors import FHEError
-from jaxgpt2.decoding import Body, CircuitCache, appended, write
+from jaxgpt2.decoding import Body, CircuitCache, OutOfRange, appended, write
 from jaxgpt2.executors import Executor
 from jaxgpt2.methods.lowrank import factor_scores, factor_values, predict_row_maxima, rotation
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule
@@ -69,10 +68,6 @@ LEAST_DENOMINATOR = 2.0**-14
 # Decrypted numbers that must be equal may differ by so much, and by so much of the largest of their lane. The noise of
 # the worst slot stays below, with ten levels of 34 bits too; what overflows the modulus is thousands of times as large.
 TOLERANCES = 2.0**-10, 2.0**-6
-
-
-class OutOfRange(FHEError):
-    """Decrypted numbers that no activation like those of calibration can give: the result would be wrong."""
 
 
 @jax.tree_util.register_dataclass
@@ -602,17 +597,27 @@ def check(layout: Layout, dequantization: PolynomialDequantization, part: np.nda
             f"decrypted copies of one number differ by {differences[worst]:.3g}, and noise by {allowed[worst]:.3g} at "
             f"most: the input is far outside what the head was calibrated for"
         )
-    least, largest = max(float(dequantization.least) / SLACK, LEAST_DENOMINATOR), float(dequantization.largest) * SLACK
-    if denominators.min() < least or denominators.max() > largest:
+    if not np.all(readable(dequantization, denominators)):
         raise OutOfRange(
             f"sums of attention weights are {denominators.min():.3g} to {denominators.max():.3g}, calibration saw "
             f"{dequantization.least:.3g} to {dequantization.largest:.3g}: calibrate on text more like this"
         )
 
 
+def readable(dequantization: PolynomialDequantization, denominators: Any) -> Any:
+    """Which denominators (...) are like calibration's."""
+    least, largest = jnp.asarray(dequantization.least), jnp.asarray(dequantization.largest)
+    return (denominators >= jnp.maximum(least / SLACK, LEAST_DENOMINATOR)) & (denominators <= largest * SLACK)
+
+
+def refuses(dequantization: PolynomialDequantization, results: tuple[jax.Array, ...]) -> jax.Array:
+    """Which rows of results (T, ...) `check` refuses for their denominators: (T,)."""
+    return ~readable(dequantization, results[1][:, 0])
+
+
 POLYNOMIAL = Method(
     "polynomial",
-    head=QuantizedFunction(PackedSequence(), calibrate, decode, encode=lambda _, x: x),
+    head=QuantizedFunction(PackedSequence(), calibrate, decode, encode=lambda _, x: x, refuses=refuses),
     needs=frozenset({"slots"}),
     backend="ckks",
     options={"score_rank": 0, "value_rank": 0, "squarings": 0},

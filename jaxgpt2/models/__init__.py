@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Decoder(Protocol):
     """A decoder-only language model of blocks with attention, cut where modules may be encrypted.
 
-    `config` has n_layer, n_head, n_embd, head_dim, n_positions, vocab_size and eos_token_id. A layer's cache holds its
+    `config` has n_layer, n_head, n_embd, head_dim, n_positions, vocab_size and ends_of_text. A layer's cache holds its
     float keys and values; without one (None) texts are read whole.
     """
 
@@ -33,6 +33,10 @@ class Decoder(Protocol):
 
     def stream(self) -> Callable[[int], str]:
         """A function that takes tokens one by one and gives the text that each completes."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights."""
         ...
 
     def empty_layers(self, batch: int, size: int) -> tuple[Any, ...]:

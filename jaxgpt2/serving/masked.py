@@ -26,8 +26,7 @@ from jaxgpt2.errors import InputError
 from jaxgpt2.executors.processes import ProcessDied
 from jaxgpt2.linear import LinearClient
 from jaxgpt2.methods import linear
-from jaxgpt2.models.gpt2.config import GPT2Config
-from jaxgpt2.models.gpt2.state_dict import parameter_shapes
+from jaxgpt2.models.gpt2.pretrained import load_checkpoint
 from jaxgpt2.serving.masks import Claimed, MaskStore
 
 
@@ -221,10 +220,9 @@ def verifiers_of(client: LinearClient, name: str) -> dict[str, rlwe.Verifier]:
         weights.CheckpointError, InputError: there is no such checkpoint, or it is of another shape.
     """
     directory = weights.locate(name)
-    config = GPT2Config.from_dict(weights.load_config(directory))
+    config, tensors = load_checkpoint(directory)
     if config != client.config:
         raise InputError(f"{name} has another configuration than the client bundle: --verify wants its checkpoint")
-    tensors = weights.load_tensors(directory, parameter_shapes(config))
     found = {}
     for layer, params in enumerate(client.params.layers):
         for own, vectors in params.items():

@@ -28,9 +28,16 @@ def grid(weights: Iterable[int], inputs: Iterable[int]) -> list[LinearBits]:
 
 
 def measured(
-    gpt2: GPT2, widths: Sequence[LinearBits], passages: Sequence[str], calibration: Sequence[str], ks: Sequence[int]
+    gpt2: GPT2,
+    widths: Sequence[LinearBits],
+    passages: Sequence[str],
+    calibration: Sequence[str],
+    ks: Sequence[int],
+    max_tokens: int | None = None,
 ) -> Iterator[Row]:
     """A row for each: fidelity of the whole model, and the server's seconds a token, which no width changes.
+
+    max_tokens: longer passages are cut to so many tokens; None cuts none.
 
     Widths whose sums do not fit get a row that says so.
     """
@@ -42,7 +49,7 @@ def measured(
         except fhe.CompilationError as error:
             yield row | {"error": str(error)}
             continue
-        found = evaluate_linear(gpt2, model.client, model.products(), passages, ks)
+        found = evaluate_linear(gpt2, model.client, model.products(), passages, ks, max_tokens)
         reports = model.reports().values()
         cost = cost or seconds_a_token(model)
         yield row | {

@@ -105,6 +105,7 @@ class Experiment:
         seq_len: tokens of the text whose encrypted cost is counted.
         rounding: of that encrypted run, see `fhe.FHEConfig`.
         batch: configurations in a stack, 0 for as many as memory lets (see `stack_size`).
+        max_tokens: longer passages are cut to so many tokens, None cuts none.
     """
 
     model: str
@@ -114,11 +115,14 @@ class Experiment:
     seq_len: int = 6
     rounding: fhe.Rounding = "approximate"
     batch: int = 0
+    max_tokens: int | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for rows to belong into one table; texts by their hashes."""
         data = dataclasses.asdict(self)
         del data["batch"]
+        if self.max_tokens is None:
+            del data["max_tokens"]
         for name in ("passages", "calibration"):
             data[name] = hashlib.sha256("\n".join(data[name]).encode()).hexdigest()
         return json.loads(json.dumps(data))
@@ -137,7 +141,7 @@ def check(experiment: Experiment, gpt2: GPT2) -> int:
         raise SweepError(f"--seq-len must be 1 to {gpt2.config.n_positions}, got {experiment.seq_len}")
     if experiment.batch < 0:
         raise SweepError(f"--batch must be 0 or more, got {experiment.batch}")
-    return longest_passage(gpt2, experiment.passages)
+    return longest_passage(gpt2, experiment.passages, experiment.max_tokens)
 
 
 def grid(
@@ -315,7 +319,7 @@ def _enter(
     in_float: jax.Array,
     packed: Pack,
     layer: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The quantized modules of a stack.
 
     Args:
@@ -325,16 +329,19 @@ def _enter(
         base: (K, N, C), the residual stream without the head; in_float: (K, N, C), what the float head adds to it.
 
     Returns:
-        the residual stream with the integer head (K, N, C); squared norms (K,) of its error and of the float head.
+        the residual stream with the integer head (K, N, C); squared norms (K,) of its error and of the float head; how
+        many texts the engine refuses (K,).
     """
 
     def one(stack: Stackable, head: jax.Array, base: jax.Array, in_float: jax.Array):
         module: Any = stack
-        output = jax.vmap(lambda x: function.whole(JaxOps(), module, x))(x)  # (B, T, D), of a layer (B, T, C)
+        output, refused = jax.vmap(lambda x: function.whole(JaxOps(), module, x))(x)  # (B, T, D), of a layer (B, T, C)
         output = output[packed.row, packed.column]
+        refused = refused[packed.row, packed.column] & (packed.mask > 0)
+        texts = jnp.zeros(x.shape[0]).at[packed.row].max(refused.astype(float))  # (B,)
         added = output if layer else contribution(graph, state, output, head)  # (N, C)
         weight = packed.mask[:, None]
-        return base + added, jnp.sum((added - in_float) ** 2 * weight), jnp.sum(in_float**2 * weight)
+        return base + added, jnp.sum((added - in_float) ** 2 * weight), jnp.sum(in_float**2 * weight), texts.sum()
 
     return jax.vmap(one)(stack, heads, base, in_float)
 
@@ -433,9 +440,10 @@ def _compare(
         reference, mask, h = part  # (P, ...), (P,), (P, C)
         final = model.ln_f(h)
         got = model.output_table @ final.T  # (V, P)
-        # sum p (log p - log q): the difference of the logits is taken before their mean.
+        # sum p (log p - log q): the difference of the logits is taken before their mean. Where the rest cancels, what
+        # is left is rounding, and no KL is negative.
         mean = jnp.sum(reference.expected * (reference.final - final), axis=1)
-        kl = mean + jax.nn.logsumexp(got, axis=0) - reference.shift
+        kl = jnp.maximum(mean + jax.nn.logsumexp(got, axis=0) - reference.shift, 0.0)
         # The rank of the float model's best token: how many are likelier, the first of equals being likelier.
         own = jnp.take_along_axis(got, reference.best[None], axis=0)
         rank = jnp.sum((got > own) | ((got == own) & (token < reference.best)), axis=0)  # (P,)
@@ -469,12 +477,13 @@ class Layer:
 
 
 class Sums(NamedTuple):
-    """Sums over positions, float64: kl (K,), agreement (K, len(ks)), error and norm (K,)."""
+    """Sums over positions, float64: kl (K,), agreement (K, len(ks)), error and norm (K,). refused: (K,), texts."""
 
     kl: np.ndarray
     agreement: np.ndarray
     error: np.ndarray
     norm: np.ndarray
+    refused: np.ndarray
 
 
 class Prepared(NamedTuple):
@@ -630,9 +639,9 @@ class SweepRunner:
         total: Sums | None = None
         for index, packed in enumerate(self._packs):
             x, h, in_float = self._inputs(layer, heads, index)
-            error = norm = np.zeros(len(heads))
+            error = norm = refused = np.zeros(len(heads))
             if function is not None:
-                h, error, norm = _enter(
+                h, error, norm, refused = _enter(
                     function, graph, state, stack, numbers, x, h, in_float, packed, layer=heads[0] is None
                 )
             h = _leave(graph, state, self._mesh, h)
@@ -648,7 +657,7 @@ class SweepRunner:
                 np.asarray(self.ks),
                 self._chunk,
             )
-            part = Sums(*(np.asarray(value, np.float64) for value in (kl, agreement, error, norm)))
+            part = Sums(*(np.asarray(value, np.float64) for value in (kl, agreement, error, norm, refused)))
             total = part if total is None else Sums(*(a + b for a, b in zip(total, part, strict=True)))
         assert total is not None
         return total
@@ -706,14 +715,19 @@ class SweepRunner:
             "kl_ablated": kl_ablated,
             "recovered_kl": 1.0 - kl / kl_ablated if kl_ablated > 0 else None,
             "head_error": float(np.sqrt(sums.error / sums.norm)) if sums.norm else None,
+            "refused": int(sums.refused),
             "positions": count,
             "passages": len(self.experiment.passages),
         }
 
     # All of them ---------------------------------------------------------------------------------
 
-    def run(self, configurations: Iterable[Configuration]) -> Iterator[list[Row]]:
+    def run(
+        self, configurations: Iterable[Configuration], calibrated: Callable[[Configuration], object] = lambda _: None
+    ) -> Iterator[list[Row]]:
         """Measures configurations, in any order; yields the rows of a batch as soon as they are there.
+
+        calibrated: is told of every one that waits to be measured only.
 
         While a batch is measured, the next one is calibrated, on as many threads as there are cores.
         """
@@ -724,19 +738,25 @@ class SweepRunner:
                     layer = waiting[-1][0] if waiting and waiting[-1][0].index == index else self.layer(index)
                     waiting.append((layer, [(each, pool.submit(self.calibrate, layer, each)) for each in batch]))
                     if len(waiting) > 1:
-                        yield self._finish(*waiting.popleft())
+                        yield self._finish(*waiting.popleft(), calibrated)
                 while waiting:
-                    yield self._finish(*waiting.popleft())
+                    yield self._finish(*waiting.popleft(), calibrated)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _finish(self, layer: Layer, futures: Sequence[tuple[Configuration, Future[Prepared]]]) -> list[Row]:
+    def _finish(
+        self,
+        layer: Layer,
+        futures: Sequence[tuple[Configuration, Future[Prepared]]],
+        calibrated: Callable[[Configuration], object],
+    ) -> list[Row]:
         prepared: list[tuple[Configuration, Prepared | CalibrationError]] = []
         for configuration, future in futures:
             try:
                 prepared.append((configuration, future.result()))
             except CalibrationError as error:
                 prepared.append((configuration, error))
+            calibrated(configuration)
         return self.rows(layer, prepared)
 
 

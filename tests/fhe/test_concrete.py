@@ -367,6 +367,31 @@ def test_inputs_beyond_the_circuit_are_refused(head):
         circuit.encrypt(keys, "head", np.zeros((3, 4), int))
 
 
+def test_what_a_wrong_lookup_wraps_goes_on_as_a_ciphertext_does():
+    """One in five lookups is one entry off. Past the end of a full table that is minus the entry at the other end, and
+    the function that takes it has no room for it."""
+    table, count = fhe.LookupTable(np.arange(4)), 300
+    ends = [np.full(count, value) for value in range(4)]
+    functions = {
+        "first": fhe.Function(lambda ops, _, x: (ops.lookup(table, x),), [(x,) for x in ends]),
+        "second": fhe.Function(
+            lambda ops, _, y: (y + 3, ops.lookup(table, y)), [(x,) for x in ends], [[fhe.Output("first", 0)]]
+        ),
+    }
+    circuit = fhe.get_backend(BACKEND).compile(functions, None, fhe.FHEConfig(0.2, "none"))
+    keys = circuit.make_keys(seed=1)
+    (state,) = circuit.simulate("first", ends[0])
+    moved, again = circuit.simulate("second", state)
+    assert set(state) == {0, 1, -3}  # each is missing with a probability below 1e-10
+    assert np.array_equal(moved, state + 3)
+    run = circuit.run("first", circuit.encrypt(keys, "first", ends[0]), keys.evaluation)
+    (decrypted,) = circuit.decrypt(keys, "first", run)
+    moved, onwards = circuit.decrypt(keys, "second", circuit.run("second", run, keys.evaluation))
+    assert set(decrypted) == {0, 1, -3}
+    assert np.array_equal(moved, decrypted + 3)
+    assert {*again, *onwards} <= set(range(-3, 4))
+
+
 def test_too_wide_a_lookup_says_where():
     def function(ops, params, x):
         with ops.tag("scores"):

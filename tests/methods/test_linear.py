@@ -136,7 +136,10 @@ def test_padding_changes_nothing(model):
 def test_layer_norms_fold_into_matrices(gpt2, tmp_path, tied):
     """With wide integers hardly anything is left but what folding does."""
     if not tied:
-        random_checkpoint(tmp_path, n_layer=1, n_inner=48, tie_word_embeddings=False)
+        random_checkpoint(
+            tmp_path, n_inner=48, tie_word_embeddings=False, activation_function="silu",
+            scale_attn_by_inverse_layer_idx=True,
+        )  # fmt: skip
         gpt2 = GPT2.from_pretrained(tmp_path)
     tensors = {name: np.asarray(tensor) for name, tensor in disassemble(gpt2.model).items()}
     ones = {name: np.ones(len(tensors[f"{name}.weight"]), np.float32) for name in _names(gpt2)}

@@ -87,6 +87,45 @@ def test_the_best_scale_clips_what_is_rare():
     assert lowrank.best_scale(np.full(5, 2.0), 4) == pytest.approx(2 / 7)
 
 
+def test_ranks_follow_the_heads_own_spectrum():
+    """A head of scores of rank 2 and values of rank 8, which nothing above them makes better."""
+    head, inputs = random_head(0, 32, 16), random_inputs(0, 20, 8, 32)
+    narrow = np.zeros((16, 16))
+    narrow[:2, :2] = np.eye(2)
+    flat = np.diag((np.arange(16) < 8).astype(float))
+    head = head._replace(
+        query=head.query @ narrow, query_bias=head.query_bias @ narrow, value=head.value @ flat, value_bias=np.zeros(16)
+    )
+    by_score, by_value = lowrank.rank_losses(head, inputs)
+    assert by_score.keys() == by_value.keys() == {2, 4, 8, 12, 16}
+    assert max(by_score.values()) < 1e-9
+    assert by_value[2] > by_value[4] > 1e-3 and max(by_value[rank] for rank in (8, 12, 16)) < 1e-9
+    chosen = {**lowrank.LOWRANK.options, "score_rank": 0, "value_rank": 0, "training_steps": 0}
+    params = lowrank.calibrate(head, inputs, Bits(6, 8, 4, 5), 8, **chosen).params
+    assert (params.query.weight.shape[1], params.value.weight.shape[1]) == (2, 8)
+    pairs = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
+    assert (2, 8) in pairs and {score for score, _ in pairs} == {2}
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_what_a_rank_loses_is_measured_where_nothing_is_rounded(rank):
+    """Against the float head with its scores truncated by hand."""
+    head, inputs = random_head(3, 32, 16, sharpness=2.0), random_inputs(3, 10, 8, 32)
+    by_score, _ = lowrank.rank_losses(head, inputs)
+    real = np.concatenate(inputs)
+    q, k = real @ head.query + head.query_bias, real @ head.key
+    to_query, to_key = lowrank.factor_scores(q - q.mean(axis=0), k - k.mean(axis=0), rank)
+    error = norm = 0.0
+    for x in inputs:
+        left, right = (x @ head.query + head.query_bias - q.mean(axis=0)) @ to_query, (x @ head.key) @ to_key
+        scores = left @ right.T + (x @ head.key) @ q.mean(axis=0) / 4
+        e = np.where(np.tri(8, dtype=bool), np.exp(scores), 0)
+        found, wanted = e / e.sum(axis=1, keepdims=True) @ (x @ head.value + head.value_bias), float_head(head, x)
+        error += np.einsum("td,de,te->", found - wanted, head.metric, found - wanted)
+        norm += np.einsum("td,de,te->", wanted, head.metric, wanted)
+    assert by_score[rank] == pytest.approx(error / norm, rel=1e-6)
+
+
 def calibrated_head(steps: int = 0, texts: int = 40, bits: int = 4, **options: int):
     """A random head of 6 dimensions, its texts, and its integers; the texts lie near a plane, as activations do."""
     head = random_head(0, 20, 6, sharpness=1.5)
@@ -153,7 +192,7 @@ def test_aligned_levels_are_the_rounded_projection(seed, activations, weight_bit
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("score_rank", 0),
+        ("score_rank", -1),
         ("value_rank", 5000),
         ("exponential_bits", 40),
         ("exponential_bits", 1),

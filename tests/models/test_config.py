@@ -24,6 +24,13 @@ def test_reads_what_transformers_writes():
     assert (config.head_dim, config.inner_dim) == (32, 100)
 
 
+@pytest.mark.parametrize(("given", "ends"), [(None, ()), (7, (7,)), ([7], (7,)), ([7, 9], (7, 9)), ([], ())])
+def test_ends_of_text(given: Any, ends: tuple[int, ...]):
+    config = GPT2Config.from_dict({"eos_token_id": given})
+    assert config.ends_of_text == ends
+    assert hash(config) == hash(GPT2Config.from_dict({"eos_token_id": given}))  # programs are compiled for each
+
+
 def test_inner_width_is_four_times_the_width_unless_set():
     assert GPT2Config(n_embd=96, n_head=3).inner_dim == 384
 
@@ -45,9 +52,8 @@ def test_inner_width_is_four_times_the_width_unless_set():
         ({"layer_norm_epsilon": 0.0}, ["layer_norm_epsilon"]),
         ({"layer_norm_epsilon": "1e-5"}, ["layer_norm_epsilon"]),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", "'no'"]),
-        ({"eos_token_id": [1, 2]}, ["eos_token_id", "[1, 2]"]),
-        ({"scale_attn_weights": False}, ["scale_attn_weights"]),
-        ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        ({"eos_token_id": [1, "2"]}, ["eos_token_id", "'2'"]),
+        ({"eos_token_id": 1.0}, ["eos_token_id", "1.0"]),
         ({"add_cross_attention": True}, ["add_cross_attention"]),
     ],
 )

@@ -126,8 +126,8 @@ def test_the_model_reads_what_was_chosen():
 
 
 def test_stops_before_the_end_of_text():
-    assert list(generate_tokens(counting, [3], 20, end_of_text=6)) == [4, 5]
-    assert list(generate_tokens(counting, [3], 20, end_of_text=4)) == []
+    assert list(generate_tokens(counting, [3], 20, ends_of_text=(9, 6))) == [4, 5]
+    assert list(generate_tokens(counting, [3], 20, ends_of_text=(4,))) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])

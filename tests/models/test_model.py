@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,10 @@ import torch
 import transformers
 
 from helpers import one_line, random_checkpoint, torch_logits
+from jaxgpt2.encrypted import head_weights
 from jaxgpt2.errors import PromptError
 from jaxgpt2.generation import generate_tokens
+from jaxgpt2.methods.method import float_head
 from jaxgpt2.models.gpt2.model import causal_attention
 from jaxgpt2.models.gpt2.pretrained import GPT2
 
@@ -35,6 +38,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_layer": 1,
     },
     "context that is no power of two": {"n_positions": 53, "activation_function": "gelu_pytorch_tanh", "n_head": 8},
+    "scores by layer, silu": {"scale_attn_by_inverse_layer_idx": True, "activation_function": "silu", "n_layer": 3},
+    "scores unscaled, gelu_fast": {"scale_attn_weights": False, "activation_function": "gelu_fast", "n_layer": 1},
+    "scores unscaled but by layer, quick_gelu": {
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+        "activation_function": "quick_gelu",
+        "n_embd": 16,
+    },
 }
 NEW_TOKENS = 50
 
@@ -119,6 +130,15 @@ def test_logits_of_lists_and_arrays_of_jax(gpt2: GPT2):
     np.testing.assert_array_equal(wanted, np.asarray(gpt2(jnp.asarray(ids))))
     # A jitted function of the user's: another program, so other roundings.
     np.testing.assert_allclose(wanted, np.asarray(jax.jit(gpt2)(jnp.asarray(ids))), atol=1e-5)
+
+
+def test_a_heads_weights_compute_the_head_however_its_scores_are_scaled(tmp_path: Path):
+    random_checkpoint(tmp_path, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, n_embd=16)
+    ours = GPT2.from_pretrained(tmp_path)
+    h = ours.block(0, ours.embed(random_ids(ours, 1, 12)))[0]
+    x, _, added, _ = ours.attend(1, h, np.array([2]))
+    found = ours.contribution(1, float_head(head_weights(ours, 1, 2), np.asarray(x[0], np.float64)), 2)
+    np.testing.assert_allclose(found, added[0, 0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

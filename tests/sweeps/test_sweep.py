@@ -23,10 +23,10 @@ from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import Module
 from jaxgpt2.quantize import Bits, CalibrationError
-from jaxgpt2.sweeps import plots, runner, store, sweep
+from jaxgpt2.sweeps import plots, runner, store, sweep, tune
 from jaxgpt2.sweeps.runner import Configuration, Experiment, StackedBits, SweepRunner
 from jaxgpt2.sweeps.store import DirectoryError, SweepDirectory, read_rows
-from jaxgpt2.sweeps.tune import Encryption, cheapest, cheapest_encryption
+from jaxgpt2.sweeps.tune import cheapest
 
 pd = pytest.importorskip("pandas", reason="the sweep extra is not installed")
 pytest.importorskip("pyarrow", reason="the sweep extra is not installed")
@@ -137,6 +137,7 @@ def test_polynomials_stand_beside_lookups(bench, gpt2, mixed):
         wanted = evaluate(encrypted, TEXT, encrypted.runner("quantized"), (1,))
         assert row["kl"] == pytest.approx(wanted.kl, rel=1e-3, abs=1e-6)
         assert row["head_error"] == pytest.approx(wanted.head_error, rel=1e-3)
+        assert row["refused"] == wanted.refused
         assert row["levels"] == each.config.options["squarings"] + 4
         assert row["rounding"] is None and "pbs_count" not in row
         assert row["estimated_seconds"] > 0 and row["estimated_seconds_per_token"] > 0
@@ -385,39 +386,76 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
     assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
         name: config["options"] for name, config in found["heads"].items()
     }
+    # The file's heads, one by one and together, as eval measures them.
+    swept = run("sweep", *common(model), "--configs", out, "--seq-len", 3, "--out", tmp_path / "both", "--json")
+    assert swept.exit_code == 0, swept.output
+    answer, both = json.loads(swept.stdout), json.loads((tmp_path / "both" / "together.json").read_text())
+    assert answer["rows"] == 2 and answer["together"] == both["together"] and answer["alone"] == both["alone"]
+    assert answer["alone"]["recovered_kl"] == pytest.approx(found["recovered_kl"], abs=2e-3)
+    evaluated = json.loads(run("eval", *common(model), "--configs", out, "--json").stdout)
+    assert answer["together"]["kl"] == pytest.approx(evaluated["kl"], rel=1e-3)
+    refused = run("sweep", *common(model), "--configs", out, "--bits", 3, "--out", tmp_path / "no")
+    assert refused.exit_code == 2
+    assert "--bits has no place beside --configs: the file says what is measured" in refused.stderr.replace("\n", " ")
     unreachable = run(*tuning, "--recovered-kl", 0.9999999)
     assert unreachable.exit_code == 2
     assert "none of 8 configurations recovers 1 of the KL, the best recovers" in unreachable.stderr.replace("\n", " ")
 
 
-def test_tune_chooses_error_probability_and_rounding_by_simulation(model, tmp_path):
+def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "FEW", 1)
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", 4, "--set", "score_rank=4", "--set",
-              "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 3, "--p-error",
+    tuning = ["tune", *common(model), "--encrypt", "1.2", "--bits", "3,7", "--seq-len", 3, "--recovered-kl", 0.5,
+              "--simulated", 0, "--out", out]  # fmt: skip
+    result = run(*tuning, "--json")
+    assert result.exit_code == 0, result.output
+    rows = read_rows(Path(f"{out}.rows"))
+    rough = [row for key, row in rows.items() if key.startswith("first 20 passages, calibrated on 20: 1.2 ")]
+    trained = [row for key, row in rows.items() if key.startswith("1.2 ")]
+    assert len(rough) + len(trained) == len(rows) and len(rough) >= 4
+    assert {row["training_steps"] for row in rough} == {0} and {row["training_steps"] for row in trained} == {300}
+    assert len(trained) < len(rough)
+    found = json.loads(result.stdout)
+    assert found["recovered_kl"] >= 0.5
+    assert found["heads"]["1.2"]["measured"]["kl"] in {row["kl"] for row in trained}
+
+
+def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(model, tmp_path):
+    out = tmp_path / "configs.json"
+    tuning = ["tune", *common(model), "--encrypt", "0.1", "--bits", 3, "--set", "score_rank=4", "--set",
+              "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 20, "--p-error",
               "1e-5,0.2"]  # fmt: skip
     result = run(*tuning, "--noise", 0.3, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    tried = {tuple(each["fhe_config"].values()): each for each in found["encryptions"]["lowrank"]}
-    assert set(tried) == {(p_error, rounding) for p_error in (1e-5, 0.2) for rounding in ("approximate", "exact")}
-    assert tried[1e-5, "exact"]["lost"] == pytest.approx(0, abs=1e-6)  # the integers of the quantized heads
-    assert tried[0.2, "approximate"]["lost"] != 0
-    assert tried[0.2, "approximate"]["complexity"] < tried[1e-5, "approximate"]["complexity"]
-    assert tried[1e-5, "approximate"]["complexity"] < tried[1e-5, "exact"]["complexity"]
-    enough = [each for each in tried.values() if each["lost"] <= 0.3]
-    chosen = min(enough, key=lambda each: each["complexity"])["fhe_config"]
-    assert [config["encryption"] for config in found["heads"].values()] == [chosen] * 2
+    for head, config in found["heads"].items():
+        tried = {tuple(each["fhe_config"].values()): each for each in found["encryptions"][head]}
+        assert all(0 < each["texts"] <= 20 and each["low"] <= each["lost"] <= each["high"] for each in tried.values())
+        chosen = tried[tuple(config["encryption"].values())]
+        assert chosen["high"] <= 0.3
+        assert (0.2, "approximate") in tried or chosen["fhe_config"]["p_error"] == 1e-5
+
+    # What was measured is not measured again: neither rows nor circuits.
+    rows = Path(f"{out}.rows") / "rows.jsonl"
+    before = rows.read_text()
+    out.unlink()
+    refused = run(*tuning, "--noise", 0.3, "--out", out)
+    assert refused.exit_code == 2 and "go on with --resume" in refused.stderr.replace("\n", " ")
+    again = run(*tuning, "--noise", 0.3, "--out", out, "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert rows.read_text() == before
+    assert json.loads(out.read_text()) == found
 
     compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--configs", out,
                  "--seq-len", 3, "--encrypt", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
-    report = json.loads(run(*compiling).stdout)
+    chosen, report = found["heads"]["0.1"]["encryption"], json.loads(run(*compiling).stdout)
     assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
     other = json.loads(run(*compiling, "--p-error", 1e-3).stdout)
     assert (other["p_error"], other["rounding"]) == (1e-3, chosen["rounding"])
 
     hopeless = run(*tuning, "--encrypt", "0.1", "--p-error", 0.2, "--rounding", "exact", "--noise", -9)
     assert hopeless.exit_code == 2
-    assert "costs more than -9 of the KL, the best" in hopeless.stderr.replace("\n", " ")
+    assert "may cost more than -9 of its KL, the best" in hopeless.stderr.replace("\n", " ")
 
 
 def test_tune_without_the_engine_says_so_first(model, monkeypatch):
@@ -436,19 +474,69 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
 
 
-def test_the_cheapest_encryption_loses_no_more_than_allowed():
-    def tried(p_error: float, complexity: float, kl: float) -> Encryption:
-        return Encryption(fhe.FHEConfig(p_error), complexity, kl, quantized_kl=0.1, kl_ablated=2.0)
+def test_bounds_of_what_encryption_loses():
+    """Paired: noise that texts share says nothing; bounds close in with more texts."""
+    random = np.random.default_rng(1)
+    quantized, ablated = random.uniform(0, 5, 400), random.uniform(1, 2, 400)
+    simulated = quantized + 0.02 * ablated + random.normal(0, 0.05, 400)
+    lost, low, high = tune.bounds(simulated, quantized, ablated)
+    assert low < lost < high and 0.01 < low < 0.02 < high < 0.03
+    fewer = tune.bounds(simulated[:16], quantized[:16], ablated[:16])
+    assert fewer[2] - fewer[1] > 2 * (high - low)
+    assert tune.bounds(quantized, quantized, ablated) == (0, 0, 0)
+    assert tune.bounds(quantized, quantized, 0 * ablated)[2] == np.inf  # a head that does nothing says nothing
 
-    dear, middle, cheap = tried(1e-5, 9.0, 0.1), tried(1e-2, 6.0, 0.14), tried(0.1, 5.0, 0.5)
-    failed = Encryption(fhe.FHEConfig(0.2), 1.0, error="head 0.0: no secure parameters exist")
-    assert middle.lost == pytest.approx(0.02)
-    assert cheapest_encryption([failed, dear, middle, cheap], 0.03) is middle
-    assert cheapest_encryption([failed, dear, middle, cheap], 0.01) is dear
-    with pytest.raises(InputError, match=r"costs more than -1 of the KL, the best \(1e-05, exact\) 0.0000"):
-        cheapest_encryption([failed, dear, middle, cheap], -1)
-    with pytest.raises(InputError, match=r"can be compiled: head 0\.0: no secure parameters"):
-        cheapest_encryption([failed], 1.0)
+
+@pytest.mark.parametrize(("holding", "rounding"), [(0.1, "approximate"), (1e-2, "approximate"), (0.0, "exact")])
+def test_the_cheapest_encryption_that_holds_is_found_without_trying_all(gpt2, monkeypatch, holding, rounding):
+    seen = []
+
+    def trial(alone, fhe_config, simulation, table):
+        seen.append(fhe_config)
+        holds = fhe_config.rounding == "exact" or fhe_config.p_error <= holding
+        return tune.Trial(fhe_config, high=0.0 if holds else 1.0)
+
+    monkeypatch.setattr(tune, "trial", trial)
+    alone = EncryptedGPT2(gpt2, {Module(0, 1): MethodConfig.of("lowrank", 4)})
+    numbers = (1e-5, 1e-3, 1e-2, 3e-2, 0.1)
+    some = [fhe.FHEConfig(number, name) for name in ("approximate", "exact") for number in numbers]
+    simulation = tune.Simulation([], {}, 6, 0.01)
+    best, tried = tune.cheapest_encryption(alone, some, simulation, tune.Table({}))
+    assert best == fhe.FHEConfig(holding or 0.1, rounding)
+    assert [each.fhe_config for each in tried] == seen and len(seen) <= 3 * (1 if holding else 2)
+    if holding < 0.1:
+        with pytest.raises(
+            InputError, match=r"head 0.1: every .* may cost more than 0.01 of its KL, the best \(0.1, a"
+        ):
+            tune.cheapest_encryption(alone, some[4:5], simulation, tune.Table({}))
+
+
+def test_a_search_measures_few_and_finds_a_cheap_choice():
+    """Heads whose KL falls with what they cost; training halves it."""
+    numbers = range(2, 34)
+    configurations = [
+        configuration(f"0.{head}", "lowrank", 4, score_rank=rank) for head in range(2) for rank in numbers
+    ]
+
+    def row(each: Configuration, factor: float) -> dict:
+        rank, scale = each.config.options["score_rank"], (1.0, 0.1)[each.module.head or 0]
+        return {"key": each.key, "layer": 0, "head": each.module.head, "estimated_seconds": float(rank),
+                "kl": factor * scale / rank, "kl_ablated": scale, "recovered_kl": 1 - factor / rank}  # fmt: skip
+
+    def cost(rows) -> float:
+        heads = {name: [row for row in rows if row["head"] == head] for head, name in enumerate(("0.0", "0.1"))}
+        return sum(row["estimated_seconds"] for row in cheapest(heads, 0.9).values())
+
+    measured: list[Configuration] = []
+
+    def final(some):
+        measured.extend(some)
+        return [row(each, 0.5) for each in some]
+
+    found = tune.search(configurations, 0.9, lambda some: [row(each, 1.0) for each in some], final)
+    every = [row(each, 0.5) for each in configurations]
+    assert cost(found) <= 1.5 * cost(every)
+    assert len({each.key for each in measured}) <= len(configurations) / 4
 
 
 @pytest.mark.parametrize(
@@ -529,7 +617,7 @@ def test_a_worker_killed_in_mid_run_costs_no_row(model, tmp_path, monkeypatch):
         experiment = Experiment(str(model), tuple(TEXT), tuple(CALIBRATION), (1,), seq_len=3, batch=1)
         configurations = runner.grid([Module(0, head) for head in range(3)], ["lowrank"], [Bits.of(3), Bits.of(4)], {})
 
-        def kill_after_the_first(count: int) -> None:
+        def kill_after_the_first(count: float, kind: str = "", left: object = None) -> None:
             nonlocal victim
             if count == 1 and victim:
                 os.kill(victim, signal.SIGKILL)
@@ -553,10 +641,12 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
 
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
     """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
-    arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0"]
+    arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0",
+                 "--max-tokens", 3]  # fmt: skip
     changed = "--input-bits", 6, "--rounding-threshold-bits", "none"
     for number, (given, wanted) in enumerate([((), (5, 7, 3, 4)), (changed, (6, 7, 3, None))]):
         out = tmp_path / str(number)
         assert run("sweep", *common(model), *arguments, *given, "--out", out).exit_code == 0
         (row,) = read_rows(out).values()
+        assert row["positions"] == sum(min(len(text), 3) for text in TEXT)  # a token a byte
         assert tuple(row[f"{name}_bits"] for name in ("input", "weight", "activation", "rounding_threshold")) == wanted

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxgpt2.errors import InputError
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu")
-
-# Settings of Hugging Face's GPT-2 that change the arithmetic and that no published GPT-2 uses: refused, not ignored.
-_ONLY_SUPPORTED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "quick_gelu", "silu", "relu")
 
 
 class ConfigError(InputError):
@@ -37,7 +31,7 @@ class GPT2Config:
         activation_function: one of `ACTIVATIONS`.
         layer_norm_epsilon: added to the variance in every layer norm.
         tie_word_embeddings: whether the output projection is the token embedding.
-        eos_token_id: token at which generation stops, None for no such token.
+        eos_token_id: token at which generation stops, or several, None for no such token.
 
     Raises:
         ConfigError: a size that is not positive, a width that the heads do not divide, an unknown activation.
@@ -52,7 +46,7 @@ class GPT2Config:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = True
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "inner_dim"):
@@ -69,8 +63,10 @@ class GPT2Config:
             raise ConfigError(f"layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r}")
         if not isinstance(self.tie_word_embeddings, bool):
             raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
-        if self.eos_token_id is not None and type(self.eos_token_id) is not int:
-            raise ConfigError(f"eos_token_id must be one token id or null, got {self.eos_token_id!r}")
+        if isinstance(self.eos_token_id, list):  # as JSON has it; configurations are hashed
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if any(type(token) is not int for token in self.ends_of_text):
+            raise ConfigError(f"eos_token_id must be a token id, a list of them or null, got {self.eos_token_id!r}")
 
     @property
     def head_dim(self) -> int:
@@ -79,6 +75,13 @@ class GPT2Config:
     @property
     def inner_dim(self) -> int:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def ends_of_text(self) -> tuple[int, ...]:
+        """Tokens at which generation stops."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPT2Config:
@@ -90,8 +93,27 @@ class GPT2Config:
         model_type = values.get("model_type", "gpt2")
         if model_type != "gpt2":
             raise ConfigError(f"model_type is {model_type!r}, wanted 'gpt2'")
-        for name, supported in _ONLY_SUPPORTED.items():
-            if values.get(name, supported) != supported:
-                raise ConfigError(f"{name}={values[name]!r} is not supported, {supported!r} is")
+        if values.get("add_cross_attention", False):
+            raise ConfigError("add_cross_attention is set: a model that reads another one's output is not supported")
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def score_factors(values: Mapping[str, Any], config: GPT2Config) -> list[float]:
+    """For every layer, what its attention scores are multiplied by, beyond the division by sqrt(head_dim).
+
+    Args:
+        values: the parsed `config.json`.
+
+    Raises:
+        ConfigError: a setting that is neither true nor false.
+    """
+    scaled, by_layer = (
+        values.get(name, default)
+        for name, default in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False))
+    )
+    for name, value in (("scale_attn_weights", scaled), ("scale_attn_by_inverse_layer_idx", by_layer)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+    factor = 1.0 if scaled else math.sqrt(config.head_dim)
+    return [factor / (layer + 1) if by_layer else factor for layer in range(config.n_layer)]

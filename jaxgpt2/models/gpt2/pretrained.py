@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import weights
 from jaxgpt2.errors import PromptError
 from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens, padded_length, read_once
 from jaxgpt2.models.gpt2 import branches
-from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config
+from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config, score_factors
 from jaxgpt2.models.gpt2.model import Cache, LayerCache, Transformer
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble, parameter_shapes
 from jaxgpt2.models.gpt2.text import encode as text_ids
@@ -74,6 +75,29 @@ def read_config(directory: Path) -> GPT2Config:
     return config
 
 
+def load_checkpoint(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]:
+    """The configuration of a checkpoint, and its tensors by Hugging Face's names, float32.
+
+    A checkpoint whose attention scores are scaled in another way than by 1 / sqrt(head_dim) becomes one with other
+    queries, so that nothing else need know.
+
+    Raises:
+        ConfigError, weights.CheckpointError: one line that says what is wrong, and where.
+    """
+    config = read_config(directory)
+    try:
+        factors = score_factors(weights.load_config(directory), config)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+    tensors = weights.load_tensors(directory, parameter_shapes(config))
+    for layer, factor in enumerate(factors):
+        if factor != 1.0:
+            columns = np.where(np.arange(3 * config.n_embd) < config.n_embd, factor, 1.0).astype(np.float32)
+            for name in (f"h.{layer}.attn.c_attn.weight", f"h.{layer}.attn.c_attn.bias"):
+                tensors[name] = tensors[name] * columns
+    return config, tensors
+
+
 class GPT2:
     """A GPT-2 with its tokenizer.
 
@@ -99,9 +123,8 @@ class GPT2:
             weights.CheckpointError, ConfigError, TokenizerError: one line that says what is wrong, and where.
         """
         directory = weights.locate(name)
-        config = read_config(directory)
+        config, tensors = load_checkpoint(directory)
         tokenizer = load_tokenizer(directory, config.vocab_size)
-        tensors = weights.load_tensors(directory, parameter_shapes(config))
         model = assemble(config, {name: jnp.asarray(tensor) for name, tensor in tensors.items()})
         return cls(config, model, tokenizer)
 
@@ -122,6 +145,13 @@ class GPT2:
                 f"wanted token ids of shape (batch, 1 to {self.config.n_positions} tokens), got shape {ids.shape}"
             )
         return _logits(self.graph, self.state, ids)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(disassemble(self.model).items()):
+            digest.update(name.encode())
+            digest.update(np.asarray(tensor).tobytes())
+        return digest.hexdigest()
 
     # Cut into pieces: see `jaxgpt2.models.Decoder`.
 
@@ -204,7 +234,7 @@ class GPT2:
             raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         tokens = self.encode(prompt, room=max_new_tokens)
         logits = self.cached_logits(len(tokens) + max_new_tokens)
-        return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.eos_token_id)
+        return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.ends_of_text)
 
     def stream(self) -> Callable[[int], str]:
         """A function that takes tokens one by one and gives the text that each completes.
