@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from jaxgpt2.models.gpt2.pretrained import GPT2
 
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # All processes of a run, those that tests start among them, compile a program once. A size makes JAX lock it.
-    _programs = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # All processes of a run, those that tests start among them, compile a program once (a size makes JAX lock it), and
+    # keep nothing in the user's directories.
+    _kept = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, _kept, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = _kept
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_kept}/jax"
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 

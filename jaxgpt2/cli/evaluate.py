@@ -68,8 +68,7 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache)
         linear.evaluate(passages, numbers, max_tokens, mode, as_json, chosen | {"calibration": calibration})
         return
-    if mode != "quantized":
-        cache = cache_directory(cache)
+    cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)

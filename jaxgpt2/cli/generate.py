@@ -81,7 +81,7 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
     calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
         raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
-    if mode in ("simulate", "encrypted"):
+    if mode != "float":
         cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
