@@ -290,7 +290,7 @@ def test_a_configuration_may_say_how_it_is_encrypted(gpt2, tmp_path):
 @pytest.mark.parametrize(
     ("encryption", "message"),
     [
-        ({"p_error": 3}, "a configuration's encryption cannot be: p_error must lie between 2**-128 and 1, not 3"),
+        ({"p_error": 3}, "a configuration's encryption cannot be: p_error must lie between 2\\*\\*-128 and 1, not 3"),
         ({"rounding": "up"}, "a configuration's encryption cannot be: rounding must be one of exact"),
         ({"error": 1}, "wanted a configuration with attention, bits and options, got"),
     ],

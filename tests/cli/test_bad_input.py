@@ -225,8 +225,8 @@ def test_rows_of_a_sweep_that_are_none(tmp_path, rows):
 )
 def test_rows_of_something_else(tmp_path, row):
     (tmp_path / "sweep.json").write_text("{}")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"key": "a", **row}) + "\n")
-    assert "is no sweep of heads: 'a' is another row" in refused("tune", "--encrypt", "0.0", "--sweep", tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"key": "0.0 a", **row}) + "\n")
+    assert "is no sweep of heads: '0.0 a' is another row" in refused("tune", "--encrypt", "0.0", "--sweep", tmp_path)
 
 
 def test_a_full_disk_is_one_line(place, monkeypatch):

@@ -129,15 +129,15 @@ def test_a_server_killed_in_the_middle_of_a_text(home, masks, model, tmp_path, m
         first = stack.enter_context(running(home / "out" / "server", tmp_path / "state"))
         port, once = int(first.url.rsplit(":", 1)[1]), Connection.once
 
-        def watched(self: Connection, method: str, path: str, *arguments: Any, **options: Any) -> Any:
+        def watched(self: Connection, method: str, path: str, limit: int, content: Any, headers: Any) -> Any:
             if method == "POST":
-                asked.append((path, options["content"]))
+                asked.append((path, content))
                 if len(asked) == 12:
                     first.process.kill()
                     first.process.wait()
                 elif len(asked) == 14:  # two requests went nowhere
                     stack.enter_context(running(home / "out" / "server", tmp_path / "state", port=port))
-            return once(self, method, path, *arguments, **options)
+            return once(self, method, path, limit, content, headers)
 
         monkeypatch.setattr(Connection, "once", watched)
         found = json.loads(generate(first.url, home).stdout)
