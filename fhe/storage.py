@@ -123,7 +123,8 @@ def _tree(value: Any, arrays: list[bytes], check: bool) -> Any:
         items = cast("dict[Any, Any]", value)
         return {"dict": [[inner(key), inner(item)] for key, item in items.items()]}
     if isinstance(value, functools.partial):
-        return {"partial": [inner(value.func), inner(value.args), inner(value.keywords)]}
+        bound = cast("functools.partial[Any]", value)
+        return {"partial": [inner(bound.func), inner(bound.args), inner(bound.keywords)]}
     if inspect.isfunction(value):
         name = _name(value)
         if check and _functions.get(name) is not value:
@@ -157,21 +158,22 @@ def _decode(tree: Any, arrays: list[NDArray[Any]]) -> Any:
             if name not in _functions:
                 raise LookupError(f"the function {name}")
             return _functions[name]
-        case {"record": str(name), "fields": dict(fields)}:
-            return _record(name, {field: inner(value) for field, value in cast("dict[str, Any]", fields).items()})
+        case {"record": str(name), "fields": fields}:
+            return _record(name, {field: inner(value) for field, value in fields.items()})
         case _:
             raise ValueError("a part of it is of no known kind")
 
 
 def _record(name: str, values: dict[str, Any]) -> Any:
     module, _, own = name.partition(":")
-    kind = vars(sys.modules[module]).get(own) if module in sys.modules else None
-    if not (isinstance(kind, type) and _is_record(kind)):
+    found = vars(sys.modules[module]).get(own) if module in sys.modules else None
+    kind = cast("Any", found)
+    if not (isinstance(found, type) and _is_record(found)):
         raise LookupError(f"the class {name}")
     if list(values) != list(_fields(kind)):
         raise ValueError(f"{name} has other fields here")
-    if issubclass(kind, tuple):
-        return tuple.__new__(kind, tuple(values.values()))
+    if not dataclasses.is_dataclass(kind):
+        return cast("Any", tuple.__new__)(kind, tuple(values.values()))
     record = object.__new__(kind)
     for field, value in values.items():
         object.__setattr__(record, field, value)
@@ -184,7 +186,7 @@ def _is_record(kind: type) -> bool:
 
 def _fields(record: Any) -> Iterator[str]:
     if dataclasses.is_dataclass(record):
-        return (field.name for field in dataclasses.fields(record))
+        return (field.name for field in dataclasses.fields(cast("Any", record)))
     return iter(cast("tuple[str, ...]", record._fields))
 
 

@@ -138,7 +138,8 @@ def test_arrays_that_are_none(tmp_path):
 
 def test_a_record_comes_back_without_its_classes_code(tmp_path):
     write_half(tmp_path, {"record": f"{__name__}:Params", "fields": {"weight": "text", "table": None}})
-    assert storage.load_half(tmp_path, "test", "id").weight == "text"
+    half: Any = storage.load_half(tmp_path, "test", "id")
+    assert half.weight == "text"
 
 
 def test_another_process_knows_the_functions_of_all_methods():

@@ -469,6 +469,6 @@ def test_bytes_are_counted_as_they_go(monkeypatch):
 
     assert asyncio.run(run(4)) == [asgi.CHUNK] * 3 + [6]
     assert asyncio.run(run(2)) == [asgi.CHUNK] * 2
-    text = metrics.answer().body.decode()
+    text = bytes(metrics.answer().body).decode()
     assert 'jaxgpt2_received_bytes_total{route="none"} 10.0' in text
     assert json.loads(text.partition('jaxgpt2_sent_bytes_total{route="none"} ')[2].split()[0]) == 5 * asgi.CHUNK + 6
