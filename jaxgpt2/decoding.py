@@ -9,6 +9,7 @@ Shapes: T new tokens, S room for tokens in a cache, C width.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -314,3 +315,91 @@ class Cached:
             sums.append((f"attend_{size}", executor.run(f"attend_{size}", [*row, *block])))
             start += size
         return sums, state
+
+
+@dataclass(frozen=True)
+class GrowingCache:
+    """A function for a new token, and one for a query and all tokens up to it, whose part is kept encrypted.
+
+    The second one is compiled for every number of tokens: "attend_1", "attend_2", ...
+
+    project: project(ops, params, x (N, C)) -> arrays (N, ...), of which the first is the query's, and the others, its
+        state, are what later queries read. Each must come straight out of a lookup.
+    attend: attend(ops, params, [query (N, ...)], state, seen) -> results (N, ...); state: arrays (1 or N, S, ...), the
+        same for all queries or not; seen: (N, S), 1 where a query may look, or None for everywhere.
+    """
+
+    project: Body
+    attend: Callable[..., tuple[Any, ...]]
+
+    @property
+    def bodies(self) -> tuple[Body, ...]:
+        return self.project, self.attend, attend_block
+
+    def whole(self, ops: Any, params: Any, x: Any) -> tuple[Any, ...]:
+        query, *state = self.project(ops, params, x)
+        seen = np.tri(x.shape[0], dtype=np.int64)
+        return self.attend(ops, params, [query], [part.reshape((1, *part.shape)) for part in state], seen)
+
+    def empty_cache(self, ops: Any, params: Any, x: jax.Array, size: int) -> tuple[jax.Array, ...]:
+        shapes = jax.eval_shape(lambda p, x: self.project(ops, p, x), params, x)[1:]
+        return tuple(jnp.zeros((size, *part.shape[1:]), part.dtype) for part in shapes)
+
+    def extend(
+        self, ops: Any, params: Any, x: jax.Array, cache: tuple[jax.Array, ...], start: jax.Array | int
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        query, *state = self.project(ops, params, x)
+        cache = tuple(write(part, new, start) for part, new in zip(cache, state, strict=True))
+        positions = start + jnp.arange(x.shape[0])
+        seen = (positions[:, None] >= jnp.arange(cache[0].shape[0])).astype(jnp.int32)
+        return self.attend(ops, params, [query], [part[None] for part in cache], seen), cache
+
+    def functions(self, module: Any, inputs: Sequence[np.ndarray], length: int) -> dict[str, fhe.Function]:
+        # A short text is repeated: every length has its inputs.
+        texts = np.stack([np.resize(x, (length, x.shape[1])) for x in inputs])  # (B, T, C)
+        query, *state = (
+            part.reshape(*texts.shape[:2], -1)
+            for part in self.project(fhe.NumpyOps(), module.params, texts.reshape(-1, texts.shape[2]))
+        )
+        every = np.concatenate(list(inputs))
+        functions = {"project": fhe.Function(self.project, extreme_samples(self.project, module.params, [every]))}
+        sources = [[fhe.Output("project", 1 + position)] for position in range(len(state))]
+        for count in range(1, length + 1):
+            run = functools.partial(attend_block, self.attend, len(state))
+            arrays = [query[:, count - 1], *(part[:, index] for index in range(count) for part in state)]
+            functions[f"attend_{count}"] = fhe.Function(
+                run, extreme_samples(run, module.params, arrays), [[fhe.Output("project", 0)], *sources * count]
+            )
+        return functions
+
+    def calls(self, client: Any, known: int, length: int) -> Mapping[str, int]:
+        return {"project": length - known} | {f"attend_{count}": 1 for count in range(known + 1, length + 1)}
+
+    def read(
+        self, client: Any, executor: Executor, x: np.ndarray, cache: CircuitCache | None, length: int
+    ) -> tuple[list[np.ndarray], CircuitCache]:
+        """All calls for new tokens are made before the first result is decrypted."""
+        inputs = appended(cache, x, length)
+        state: tuple[Any, ...] = () if cache is None else cache.state
+        issued = []
+        for row in x:
+            query, *own = executor.run("project", executor.encrypt("project", row[None]))
+            state = (*state, *own)
+            name = f"attend_{len(state) // len(own)}"
+            issued.append((name, executor.run(name, [query, *state])))
+        results = [executor.decrypt(name, arrays) for name, arrays in issued]
+        return [np.concatenate(parts) for parts in zip(*results, strict=True)], CircuitCache(inputs, state)
+
+
+def attend_block(
+    attend: Callable[..., tuple[Any, ...]], parts: int, ops: Any, params: Any, query: Any, *state: Any
+) -> tuple[Any, ...]:
+    """`GrowingCache.attend` for queries (N, ...) of which each sees all tokens of its state: `parts` arrays (N, D) of
+    every token."""
+    count = len(state) // parts
+    rows = []
+    for part in range(parts):
+        own = state[part::parts]
+        side = own[0] if count == 1 else ops.concatenate(own, axis=1)  # (N, S D)
+        rows.append(side.reshape((query.shape[0], count, own[0].shape[1])))
+    return attend(ops, params, [query], rows, None)

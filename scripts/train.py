@@ -2,6 +2,9 @@
 
     python scripts/train.py --corpus corpus --out runs/tiny            # start, or go on after an interruption
     python scripts/train.py --out runs/tiny --export weights/tiny      # finish: checkpoint in Hugging Face's format
+    python scripts/train.py --attention relu.py:relu --minutes 10      # fine-tune the bundled model with a method
+
+Fine-tuning (scripts/fine_tune.py) replaces the attention of all heads, and needs no corpus.
 
 The run directory holds everything: the tokenizer, the encoded corpus, the configuration, the latest state and a log.
 The step count may be changed when a run goes on; anything else that shapes it may not.
@@ -31,6 +34,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from jaxgpt2.errors import InputError
 from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble
@@ -336,8 +340,19 @@ def train(recipe: TrainingConfig, data: Data, out: Path, steps: int, save_every:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=200, show_default=True, help="Steps between saved states; a multiple of 20.")
 @click.option("--export", type=click.Path(path_type=Path), help="Write the checkpoint here when done.")
+@click.option("--attention", help="Fine-tune the bundled model with this method: a name, or FILE.py:NAME.")
+@click.option("--bits", default=4, show_default=True, help="Of activations, for --attention.")
+@click.option("--minutes", default=10.0, show_default=True, help="Of fine-tuning.")
 def main(corpus: Path, out: Path, steps: int, context: int, width: int, layers: int, heads: int, save_every: int,
-         export: Path | None, **options: Any) -> None:  # fmt: skip
+         export: Path | None, attention: str | None, bits: int, minutes: float, **options: Any) -> None:  # fmt: skip
+    if attention is not None:
+        from fine_tune import compare
+
+        try:
+            click.echo(json.dumps(compare(attention, bits, minutes)))
+        except InputError as error:
+            raise TrainingError(str(error)) from None
+        return
     recipe = TrainingConfig(n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **options)
     out.mkdir(parents=True, exist_ok=True)
     check_recipe(out, recipe)

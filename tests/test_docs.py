@@ -1,28 +1,27 @@
 """What the documentation shows works."""
 
-import importlib
 import re
 from pathlib import Path
 
+import pytest
+
 import helpers
+from jaxgpt2 import methods
 from jaxgpt2.encrypted import EncryptedGPT2
-from jaxgpt2.methods import method
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+CODE = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-method.md").read_text(), re.DOTALL)
 
 
-def test_the_method_of_the_tutorial_runs_in_every_mode(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "adding-a-method.md").read_text(), re.DOTALL)
-    (tmp_path / "inhibitor.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("inhibitor")
-    try:
-        helpers.random_checkpoint(tmp_path, n_embd=24, n_head=3)
-        passages = ["the cat", "sat on", "a mat", "one dog"]
-        encrypted = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, "inhibitor").calibrate(passages, 5)
-        encrypted = encrypted.compile(passages, 5, backend="clear")
-        keys = encrypted.make_keys()
-        texts = [list(encrypted.generate("cat", 2, mode, keys=keys)) for mode in ("quantized", "simulate", "encrypted")]
-        assert texts[0] == texts[1] == texts[2]
-    finally:
-        method._METHODS.pop("inhibitor")
+@pytest.mark.parametrize("code", CODE, ids=["mine", "inhibitor"])
+def test_the_methods_of_the_page_run_in_every_mode(code, tmp_path):
+    (tmp_path / "method.py").write_text(code)
+    (name,) = re.findall(r"^@attention.*\ndef (\w+)", code, re.MULTILINE)
+    helpers.random_checkpoint(tmp_path, n_embd=24, n_head=3)
+    passages = ["the cat", "sat on", "a mat", "one dog"]
+    method = methods.named(f"{tmp_path / 'method.py'}:{name}")
+    encrypted = EncryptedGPT2.from_pretrained(tmp_path, "0.1", 4, method).calibrate(passages, 5)
+    encrypted = encrypted.compile(passages, 5, backend="clear")
+    keys = encrypted.make_keys()
+    texts = [list(encrypted.generate("cat", 2, mode, keys=keys)) for mode in ("quantized", "simulate", "encrypted")]
+    assert texts[0] == texts[1] == texts[2]

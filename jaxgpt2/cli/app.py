@@ -17,6 +17,7 @@ from jaxgpt2.errors import InputError
 
 # Imported when they are called, or listed: module and attribute.
 COMMANDS = {
+    "check-attention": ("check", "check_attention"),
     "compile": ("compile", "compile_command"),
     "eval": ("evaluate", "evaluate_command"),
     "generate": ("generate", "generate"),

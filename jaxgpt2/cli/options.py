@@ -89,8 +89,8 @@ module_options = options(
     click.option("--configs", type=click.Path(path_type=Path), metavar="FILE",
                  help="Method, bits and options of every module, as tune writes them; instead of the options below."),
     click.option("--attention", "method",
-                 help="Attention method; see info.  [default: polynomial for --backend ckks, else the checkpoint's "
-                      "configs, else lowrank]"),
+                 help="Attention method: a name, see info, or FILE.py:NAME.  [default: polynomial for --backend ckks, "
+                      "else the checkpoint's configs, else lowrank]"),
     click.option("--bits", type=int,
                  help="Bits of activations, and of all else what the method has with them.  [default: 4]"),
     click.option("--input-bits", type=int, help="Bits of inputs."),
@@ -191,7 +191,7 @@ def make_encrypted(
         return EncryptedGPT2(gpt2, {module: known[module] for module in chosen})
     # Only softmax computes whole layers.
     default = "softmax" if "attn" in (modules or "") else "lowrank"
-    method = method or DEFAULT_METHODS.get(backend or "", default)
+    method = methods.named(method or DEFAULT_METHODS.get(backend or "", default))
     if not methods.get(method).by_lookups:
         _refuse_for_lookups(
             method,

@@ -146,7 +146,7 @@ def read_config(model: str) -> Any:
 @click.option("--layers", default="all", show_default=True, metavar="N[,N-N...]|all", help="Layers, from 0.")
 @click.option("--heads", default="all", show_default=True, metavar="N[,N-N...]|all", help="Heads of each, from 0.")
 @click.option("--attention", "methods", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
-              help="Attention methods; see info.")  # fmt: skip
+              help="Attention methods: names, see info, or FILE.py:NAME.")  # fmt: skip
 @click.option("--bits", default="2-8", show_default=True, metavar="N[,N-N...]",
               help="Bits of activations, and of all else what the method has with them.")  # fmt: skip
 @options(width_options, text_options)
@@ -164,6 +164,7 @@ def sweep(context: click.Context, model: str, encrypt: str | None, configs: Path
           max_tokens: int | None, calibration: Path | None, ks: str, rounding: str, seq_len: int, batch: int,
           scheduler: str | None, out: Path, resume: bool, as_json: bool) -> None:  # fmt: skip
     """Measure a grid of heads, bit widths and methods, and what each would cost encrypted."""
+    from jaxgpt2.methods import named
     from jaxgpt2.modules import Module, read_configs
     from jaxgpt2.sweeps import runner
     from jaxgpt2.sweeps import sweep as sweeping
@@ -194,7 +195,7 @@ def sweep(context: click.Context, model: str, encrypt: str | None, configs: Path
         )
         configurations = runner.grid(
             (Module(layer, head) for layer, head in chosen),
-            [name.strip() for name in methods.split(",")],
+            [named(name.strip()) for name in methods.split(",")],
             widths,
             parse_grid_changes(changes),
             apart,

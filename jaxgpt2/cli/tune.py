@@ -117,7 +117,7 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
         return experiment, gpt2, tuning.Table(dict(directory.rows), directory)
 
     rows: list[dict[str, Any]] = []
-    chosen = [name.strip() for name in names.split(",")]
+    chosen = [methods.named(name.strip()) for name in names.split(",")]
     if sweeps:
         rows = [row for row in rows_of_sweeps(sweeps) if Module(row["layer"], row["head"]) in modules]
         chosen = sorted({row["attention"] for row in rows})

@@ -5,6 +5,8 @@ reads their results. The same functions run in JAX, in NumPy and under an FHE co
 through adding one.
 """
 
+from jaxgpt2.methods.files import load, named
+from jaxgpt2.methods.formula import attention
 from jaxgpt2.methods.lowrank import LOWRANK
 from jaxgpt2.methods.method import (
     HeadWeights,
@@ -19,7 +21,7 @@ from jaxgpt2.methods.method import (
     register,
 )
 from jaxgpt2.methods.polynomial import POLYNOMIAL
-from jaxgpt2.methods.softmax import SOFTMAX
+from jaxgpt2.methods.softmax import softmax as SOFTMAX
 
 register(SOFTMAX)
 register(LOWRANK)
@@ -32,8 +34,11 @@ __all__ = [
     "MethodError",
     "QuantizedFunction",
     "QuantizedModule",
+    "attention",
     "bodies",
     "get",
+    "load",
+    "named",
     "names",
     "register",
 ]

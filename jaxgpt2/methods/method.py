@@ -13,11 +13,8 @@ import numpy as np
 from fhe import FHEConfig, get_backend, register_functions
 from jaxgpt2.decoding import STRETCH, Body, DecodingStrategy
 from jaxgpt2.errors import InputError
+from jaxgpt2.methods.values import MethodError
 from jaxgpt2.quantize import Bits, quantize
-
-
-class MethodError(InputError):
-    """An attention method that does not exist, exists already, or does not do what is asked of it."""
 
 
 class HeadWeights(NamedTuple):
@@ -246,7 +243,8 @@ def get(name: str) -> Method:
         MethodError: there is none.
     """
     if name not in _METHODS:
-        raise MethodError(f"no attention method {name!r}, there are: {', '.join(names())}")
+        hint = "; give its file with --attention FILE.py:NAME" if ".py:" in name else ""
+        raise MethodError(f"no attention method {name!r}, there are: {', '.join(names())}{hint}")
     return _METHODS[name]
 
 

@@ -103,7 +103,7 @@ def calibrate_projection(
     """
     integers, scale = quantize_weight(weight, bits.weights)
     integer_bias = np.rint(bias / scale).astype(np.int64)
-    sums = x @ integers + integer_bias
+    sums = (x.astype(np.float64) @ integers).astype(np.int64) + integer_bias  # exact, and faster than in integers
     step = choose_scale(sums * scale, bits.activations)
     bound = projection_bound(integers, integer_bias, largest_level(bits.inputs))
     table = requantization(

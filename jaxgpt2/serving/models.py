@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import fhe
-from jaxgpt2.decoding import NotReady
+from jaxgpt2 import methods
+from jaxgpt2.decoding import FullSequence, NotReady
 from jaxgpt2.encrypted import EncryptedGPT2, get_backend
 from jaxgpt2.errors import InputError
 from jaxgpt2.methods import MethodConfig
+from jaxgpt2.methods.formula import client_method
 from jaxgpt2.methods.method import QuantizedModule
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import disassemble
@@ -90,6 +92,7 @@ def _write(encrypted: EncryptedGPT2, seq_len: int, directory: Path) -> str:
             "bits": dataclasses.asdict(quantized.bits),
             "max_tokens": quantized.max_tokens,
             "dequantization": names,
+            "full_sequence": isinstance(encrypted.function(module).strategy, FullSequence),
         }
     contents = bundles.hashes(client), seq_len, heads, {module: circuit.id for module, circuit in circuits.items()}
     identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
@@ -115,6 +118,10 @@ def read_client(bundle: Bundle) -> EncryptedGPT2:
             arrays = load_file(bundle.directory / "heads" / f"{entry.module}.safetensors")
             values = [arrays[name] for name in facts["dequantization"]]
             _check(gpt2, facts["max_tokens"], arrays["input_scale"], values)
+            name = facts["config"]["attention"]
+            if ".py:" in name and name not in methods.names():
+                # It was compiled from a file. A client needs no formula, and runs no code that a bundle names.
+                methods.register(client_method(name, facts["full_sequence"]))
             configs[module] = MethodConfig.from_json(facts["config"])
             quantized[module] = QuantizedModule(
                 None,

@@ -84,6 +84,39 @@ def test_compile_reports_the_cost_and_writes_it(model, tmp_path):
     assert {"server", "client"} <= {path.name for path in out.iterdir()}
 
 
+MINE = """\
+from jaxgpt2.methods import attention
+
+
+@attention
+def mine(ops, q, k, v):
+    return {result}
+"""
+
+
+def test_a_method_of_a_file_is_checked_and_used(model, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE.format(result="ops.requantize(k @ q) @ v"))
+    texts = ["--calibration", model / "calibration.txt", "--text", model / "eval.txt"]
+    checked = run_json("check-attention", f"{mine}:mine", "--model", model, *texts, "--tokens", 3)
+    assert checked["causal"] and {"NumPy", "JAX", "JAX with a cache", "a circuit"} <= set(checked["agreeing"])
+    stages = checked["pbs_by_stage"]
+    assert stages == {"query": 24, "key": 24, "value": 24, "line_6": 2 * 6 * 8 + 6 + 2 * 6 * 8}
+    assert checked["pbs_count_per_token"] == 24 + 2 * 3 * 8 + 3 + 2 * 3 * 8
+    used = run_json("eval", "--model", model, *texts, "--encrypt", "0.1", "--attention", f"{mine}:mine")
+    assert used["configs"]["0.1"]["attention"].startswith("mine.py:mine@")
+    assert used["head_error"] == checked["head_error"]
+
+
+def test_a_mistake_in_a_method_of_a_file_is_one_line(model, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE.format(result="k[0] @ q * v"))
+    for command in (["check-attention", f"{mine}:mine"], ["eval", "--attention", f"{mine}:mine"]):
+        result = run(*command, *head(model), "--text", model / "eval.txt")
+        assert result.exit_code == 2 and not result.stdout
+        assert result.stderr.count("\n") == 1 and f"{mine}:6: looks into the axis of tokens" in result.stderr
+
+
 def test_info_says_what_is_there():
     result = run_json("info")
     assert {"versions", "devices", "attention", "backends"} <= result.keys()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from click.testing import CliRunner
 
 import fhe
 import helpers
-from fhe import envelope
+from fhe import envelope, storage
 from jaxgpt2 import methods
 from jaxgpt2.cli import main
 from jaxgpt2.encrypted import EncryptedGPT2
@@ -75,6 +77,40 @@ def test_a_client_bundle_and_the_servers_circuits_give_the_text(gpt2, tmp_path, 
     assert list(client.continue_text(PROMPT, 5, client.run_by(executors))) == wanted
     with pytest.raises(fhe.NoWeights, match="without its weights"):
         list(client.generate(PROMPT, 1, "simulate"))
+
+
+@pytest.mark.parametrize("full_sequence", [False, True])
+def test_a_method_of_a_file_is_named_by_its_hash_and_the_client_runs_no_code(gpt2, tmp_path, full_sequence):
+    """A client does without the file. Whoever computes with plain integers must have loaded it, and the same one."""
+    path = tmp_path / "mine.py"
+    code = (
+        "from jaxgpt2.methods import attention\n\n\n"
+        f"@attention(full_sequence={full_sequence})\ndef mine(ops, q, k, v):\n    return v.mean(axis=0)\n"
+    )
+    path.write_text(code)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = methods.named(f"{path}:mine")
+    encrypted = compiled(gpt2, "0.1", name)
+    write_bundles(encrypted, tmp_path / "out", {})
+    assert not any(b"mean(axis=0)" in file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file())
+    wanted = list(encrypted.generate(PROMPT, 3, "quantized"))
+    path.unlink()
+    registered.pop(name)
+    module = sys.modules.pop(f"jaxgpt2_attention_{digest}").__name__
+    known = storage._functions.pop(f"{module}:mine")
+    client = read_client(Bundle.read(tmp_path / "out" / "client", "client"))
+    (config,) = client.configs.values()
+    assert config.method == name == f"mine.py:mine@{digest[:16]}"
+    assert module not in sys.modules
+    registered.pop(name)  # the client's half of it
+    server = tmp_path / "out" / "server" / "circuits" / "0.1"
+    with pytest.raises(fhe.UnknownName, match=f"{module}:mine"):
+        fhe.get_backend("clear").load(server)
+    path.write_text(code)
+    assert methods.named(f"{path}:mine") == name
+    assert storage._functions[f"{module}:mine"] is not known
+    executors = dict.fromkeys(client.modules, SimulatedExecutor(fhe.get_backend("clear").load(server)))
+    assert list(client.continue_text(PROMPT, 3, client.run_by(executors))) == wanted
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""Attention methods in one table: what each does to heads over bits, and what it costs encrypted.
+
+    python scripts/attention_table.py                                      # the package's and examples/attention
+    python scripts/attention_table.py ./mine.py:mine softmax --bits 4,6    # these
+    python scripts/attention_table.py --encrypted 120                      # and run each that takes no longer
+
+Fidelity is the recovered KL of the heads, each replaced alone: 1 - sum of KL / sum of KL without the head (see
+`jaxgpt2 eval`). Costs are those of the first head at `--run-bits`: the lookups of a text, and the seconds of its last
+token alone, estimated and measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import fhe
+from jaxgpt2 import methods
+from jaxgpt2.calibration import HiddenStates
+from jaxgpt2.encrypted import EncryptedGPT2
+from jaxgpt2.evaluation import bundled_passages
+from jaxgpt2.executors import LocalExecutor
+from jaxgpt2.methods import MethodConfig
+from jaxgpt2.models.gpt2.pretrained import GPT2
+from jaxgpt2.modules import parse_modules
+from jaxgpt2.progress import counting, note
+from jaxgpt2.sweeps.runner import Experiment, SweepRunner, grid
+from machine import environment
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "attention"
+KNOWN = ("softmax", *(f"{path}:{path.stem}" for path in sorted(EXAMPLES.glob("*.py"))))
+
+
+def run_encrypted(gpt2: GPT2, method: str, head: str, bits: int, tokens: int) -> tuple[float, bool]:
+    """Seconds that the last token of a text takes on ciphertexts, and whether its integers are the exact ones."""
+    calibration = bundled_passages("calibration")
+    encrypted = EncryptedGPT2.encrypt(gpt2, head, MethodConfig.of(method, bits)).calibrate(calibration, tokens)
+    encrypted = encrypted.compile(calibration, tokens, backend="concrete")
+    (module,) = encrypted.modules
+    function, quantized, circuit = encrypted.function(module), encrypted.quantized[module], encrypted.circuits[module]
+    inputs = HiddenStates.read(gpt2, calibration, tokens).at(gpt2, module.layer).inputs(gpt2)
+    x = function.samples(quantized, [next(x for x in inputs if len(x) == tokens)])[0]
+    executor = LocalExecutor(circuit, circuit.make_keys())
+    _, cache = function.strategy.read(quantized.client, executor, x[:-1], None, tokens)
+    started = time.perf_counter()
+    results, _ = function.strategy.read(quantized.client, executor, x[-1:], cache, tokens)
+    seconds = time.perf_counter() - started
+    wanted = function.strategy.whole(fhe.NumpyOps(), quantized.params, x)
+    return seconds, all(np.array_equal(a[-1:], b) for a, b in zip(wanted, results, strict=True))
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1)
+@click.option("--heads", default="0.1,1.2,2.3,3.1", show_default=True)
+@click.option("--bits", default="3,4,6,8", show_default=True, help="Widths whose fidelity is measured.")
+@click.option("--run-bits", default=4, show_default=True, help="Width whose cost counts; one of them.")
+@click.option("--tokens", default=6, show_default=True, help="Of the text whose cost counts.")
+@click.option("--limit", default=120, show_default=True, help="Evaluation passages.")
+@click.option("--encrypted", "longest_run", default=0.0, metavar="SECONDS",
+              help="Run each method on Concrete whose last token takes no longer, as estimated.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True)
+def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: int, limit: int, longest_run: float,
+         as_json: bool) -> None:  # fmt: skip
+    gpt2 = GPT2.from_pretrained("tiny")
+    chosen, widths = [methods.named(name) for name in names or KNOWN], [int(width) for width in bits.split(",")]
+    modules = parse_modules(heads, gpt2.config)
+    passages = tuple(bundled_passages("eval")[:limit])
+    experiment = Experiment("tiny", passages, tuple(bundled_passages("calibration")), (1,), seq_len=tokens, batch=1)
+    configurations, found = grid(modules, chosen, widths, {}), []
+    with counting("configurations", len(configurations)) as progress:
+        progress(0)
+        for rows in SweepRunner(experiment, gpt2).run(configurations):
+            found += rows
+            progress(len(rows))
+    table: list[dict[str, Any]] = []
+    for name in chosen:
+        own = [row for row in found if row["attention"] == name and "error" not in row]
+        row: dict[str, Any] = {"method": name}
+        for width in widths:
+            some = [each for each in own if each["activation_bits"] == width]
+            lost = sum(each["kl"] for each in some) / sum(each["kl_ablated"] for each in some)
+            row[f"recovered_kl_{width}"] = 1 - lost
+        first = next(
+            each
+            for each in own
+            if each["activation_bits"] == run_bits
+            and (each["layer"], each["head"]) == (modules[0].layer, modules[0].head)
+        )
+        row |= {key: first[key] for key in ("pbs_count", "estimated_seconds", "estimated_seconds_per_token", "machine")}
+        if first["estimated_seconds_per_token"] <= longest_run:
+            row["measured_seconds_per_token"], row["exact"] = run_encrypted(
+                gpt2, name, str(modules[0]), run_bits, tokens
+            )
+        note(f"{row}")
+        table.append(row)
+    if as_json:
+        click.echo(json.dumps(table))
+        return
+    click.echo(f"heads {heads} of tiny, {len(passages)} passages; {environment('jax', 'numpy', 'concrete-python')}\n")
+    columns = "".join(f" {width} bits |" for width in widths)
+    click.echo(f"| recovered KL |{columns} lookups, {tokens} tokens | last token, s estimated | measured |")
+    click.echo("| --- |" + " --- |" * (len(widths) + 3))
+    for row in table:
+        fidelity = "".join(f" {row[f'recovered_kl_{width}']:.3f} |" for width in widths)
+        ran = f"{row['measured_seconds_per_token']:.1f}" if "exact" in row else ""
+        short = row["method"].partition("@")[0].rpartition(":")[2]
+        seconds = row["estimated_seconds_per_token"]
+        click.echo(f"| {short} |{fidelity} {row['pbs_count']:,} | {seconds:.1f} | {ran} |")
+
+
+if __name__ == "__main__":
+    main()
