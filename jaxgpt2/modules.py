@@ -66,7 +66,7 @@ def parse_modules(text: str, config: Sizes) -> tuple[Module, ...]:
 
 
 def read_configs(path: str | os.PathLike[str], config: Sizes) -> dict[Module, MethodConfig]:
-    """The configurations of a JSON file `{"heads": {"L.H": {"attention": ..., "bits": ...}, ...}}`.
+    """The configurations of a JSON file `{"modules": {"L.H": {"attention": ..., "bits": ...}, ...}}`.
 
     Each may also have "options" and "encryption".
 
@@ -75,14 +75,14 @@ def read_configs(path: str | os.PathLike[str], config: Sizes) -> dict[Module, Me
         cannot be read.
     """
     try:
-        heads = json.loads(Path(path).read_text(encoding="utf-8"))["heads"]
-        configs = {parse_modules(name, config)[0]: MethodConfig.from_json(data) for name, data in heads.items()}
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["modules"]
+        configs = {parse_modules(name, config)[0]: MethodConfig.from_json(data) for name, data in found.items()}
     except OSError as error:
         raise ModuleError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise ModuleError(
-            f'{path} is no file of configurations: wanted {{"heads": {{"L.H": {{...}}}}}} in JSON'
+            f'{path} is no file of configurations: wanted {{"modules": {{"L.H": {{...}}}}}} in JSON'
         ) from None
     return dict(sorted(configs.items(), key=lambda item: (item[0].layer, item[0].head or 0)))

@@ -254,7 +254,7 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
     cases: dict[str, tuple[MethodConfig, int]] = {"polynomial": (MethodConfig.of("polynomial", 4), tokens)}
     described = "random weights"
     if head != "random":
-        tuned = json.loads((TINY / "configs.json").read_text())["heads"][head]
+        tuned = json.loads((TINY / "configs.json").read_text())["modules"][head]
         config = MethodConfig.from_json(tuned)
         baseline = MethodConfig.of("softmax", Bits.of(4, lookup_bits), encryption=fhe.FHEConfig(p_error, "exact"))
         cases = {"softmax": (baseline, FEW), "lowrank": (config, tokens)} | cases

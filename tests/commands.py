@@ -122,7 +122,7 @@ def make_place(directory: Path, model: Path) -> None:
     (directory / "binary").write_bytes(bytes(range(256)))
     (directory / "zeros").write_text("the cat\nsat \0 on\n")
     (directory / "deep").write_text("[" * 100_000 + "]" * 100_000)
-    (directory / "configs").write_text('{"heads": {"0.0": {"attention": "softmax", "bits": {}}}}')
+    (directory / "configs").write_text('{"modules": {"0.0": {"attention": "softmax", "bits": {}}}}')
     (directory / "empty").mkdir()
     (directory / "model").symlink_to(model)
     (directory / "bundled").mkdir()

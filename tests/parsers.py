@@ -48,7 +48,9 @@ def parsers(directory: Path, model: LinearGPT2, checkpoint: Path) -> dict[str, P
     write_bundles(model, directory / "linear", {})
     circuit.save(directory / "circuit")
     (directory / "configs").write_text(
-        json.dumps({"heads": {"0.1": {"attention": "softmax", "bits": {"inputs": 4, "weights": 4, "activations": 4}}}})
+        json.dumps(
+            {"modules": {"0.1": {"attention": "softmax", "bits": {"inputs": 4, "weights": 4, "activations": 4}}}}
+        )
     )
     (directory / "sweep").mkdir()
     (directory / "sweep" / "sweep.json").write_text('{"model": "tiny"}')

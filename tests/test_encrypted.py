@@ -277,7 +277,7 @@ def test_a_configuration_may_say_how_it_is_encrypted(gpt2, tmp_path):
         Module(0, 0): MethodConfig("lowrank", Bits.of(4), encryption=own),
         Module(0, 1): MethodConfig.of("lowrank", 4),
     }
-    path.write_text(json.dumps({"heads": {str(module): config.to_json() for module, config in configs.items()}}))
+    path.write_text(json.dumps({"modules": {str(module): config.to_json() for module, config in configs.items()}}))
     read = read_configs(path, gpt2.config)
     assert read[Module(0, 0)].fhe_config == own
     assert read[Module(0, 1)].fhe_config == methods.get("lowrank").fhe_config
@@ -297,7 +297,7 @@ def test_a_configuration_may_say_how_it_is_encrypted(gpt2, tmp_path):
 )
 def test_configurations_that_cannot_be_encrypted_are_refused(gpt2, tmp_path, encryption, message):
     config = MethodConfig.of("lowrank", 4).to_json() | {"encryption": encryption}
-    (tmp_path / "configs.json").write_text(json.dumps({"heads": {"0.0": config}}))
+    (tmp_path / "configs.json").write_text(json.dumps({"modules": {"0.0": config}}))
     with pytest.raises(methods.MethodError, match=message):
         read_configs(tmp_path / "configs.json", gpt2.config)
 

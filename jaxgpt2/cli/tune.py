@@ -173,7 +173,7 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
     result = {
         "model": model,
         "wanted_recovered_kl": wanted,
-        "heads": {
+        "modules": {
             str(module): config.to_json()
             | {"measured": {name: row[name] for name in columns if (row := found[str(module)]).get(name) is not None}}
             for module, config in configs.items()

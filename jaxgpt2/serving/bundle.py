@@ -6,7 +6,7 @@
     OUT/client/                       the user
       bundle.json                     the same, and how to decode
       circuits/L.H/                   the circuit's client half
-      heads/L.H.safetensors           scales and decoding
+      modules/NAME.safetensors         scales and decoding
       model/                          the float model, in Hugging Face's format, without the encrypted modules' weights
 
 No bundle holds Python code: circuits name functions of methods that are registered where they are loaded. A server

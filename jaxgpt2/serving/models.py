@@ -81,22 +81,24 @@ def _write(encrypted: EncryptedGPT2, seq_len: int, directory: Path) -> str:
     client = directory / "client"
     save_checkpoint(client / "model", dataclasses.asdict(encrypted.model.config), without_heads(encrypted))
     encrypted.model.tokenizer.save(str(client / "model" / "tokenizer.json"))
-    (client / "heads").mkdir()
-    heads = {}
+    (client / "modules").mkdir()
+    facts = {}
     for module, quantized in encrypted.quantized.items():
         names, values = _named(quantized.dequantization)
         arrays = {"input_scale": quantized.input_scale, **dict(zip(names, values, strict=True))}
-        save_file({name: np.array(value) for name, value in arrays.items()}, client / "heads" / f"{module}.safetensors")
-        heads[str(module)] = {
+        save_file(
+            {name: np.array(value) for name, value in arrays.items()}, client / "modules" / f"{module}.safetensors"
+        )
+        facts[str(module)] = {
             "config": encrypted.configs[module].to_json(),
             "bits": dataclasses.asdict(quantized.bits),
             "max_tokens": quantized.max_tokens,
             "dequantization": names,
             "full_sequence": isinstance(encrypted.function(module).strategy, FullSequence),
         }
-    contents = bundles.hashes(client), seq_len, heads, {module: circuit.id for module, circuit in circuits.items()}
+    contents = bundles.hashes(client), seq_len, facts, {module: circuit.id for module, circuit in circuits.items()}
     identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    bundles.write(client, "client", identity, circuits, {"seq_len": seq_len, "heads": heads})
+    bundles.write(client, "client", identity, circuits, {"seq_len": seq_len, "modules": facts})
     bundles.write(directory / "server", "server", identity, circuits)
     return identity
 
@@ -114,8 +116,8 @@ def read_client(bundle: Bundle) -> EncryptedGPT2:
     try:
         for entry in bundle.circuits:
             (module,) = parse_modules(entry.module, gpt2.config)
-            facts: Mapping[str, Any] = bundle.content["heads"][entry.module]
-            arrays = load_file(bundle.directory / "heads" / f"{entry.module}.safetensors")
+            facts: Mapping[str, Any] = bundle.content["modules"][entry.module]
+            arrays = load_file(bundle.directory / "modules" / f"{entry.module}.safetensors")
             values = [arrays[name] for name in facts["dequantization"]]
             _check(gpt2, facts["max_tokens"], arrays["input_scale"], values)
             name = facts["config"]["attention"]

@@ -136,7 +136,7 @@ def test_results_may_be_decoded_with_a_bare_array(gpt2, tmp_path, bare):
     assert isinstance(next(iter(encrypted.quantized.values())).dequantization, np.ndarray)
     write_bundles(encrypted, tmp_path / "out", {})
     bundle = Bundle.read(tmp_path / "out" / "client", "client")
-    assert bundle.content["heads"]["0.1"]["dequantization"] == ["dequantization"]
+    assert bundle.content["modules"]["0.1"]["dequantization"] == ["dequantization"]
     client = read_client(bundle)
     executors = {module: SimulatedExecutor(circuit) for module, circuit in encrypted.circuits.items()}
     tokens = np.array([gpt2.encode("on a mat")], np.int32)
@@ -240,7 +240,7 @@ def refused(client: Path, *parts: str) -> None:
 @pytest.mark.parametrize("name", ["seq_len", "max_tokens"])
 def test_lengths_that_are_none(client, name, length):
     def change(content: dict[str, Any]) -> None:
-        (content if name == "seq_len" else content["heads"]["0.1"])[name] = length
+        (content if name == "seq_len" else content["modules"]["0.1"])[name] = length
 
     rewrite(client / bundles.MANIFEST, change)
     refused(client, "tokens, and its model reads 1 to 64")
@@ -250,7 +250,7 @@ def test_lengths_that_are_none(client, name, length):
     "scale", [np.ones(23), np.ones((24, 1)), np.ones(24, int), np.zeros(24), np.full(24, np.nan), None]
 )
 def test_scales_that_are_none(client, scale):
-    path = client / "heads" / "0.1.safetensors"
+    path = client / "modules" / "0.1.safetensors"
     tensors = helpers.load_file(path)
     del tensors["input_scale"]
     helpers.save_file(tensors | ({} if scale is None else {"input_scale": scale}), path)
@@ -262,15 +262,15 @@ def test_scales_that_are_none(client, scale):
     [["dequantization.not a name", "dequantization.mean"], ["dequantization.class"], "dequantization", None, [5], [[]]],
 )
 def test_names_that_are_none(client, names):
-    path = client / "heads" / "0.1.safetensors"
+    path = client / "modules" / "0.1.safetensors"
     tensors = helpers.load_file(path)
     helpers.save_file(tensors | {"dequantization.not a name": np.ones(1), "dequantization.class": np.ones(1)}, path)
-    rewrite(client / bundles.MANIFEST, lambda content: content["heads"]["0.1"].update(dequantization=names))
+    rewrite(client / bundles.MANIFEST, lambda content: content["modules"]["0.1"].update(dequantization=names))
     refused(client)
 
 
 def test_numbers_that_are_none(client):
-    path = client / "heads" / "0.1.safetensors"
+    path = client / "modules" / "0.1.safetensors"
     tensors = helpers.load_file(path)
     helpers.save_file(tensors | {"dequantization.mean": np.full(8, np.inf)}, path)
     refused(client, "its dequantization is not of finite numbers")
@@ -311,7 +311,7 @@ def test_an_identity_of_a_circuit_is_the_bundles(client, identity):
 
 @pytest.mark.parametrize("name", ["basis", "mean"])
 def test_results_that_a_method_cannot_decode(client, original, gpt2, name):
-    path = client / "heads" / "0.1.safetensors"
+    path = client / "modules" / "0.1.safetensors"
     tensors = helpers.load_file(path)
     changed = tensors[f"dequantization.{name}"]
     helpers.save_file(tensors | {f"dequantization.{name}": np.ones((*changed.shape[:-1], 5))}, path)

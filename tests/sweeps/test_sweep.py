@@ -354,9 +354,9 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found == json.loads(result.stdout)
-    assert set(found["heads"]) == {"0.1", "1.2"}
+    assert set(found["modules"]) == {"0.1", "1.2"}
     assert found["recovered_kl"] >= 0.5
-    for name, config in found["heads"].items():
+    for name, config in found["modules"].items():
         evaluated = run("eval", *common(model), "--configs", out, "--encrypt", name, "--json")
         measured = json.loads(evaluated.stdout)
         assert measured["recovered_kl"] == pytest.approx(config["measured"]["recovered_kl"], abs=2e-3)
@@ -383,8 +383,8 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
         assert swept.exit_code == 0, swept.output
     chosen = run("tune", "--model", model, "--encrypt", "0.1,1.2", *directories, "--recovered-kl", 0.5,
                  "--simulated", 0, "--json")  # fmt: skip
-    assert {name: config["options"] for name, config in json.loads(chosen.stdout)["heads"].items()} == {
-        name: config["options"] for name, config in found["heads"].items()
+    assert {name: config["options"] for name, config in json.loads(chosen.stdout)["modules"].items()} == {
+        name: config["options"] for name, config in found["modules"].items()
     }
     # The file's heads, one by one and together, as eval measures them.
     swept = run("sweep", *common(model), "--configs", out, "--seq-len", 3, "--out", tmp_path / "both", "--json")
@@ -417,7 +417,7 @@ def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, 
     assert len(trained) < len(rough)
     found = json.loads(result.stdout)
     assert found["recovered_kl"] >= 0.5
-    assert found["heads"]["1.2"]["measured"]["kl"] in {row["kl"] for row in trained}
+    assert found["modules"]["1.2"]["measured"]["kl"] in {row["kl"] for row in trained}
 
 
 def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(model, tmp_path):
@@ -428,7 +428,7 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(m
     result = run(*tuning, "--noise", 0.3, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    for head, config in found["heads"].items():
+    for head, config in found["modules"].items():
         tried = {tuple(each["fhe_config"].values()): each for each in found["encryptions"][head]}
         assert all(0 < each["texts"] <= 20 and each["low"] <= each["lost"] <= each["high"] for each in tried.values())
         chosen = tried[tuple(config["encryption"].values())]
@@ -448,7 +448,7 @@ def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(m
 
     compiling = ["compile", "--model", model, "--calibration", model / "calibration.txt", "--configs", out,
                  "--seq-len", 3, "--encrypt", "0.1", "--cache", tmp_path / "cache", "--json"]  # fmt: skip
-    chosen, report = found["heads"]["0.1"]["encryption"], json.loads(run(*compiling).stdout)
+    chosen, report = found["modules"]["0.1"]["encryption"], json.loads(run(*compiling).stdout)
     assert (report["p_error"], report["rounding"]) == (chosen["p_error"], chosen["rounding"])
     other = json.loads(run(*compiling, "--p-error", 1e-3).stdout)
     assert (other["p_error"], other["rounding"]) == (1e-3, chosen["rounding"])
@@ -471,7 +471,7 @@ def test_tune_without_the_engine_says_so_first(model, monkeypatch):
     tuned = run("tune", *common(model), "--encrypt", "0.1", "--bits", 4, "--set", "score_rank=4",
                 "--set", "value_rank=4", "--seq-len", 3, "--recovered-kl", -9, "--simulated", 0, "--json")  # fmt: skip
     assert tuned.exit_code == 0, tuned.output
-    assert "encryption" not in json.loads(tuned.stdout)["heads"]["0.1"]
+    assert "encryption" not in json.loads(tuned.stdout)["modules"]["0.1"]
 
 
 def test_bounds_of_what_encryption_loses():
