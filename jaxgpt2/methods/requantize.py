@@ -32,7 +32,7 @@ class Projection:
 
     weight: np.ndarray
     bias: np.ndarray
-    requantize: LookupTable
+    requantize: Any  # a LookupTable; a function while it trains (`FakeQuantOps`)
 
 
 def project(ops: Ops, projection: Projection, x: Any) -> Any:
