@@ -1,7 +1,7 @@
 # Needs Python 3.11, pip and make; everything else goes into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PROMPT ?= Privacy is
+PROMPT ?= If you want to keep a secret,
 
 .PHONY: demo test lint check clean
 
