@@ -21,11 +21,11 @@ check: lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,linear,server,client]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,linear,server,client,page]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,train,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,page,train,dev]'
 	touch $@
 
 clean:
