@@ -43,18 +43,20 @@ class Sampling:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature!r}")
+        if not _is_number(self.temperature, 0, np.finfo(np.float64).max):
+            raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature!r:.40}")
         if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
-            raise InputError(f"top_k must be 1 or more, got {self.top_k!r}")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+            raise InputError(f"top_k must be 1 or more, got {self.top_k!r:.40}")
+        if self.top_p is not None and not (_is_number(self.top_p, 0, 1) and self.top_p > 0):
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r:.40}")
         if self.seed < 0:
             raise InputError(f"a seed must be 0 or more, got {self.seed}")
-        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty must be above 0 (1 for none), got {self.repetition_penalty!r}")
+        if not _is_number(self.repetition_penalty, 1e-30, 1e30):
+            raise InputError(f"repetition_penalty must be above 0 (1 for none), got {self.repetition_penalty!r:.40}")
         if not (type(self.no_repeat_ngram_size) is int and self.no_repeat_ngram_size >= 0):
-            raise InputError(f"no_repeat_ngram_size must be 0 (no limit) or more, got {self.no_repeat_ngram_size!r}")
+            raise InputError(
+                f"no_repeat_ngram_size must be 0 (no limit) or more, got {self.no_repeat_ngram_size!r:.40}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sampling:
@@ -94,8 +96,8 @@ _NOT_IMPLEMENTED = {
 }  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 GREEDY = Sampling()
