@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from jaxgpt2.cli.linear import open_store
-from jaxgpt2.cli.options import connect, connection_options, json_option, options
+from jaxgpt2.cli.options import Directory, connect, connection_options, json_option, options
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import note, step
 
 
 @click.command()
 @options(connection_options)
-@click.option("--masks", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--masks", type=Directory(), metavar="DIR",
               help="Masks, from prepare.  [default: the user's data directory]")  # fmt: skip
 @click.option("--model", metavar="tiny|DIR|HUB_ID", help="The float model, to compare with; it is loaded here.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 takes a free one.")
