@@ -1,7 +1,7 @@
 # Needs Python 3.11, pip and make; everything else goes into .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PROMPT ?= Privacy is
+PROMPT ?= If you want to keep a secret,
 
 .PHONY: demo test lint check clean
 
@@ -21,11 +21,11 @@ check: lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,linear,server,client]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,linear,server,client,page]'
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,train,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,page,train,dev]'
 	touch $@
 
 clean:

@@ -28,7 +28,7 @@ from jaxgpt2.decoding import CircuitCache, NotReady, OutOfRange
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.executors import Executor, LocalExecutor, SimulatedExecutor, StateLost
 from jaxgpt2.executors.processes import over_cores
-from jaxgpt2.generation import GREEDY, Sampling, generate_tokens, padded_length, read_once
+from jaxgpt2.generation import Sampling, generate_tokens, padded_length, read_once
 from jaxgpt2.methods import HeadWeights, MethodConfig, QuantizedFunction, QuantizedModule
 from jaxgpt2.methods.jax_ops import JaxOps
 from jaxgpt2.models import Decoder
@@ -610,12 +610,14 @@ class EncryptedGPT2:
         prompt: str,
         max_new_tokens: int = 8,
         mode: Mode = "quantized",
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         keys: Mapping[Module, fhe.Keys] | None = None,
     ) -> Iterator[int]:
         """Yields the tokens that continue a prompt.
 
         An encrypted module reads each token once, if its method can (see `decoding`), else all of the text again.
+
+        sampling: how tokens are chosen; None for the model's own way.
 
         Raises:
             NotReady: the mode needs `calibrate`, `compile` or keys, or was made for shorter texts.
@@ -625,7 +627,7 @@ class EncryptedGPT2:
         return self.continue_text(prompt, max_new_tokens, self.runner(mode, keys), sampling)
 
     def continue_text(
-        self, prompt: str, max_new_tokens: int, runner: Runner | Baseline, sampling: Sampling = GREEDY
+        self, prompt: str, max_new_tokens: int, runner: Runner | Baseline, sampling: Sampling | None = None
     ) -> Iterator[int]:
         """`generate`, with a runner that is there already."""
         tokens = self.model.encode(prompt, room=max_new_tokens)
@@ -647,6 +649,7 @@ class EncryptedGPT2:
             cache = output.cache
             return np.asarray(output.logits[0, 0])
 
+        sampling = sampling or self.model.sampling
         return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.ends_of_text)
 
 

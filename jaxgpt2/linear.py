@@ -52,7 +52,7 @@ class LinearClient:
 
     Args:
         config: sizes. tokenizer: text to ids and back. params: embeddings, and vectors for every matrix. bits: widths.
-        identity: SHA-256 of the matrices that it belongs to.
+        identity: SHA-256 of the matrices that it belongs to. sampling: how tokens are chosen by default.
     """
 
     config: GPT2Config
@@ -60,6 +60,7 @@ class LinearClient:
     params: ClientParams
     bits: LinearBits
     identity: str
+    sampling: Sampling = GREEDY
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -132,7 +133,12 @@ class LinearClient:
         return len(self.encode(prompt, room=max_new_tokens)) + max_new_tokens - 1
 
     def generate(
-        self, prompt: str, max_new_tokens: int, products: Products, sampling: Sampling = GREEDY, keep_count: bool = True
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        products: Products,
+        sampling: Sampling | None = None,
+        keep_count: bool = True,
     ) -> Iterator[int]:
         """Yields the tokens that continue a prompt, see `continue_tokens`. Raises PromptError."""
         tokens = self.encode(prompt, room=max_new_tokens)
@@ -143,11 +149,12 @@ class LinearClient:
         tokens: list[int],
         max_new_tokens: int,
         products: Products,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | None = None,
         keep_count: bool = True,
     ) -> Iterator[int]:
         """Yields the tokens that continue others.
 
+        sampling: how they are chosen; None for the model's own way.
         keep_count: read `masks_needed` tokens whatever the model says, so that when a text ends tells nobody anything;
         what follows the end of the text is not yielded.
         """
@@ -168,7 +175,7 @@ class LinearClient:
 
         try:
             yield from generate_tokens(
-                read_once(read, size), tokens, max_new_tokens, sampling, self.config.ends_of_text
+                read_once(read, size), tokens, max_new_tokens, sampling or self.sampling, self.config.ends_of_text
             )
         except GeneratorExit:  # whoever reads the text wants no more of it; but not if reading it failed
             read_the_rest()
@@ -208,7 +215,7 @@ class LinearGPT2:
             for name in MATRICES
         }
         quantized = linear.quantize(gpt2.config, tensors, bits, smoothing)
-        client = LinearClient(gpt2.config, gpt2.tokenizer, quantized.client, bits, "")
+        client = LinearClient(gpt2.config, gpt2.tokenizer, quantized.client, bits, "", gpt2.sampling)
         model = cls(dataclasses.replace(client, identity=fingerprint(quantized.weights)), quantized.weights)
         model.reports()
         return model

@@ -1,7 +1,7 @@
 """Continues a prompt privately, twice: with every linear layer on a server that sees masked numbers only, and with one
 attention head computed on ciphertexts.
 
-    python scripts/demo.py "Privacy is"
+    python scripts/demo.py "If you want to keep a secret,"
 
 This is what `make demo` runs. `jaxgpt2 generate` does both with every setting free.
 """
@@ -139,7 +139,7 @@ def encrypted_head(gpt2: GPT2, prompt: str, new_tokens: int) -> None:
 
 @click.command(help=__doc__)
 @click.argument("prompt")
-@click.option("--new-tokens", default=24, show_default=True, help="Tokens of the private text.")
+@click.option("--new-tokens", default=28, show_default=True, help="Tokens of the private text.")
 @click.option("--head-tokens", default=8, show_default=True, help="Tokens with the encrypted head.")
 def demo(prompt: str, new_tokens: int, head_tokens: int) -> None:
     with step("loading the model"):

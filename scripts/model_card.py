@@ -83,6 +83,8 @@ of each are in
 
 It is small and was trained briefly on technical English: it writes plausible sentences, knows next to nothing, repeats
 itself when decoded greedily, and says false things with confidence. It is here to be encrypted, not to be believed.
+`generation_config.json` asks for a repetition penalty and for no three tokens twice, which the greedy texts below do
+without.
 
 ## Continuations, unedited
 

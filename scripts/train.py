@@ -39,9 +39,13 @@ from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble
 from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
-from weights.checkpoint import save_checkpoint, write_atomically
+from weights.checkpoint import save_checkpoint, save_generation_config, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Small models repeat themselves when they are decoded greedily: what checkpoints say against it by default.
+GENERATION = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+
 SMALLEST_CORPUS = 1_000_000  # bytes; less trains a tokenizer and a model of nothing
 
 
@@ -370,8 +374,7 @@ def main(corpus: Path, out: Path, steps: int, context: int, width: int, layers: 
         write_atomically(
             export / "tokenizer.json", lambda path: Path(path).write_bytes((out / "tokenizer.json").read_bytes())
         )
-        generation = json.dumps({"bos_token_id": 0, "eos_token_id": 0}, indent=2) + "\n"
-        write_atomically(export / "generation_config.json", lambda path: Path(path).write_text(generation))
+        save_generation_config(export, {"bos_token_id": 0, "eos_token_id": 0, **GENERATION})
 
 
 if __name__ == "__main__":

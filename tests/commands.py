@@ -154,6 +154,7 @@ def contained(directory: Path, model: Path) -> Iterator[None]:
             ("weights.checkpoint._download", no),
             ("jaxgpt2.serving.server.serve", no),
             ("jaxgpt2.serving.linear_server.serve_linear", no),
+            ("jaxgpt2.serving.page.serve_page", no),
             ("jaxgpt2.executors.cluster.connect", no),
             ("jaxgpt2.sweeps.cluster.run", no),
             ("jaxgpt2.serving.remote.FIRST_PATIENCE", 0.2),

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fhe import rlwe
+from jaxgpt2.generation import Sampling
 from jaxgpt2.linear import LinearClient, LinearGPT2, Products
 from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.serving import bundle as bundles
@@ -49,8 +50,8 @@ def opened_store(client: LinearClient, home: Path) -> MaskStore:
     return store_for(client, home / "masks", home / "state" / "jaxgpt2" / "masks")
 
 
-def quantized_tokens(model: LinearGPT2, prompt: str, count: int) -> list[int]:
-    return list(model.client.generate(prompt, count, model.products(), keep_count=False))
+def quantized_tokens(model: LinearGPT2, prompt: str, count: int, sampling: Sampling | None = None) -> list[int]:
+    return list(model.client.generate(prompt, count, model.products(), sampling, keep_count=False))
 
 
 def recorded(products: Products, into: list[tuple[str, np.ndarray]]) -> Products:

@@ -17,7 +17,7 @@ import served
 from fhe import envelope, rlwe
 from jaxgpt2.errors import InputError
 from jaxgpt2.linear import LinearGPT2
-from jaxgpt2.models.gpt2.pretrained import read_config
+from jaxgpt2.models.gpt2.pretrained import read_config, read_sampling
 from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
 from jaxgpt2.modules import read_configs
 from jaxgpt2.serving import bundle as bundles
@@ -136,6 +136,7 @@ def parsers(directory: Path, model: LinearGPT2, checkpoint: Path) -> dict[str, P
         "tensors of a client": listed("client", "client.safetensors", read_client),
         "matrices of a server": listed("server", "weights.safetensors", read_weights),
         "tokenizer of a client": listed("client", "tokenizer.json", read_client),
+        "generation configuration of a client": listed("client", "generation_config.json", read_client),
         "circuit": file(
             directory / "circuit" / "circuit.json",
             lambda: fhe.get_backend("clear").load(directory / "circuit", server=False),
@@ -146,6 +147,10 @@ def parsers(directory: Path, model: LinearGPT2, checkpoint: Path) -> dict[str, P
         "rows": file(directory / "sweep" / "rows.jsonl", lambda: read_rows(directory / "sweep")),
         "checkpoint's configuration": file(
             directory / "checkpoint" / "config.json", lambda: read_config(directory / "checkpoint"),
+            InputError, CheckpointError,
+        ),
+        "generation configuration": file(
+            directory / "checkpoint" / "generation_config.json", lambda: read_sampling(directory / "checkpoint"),
             InputError, CheckpointError,
         ),
         "vocabulary": file(

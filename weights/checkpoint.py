@@ -23,9 +23,10 @@ TINY = Path(__file__).parent / "tiny"
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 _HUB_FILES = [
     "config.json",
-    "generation_config.json",
+    GENERATION_FILE,
     SINGLE_FILE,
     INDEX_FILE,
     "model-*.safetensors",
@@ -123,6 +124,12 @@ def conversion(directory: Path) -> str:
         f"safetensors.torch.save_file(tensors, d / {SINGLE_FILE!r})"
     )
     return f"python -c {shlex.quote(program)}"
+
+
+def load_generation_config(directory: Path) -> dict[str, Any]:
+    """The parsed `generation_config.json` of a checkpoint; empty where there is none."""
+    path = directory / GENERATION_FILE
+    return _read_json(path) if path.exists() else {}
 
 
 def _files(directory: Path) -> list[Path]:
@@ -269,3 +276,9 @@ def save_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Mapping
     write_atomically(directory / SINGLE_FILE, lambda path: save_file(prefixed, path, metadata={"format": "pt"}))
     text = json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **config}, indent=2) + "\n"
     write_atomically(directory / "config.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def save_generation_config(directory: Path, values: Mapping[str, Any]) -> None:
+    """Writes `generation_config.json`, which `load_generation_config` and transformers read."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(directory / GENERATION_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": ("evaluate", "evaluate_command"),
     "generate": ("generate", "generate"),
     "info": ("info", "info"),
+    "page": ("page", "page"),
     "prepare": ("linear", "prepare"),
     "serve": ("serve", "serve"),
     "sweep": ("sweep", "sweep"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from jaxgpt2.cli.options import (
     modules_of,
     options,
     refuse_given,
+    sampling_options,
     server_options,
 )
 from jaxgpt2.cli.text import write_tokens
@@ -42,23 +44,27 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @options(model_options, module_options, mode_option, compile_options, server_options)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
-@click.option("--top-k", type=int, help="Draw among the k likeliest tokens only.")
-@click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only.")
-@click.option("--seed", default=0, show_default=True)
+@options(sampling_options)
 @click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers run encrypted heads.")
 @json_option
 @click.pass_context
 def generate(context: click.Context, prompt: str, mode: Mode, backend: str | None, p_error: float | None,
-             rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float, top_k: int | None,
-             top_p: float | None, seed: int, scheduler: str | None, as_json: bool, server: str | None,
+             rounding: str | None, cache: Path | None, max_new_tokens: int, temperature: float | None,
+             top_k: int | None, top_p: float | None, repetition_penalty: float | None,
+             no_repeat_ngram_size: int | None, seed: int, scheduler: str | None, as_json: bool, server: str | None,
              client: Path | None, secret_keys: Path | None, masks: Path | None, verify: str | None, token: str | None,
              authority: Path | None, certificate: Path | None, certificate_key: Path | None, insecure: bool,
              send_my_text_unencrypted: bool, **chosen: Any) -> None:  # fmt: skip
     """Continue PROMPT; with --server and --client, a server computes what is encrypted, and never sees the text."""
     from jaxgpt2.generation import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    Sampling(**given)  # before anything takes its time
+
     if server is not None or client is not None:
         from jaxgpt2.cli.serve import generate_remotely
 
@@ -69,14 +75,14 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
         connecting = {"token": token, "authority": authority, "certificate": certificate,
                       "certificate_key": certificate_key, "insecure": insecure}  # fmt: skip
         generate_remotely(prompt, server, client, secret_keys, masks, verify, send_my_text_unencrypted, connecting,
-                          max_new_tokens, sampling, as_json)  # fmt: skip
+                          max_new_tokens, given, as_json)  # fmt: skip
         return
     for name, value in (("keys", secret_keys), ("masks", masks), ("verify", verify)):
         if value is not None:
             raise InputError(f"--{name} is for a server: give --server and --client, or leave it out")
     if chosen["modules"] == linear.LINEAR:
         linear.refuse_unused(backend=backend, p_error=p_error, rounding=rounding, cache=cache, scheduler=scheduler)
-        linear.generate_here(prompt, mode, max_new_tokens, sampling, as_json, chosen)
+        linear.generate_here(prompt, mode, max_new_tokens, given, as_json, chosen)
         return
     calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
@@ -85,6 +91,7 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
         cache = cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
+    sampling = dataclasses.replace(encrypted.model.sampling, **given)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": chosen["model"]}
     keys: dict[Module, fhe.Keys] = {}

@@ -20,7 +20,6 @@ from jaxgpt2.errors import InputError
 from jaxgpt2.progress import counting, megabytes, note, seconds, step
 
 if TYPE_CHECKING:
-    from jaxgpt2.generation import Sampling
     from jaxgpt2.linear import LinearClient, LinearGPT2
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.serving.masked import Makes, MatrixOwner
@@ -70,19 +69,19 @@ def quantized_model(
 
 
 def generate_here(
-    prompt: str, mode: str, max_new_tokens: int, sampling: Sampling, as_json: bool, chosen: dict[str, Any]
+    prompt: str, mode: str, max_new_tokens: int, sampling: dict[str, Any], as_json: bool, chosen: dict[str, Any]
 ) -> None:
     """`generate --encrypt linear` without a server: client and owner in one process."""
     if mode == "simulate":
         raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
     gpt2, model = quantized_model(**chosen)
-    client = model.client
+    client, how = model.client, dataclasses.replace(gpt2.sampling, **sampling)
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": chosen["model"], "modules": LINEAR}
     if mode == "float":
-        write_tokens(gpt2, result, gpt2.generate(prompt, max_new_tokens, sampling), as_json)
+        write_tokens(gpt2, result, gpt2.generate(prompt, max_new_tokens, how), as_json)
         return
     if mode == "quantized":
-        tokens = client.generate(prompt, max_new_tokens, model.products(), sampling, keep_count=False)
+        tokens = client.generate(prompt, max_new_tokens, model.products(), how, keep_count=False)
         write_tokens(client, result, tokens, as_json)
         return
     from jaxgpt2.serving.masked import LocalOwner, Masked, alone, masked_text, store_for
@@ -95,7 +94,7 @@ def generate_here(
         with counting("masks", needed_masks(store, needed)) as progress:
             make_masks(client, store, alone(owner), needed, progress)
         masked = Masked(client, owner, store.claim(needed))
-        tokens = client.generate(prompt, max_new_tokens, masked, sampling)
+        tokens = client.generate(prompt, max_new_tokens, masked, how)
         write_tokens(client, result, masked_text(tokens, masked), as_json)
 
 
@@ -132,7 +131,7 @@ def generate_remotely(
     masks: Path | None,
     verify: str | None,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
     """`generate --server URL --client DIR` for a client bundle of linear layers."""
@@ -151,7 +150,7 @@ def generate_remotely(
         left = store.left()
     traffic = connection.traffic
     result: dict[str, Any] = {"prompt": prompt, "mode": "server", "modules": LINEAR}
-    tokens = client.generate(prompt, max_new_tokens, masked, sampling)
+    tokens = client.generate(prompt, max_new_tokens, masked, dataclasses.replace(client.sampling, **sampling))
     write_tokens(
         client,
         result,

@@ -148,6 +148,17 @@ mode_option = click.option("--mode", type=click.Choice(MODES), default="float", 
                            help="How the encrypted modules are computed.")  # fmt: skip
 
 
+sampling_options = options(
+    click.option("--temperature", type=float, help="0 always takes the likeliest token."),
+    click.option("--top-k", type=int, help="Draw among the k likeliest tokens only."),
+    click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only."),
+    click.option("--repetition-penalty", type=float, help="Above 1, tokens that the text has already are less likely."),
+    click.option("--no-repeat-ngram-size", type=int, metavar="N", help="No N tokens in a row come twice; 0: they may."),
+    click.option("--seed", default=0, show_default=True, help="Of random draws. These six win over the model's own "
+                 "generation_config.json."),
+)  # fmt: skip
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 

@@ -9,7 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,9 +19,6 @@ from jaxgpt2.cli.text import write_tokens
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
-
-if TYPE_CHECKING:
-    from jaxgpt2.generation import Sampling
 
 
 def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
@@ -161,10 +158,10 @@ def generate_remotely(
     send_my_text_unencrypted: bool,
     connecting: dict[str, Any],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """`generate` where a server computes what is encrypted."""
+    """`generate` where a server computes what is encrypted. sampling: what is other than the model's own way."""
     with contextlib.closing(connect(server, **connecting)) as connection:
         from jaxgpt2.serving.bundle import Bundle
         from jaxgpt2.serving.client import RemoteGPT2
@@ -194,7 +191,7 @@ def generate_remotely(
             crossed = f", {megabytes(traffic.sent)} sent, {megabytes(traffic.received)} received" if number > 1 else ""
             return f"token {number} of {max_new_tokens}{crossed}"
 
-        tokens = model.generate(prompt, max_new_tokens, sampling)
+        tokens = model.generate(prompt, max_new_tokens, dataclasses.replace(model.encrypted.model.sampling, **sampling))
         write_tokens(model.encrypted.model, result, tokens, as_json, waiting, lambda: dataclasses.asdict(traffic))
         note(
             f"{megabytes(traffic.sent)} of ciphertexts sent, {megabytes(traffic.received)} received, in "

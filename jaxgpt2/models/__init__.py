@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     import jax
     from tokenizers import Tokenizer
 
+    from jaxgpt2.generation import Sampling
+
 
 class Decoder(Protocol):
     """A decoder-only language model of blocks with attention, cut where modules may be encrypted.
 
     `config` has n_layer, n_head, n_embd, head_dim, n_positions, vocab_size and ends_of_text. A layer's cache holds its
-    float keys and values; without one (None) texts are read whole.
+    float keys and values; without one (None) texts are read whole. `sampling` is how tokens are chosen by default.
     """
 
     config: Any
     tokenizer: Tokenizer
+    sampling: Sampling
 
     def encode(self, text: str, room: int = 0) -> list[int]:
         """Token ids that leave `room` tokens of the context free. Raises PromptError."""
@@ -79,6 +82,6 @@ class Decoder(Protocol):
         attention: h (B, T, C) before the block, mask (B, T) of the text -> (B, T, C)."""
         ...
 
-    def generate(self, prompt: str, max_new_tokens: int, sampling: Any) -> Any:
+    def generate(self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None) -> Any:
         """The tokens that continue a prompt, in float."""
         ...

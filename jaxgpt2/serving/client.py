@@ -17,7 +17,7 @@ from typing import Any, Self
 import fhe
 from jaxgpt2.encrypted import EncryptedGPT2, get_backend
 from jaxgpt2.errors import InputError
-from jaxgpt2.generation import GREEDY, Sampling
+from jaxgpt2.generation import Sampling
 from jaxgpt2.modules import Module
 from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.models import read_client
@@ -104,7 +104,7 @@ class RemoteGPT2:
         for keys in self.keys.values():
             self.connection.upload(keys.evaluation, progress)
 
-    def generate(self, prompt: str, max_new_tokens: int = 8, sampling: Sampling = GREEDY) -> Iterator[int]:
+    def generate(self, prompt: str, max_new_tokens: int = 8, sampling: Sampling | None = None) -> Iterator[int]:
         """Yields the tokens that continue a prompt. Evaluation keys that the server lacks are sent before the first.
 
         Raises:

@@ -1,7 +1,8 @@
 """A model with remote linear layers as two bundles.
 
     OUT/server/    bundle.json, weights.safetensors: the matrices as int16, by their full names
-    OUT/client/    bundle.json, client.safetensors: embeddings and vectors, no matrix of a block; tokenizer.json
+    OUT/client/    bundle.json, client.safetensors: embeddings and vectors, no matrix of a block; tokenizer.json;
+                   generation_config.json
 
 Neither holds code. The client's bundle does not hide the matrices from a client that asks enough (`docs/security.md`).
 """
@@ -21,8 +22,10 @@ from fhe import rlwe
 from jaxgpt2.linear import LinearClient, LinearGPT2
 from jaxgpt2.methods.linear import MATRICES, ClientParams, LayerParams, LinearBits
 from jaxgpt2.models.gpt2.config import GPT2Config
+from jaxgpt2.models.gpt2.pretrained import read_sampling
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
+from weights import save_generation_config
 
 VECTORS = LayerParams._fields
 
@@ -42,6 +45,7 @@ def write_bundles(model: LinearGPT2, directory: Path, report: Mapping[str, Any])
         (temporary / "client").mkdir()
         save_file(_tensors(client.params), temporary / "client" / "client.safetensors")
         client.tokenizer.save(str(temporary / "client" / "tokenizer.json"))
+        save_generation_config(temporary / "client", client.sampling.to_dict())
         bundles.write(temporary / "client", "client", identity, {}, facts)
         bundles.write_report(temporary, report, identity)
     return identity
@@ -103,18 +107,19 @@ def read_client(bundle: Bundle) -> LinearClient:
 
         layers = []
         for layer in range(config.n_layer):
-            params = {}
+            own = {}
             for name in MATRICES:
                 full = f"h.{layer}.{name}"
                 sizes = zip(VECTORS, (shapes[full][0], shapes[full][1], shapes[full][1]), strict=True)
-                params[name] = LayerParams(*(vectors(f"{full}.{kind}", size) for kind, size in sizes))
-            layers.append(params)
+                own[name] = LayerParams(*(vectors(f"{full}.{kind}", size) for kind, size in sizes))
+            layers.append(own)
         vocabulary, width = config.vocab_size, config.n_embd
         wte, wpe = vectors("wte", vocabulary, width), vectors("wpe", config.n_positions, width)
         output = wte if config.tie_word_embeddings else vectors("output", vocabulary, width)
         norm = (vectors("ln_f.weight", width), vectors("ln_f.bias", width))
         tokenizer = Tokenizer.from_file(str(bundle.directory / "tokenizer.json"))
-        return LinearClient(config, tokenizer, ClientParams(wte, wpe, output, norm, tuple(layers)), bits, bundle.id)
+        params, sampling = ClientParams(wte, wpe, output, norm, tuple(layers)), read_sampling(bundle.directory)
+        return LinearClient(config, tokenizer, params, bits, bundle.id, sampling)
     except Exception as error:  # the tokenizer's library raises bare ones
         raise _damaged(bundle, error) from None
 

@@ -29,7 +29,7 @@ from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.quantize import Bits
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
-from weights import save_checkpoint
+from weights import save_checkpoint, save_generation_config
 
 
 def _gpt2(encrypted: EncryptedGPT2) -> GPT2:
@@ -80,6 +80,7 @@ def _write(encrypted: EncryptedGPT2, seq_len: int, directory: Path) -> str:
     circuits = {str(module): circuit for module, circuit in encrypted.circuits.items()}
     client = directory / "client"
     save_checkpoint(client / "model", dataclasses.asdict(encrypted.model.config), without_heads(encrypted))
+    save_generation_config(client / "model", encrypted.model.sampling.to_dict())
     encrypted.model.tokenizer.save(str(client / "model" / "tokenizer.json"))
     (client / "modules").mkdir()
     facts = {}

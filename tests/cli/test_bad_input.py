@@ -68,6 +68,7 @@ BELOW_A_FILE = [
     ["compile", "--out"], ["compile", *LINEAR, "--out"], ["compile", "--cache"],
     ["eval", "--mode", "simulate", "--cache"], ["generate", "a", "--mode", "simulate", "--cache"],
     ["generate", "a", *REMOTE, "--keys"], ["generate", "a", *REMOTE, "--masks"], ["prepare", *REMOTE, "--masks"],
+    ["page", *REMOTE, "--masks"],
     ["sweep", "--out"], ["sweep", *LINEAR, "--out"], ["serve", "server", "--state"],
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -62,6 +63,17 @@ def test_sampling_is_repeated_by_its_seed(model):
     common = ["generate", "dog", "--model", model, "--temperature", 1.5, "--top-k", 50]
     first, again, other = (run_json(*common, "--seed", seed)["tokens"] for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_options_win_over_the_checkpoints_generation_config(model, tmp_path):
+    told = shutil.copytree(model, tmp_path / "told")
+    helpers.edit_json(told / "generation_config.json", repetition_penalty=1.4, no_repeat_ngram_size=2)
+    given = ["--repetition-penalty", 1.4, "--no-repeat-ngram-size", 2]
+    plain = run_json("generate", "dog", "--model", model)["tokens"]
+    penalized = run_json("generate", "dog", "--model", told)["tokens"]
+    assert run_json("generate", "dog", "--model", model, *given)["tokens"] == penalized != plain
+    back = ["--repetition-penalty", 1, "--no-repeat-ngram-size", 0]
+    assert run_json("generate", "dog", "--model", told, *back)["tokens"] == plain
 
 
 def test_eval_reports_what_the_design_lists(model):
@@ -131,6 +143,8 @@ def test_info_says_what_is_there():
         (["generate", "x", "--encrypt", "0.99"], "there is no module 0.99"),
         (["generate", "x", "--encrypt", "first"], "cannot read module 'first'"),
         (["generate", ""], "prompt is empty"),
+        (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["generate", "x", "--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size must be 0"),
         (["generate", "x " * 300], "context is"),
         (["generate", "x", "--bits", "1"], "bits of activations must be a whole number from 2 to 12, got 1"),
         (["generate", "x", "--attention", "sofmax"], "no attention method 'sofmax'"),

@@ -20,6 +20,7 @@ import linears
 import served
 from helpers import random_checkpoint
 from jaxgpt2.cli import main
+from jaxgpt2.generation import Sampling
 from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.linear_bundle import write_bundles
@@ -63,10 +64,12 @@ def options(home: Path, small: Path) -> list[object]:
 
 
 def test_generate_in_every_mode(home, small_readonly, model, gpt2):
-    common = ["generate", PROMPT, *options(home, small_readonly), "--max-new-tokens", 4]
+    sampling = Sampling(repetition_penalty=1.3, no_repeat_ngram_size=2)
+    common = ["generate", PROMPT, *options(home, small_readonly), "--max-new-tokens", 4,
+              "--repetition-penalty", 1.3, "--no-repeat-ngram-size", 2]  # fmt: skip
     found = {mode: json_of(*common, "--mode", mode) for mode in ("float", "quantized", "encrypted")}
-    assert found["float"]["tokens"] == list(gpt2.generate(PROMPT, 4))
-    assert found["quantized"]["tokens"] == linears.quantized_tokens(model, PROMPT, 4)
+    assert found["float"]["tokens"] == list(gpt2.generate(PROMPT, 4, sampling))
+    assert found["quantized"]["tokens"] == linears.quantized_tokens(model, PROMPT, 4, sampling)
     assert found["encrypted"]["tokens"] == found["quantized"]["tokens"]
     for mode, each in found.items():
         assert each["mode"] == mode and each["modules"] == "linear" and each["prompt"] == PROMPT

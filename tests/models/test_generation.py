@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import END_OF_TEXT, one_line
+from helpers import END_OF_TEXT, edit_json, one_line
 from jaxgpt2.errors import PromptError
-from jaxgpt2.generation import GREEDY, Sampling, choose, generate_tokens
+from jaxgpt2.generation import GREEDY, Sampling, choose, generate_tokens, penalize
 from jaxgpt2.models.gpt2.pretrained import GPT2
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
@@ -99,11 +102,112 @@ def test_chooses_a_token_that_is_allowed(
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_k": True}, "top_k"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size"),
     ],
 )
 def test_sampling_refuses(values: dict[str, Any], name: str):
     with one_line(ValueError, name, str(next(iter(values.values())))):
         Sampling(**values)
+
+
+# --- what a text has already ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(
+    tokens=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    logits=st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8),
+    penalty=st.floats(0.5, 3),
+    size=st.integers(0, 5),
+)
+def test_penalties_are_those_of_transformers(tokens: list[int], logits: list[float], penalty: float, size: int):
+    ids, wanted = torch.tensor([tokens]), torch.tensor([logits])
+    for processor in (
+        transformers.RepetitionPenaltyLogitsProcessor(penalty),
+        *([transformers.NoRepeatNGramLogitsProcessor(size)] if size else []),
+    ):
+        wanted = processor(ids, wanted)
+    values = np.array(logits, np.float32)
+    before = values.copy()
+    found = penalize(values, tokens, Sampling(repetition_penalty=penalty, no_repeat_ngram_size=size))
+    np.testing.assert_allclose(found, wanted[0].numpy(), rtol=1e-6)
+    np.testing.assert_array_equal(values, before)
+
+
+def test_where_every_token_would_repeat_one_is_chosen_all_the_same():
+    once = Sampling(temperature=1.0, no_repeat_ngram_size=1)
+    text = list(generate_tokens(lambda _: np.zeros(4, np.float32), [0], 6, once))
+    assert len(text) == 6 and set(text[:3]) == {1, 2, 3}
+
+
+PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+
+
+def test_a_text_with_penalties_is_that_of_transformers(gpt2: GPT2, small_readonly: Path):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(small_readonly)
+    prompt = gpt2.encode("the cat the cat")
+    generated = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None, **PENALTIES
+    )
+    found = list(gpt2.generate("the cat the cat", 40, Sampling(**PENALTIES)))
+    assert found == generated[0, len(prompt) :].tolist()
+    assert found != list(gpt2.generate("the cat the cat", 40))
+
+
+def test_a_checkpoints_generation_config_is_obeyed(small: Path, gpt2: GPT2):
+    assert gpt2.sampling == GREEDY
+    plain = list(gpt2.generate("The key", 12))
+    edit_json(small / "generation_config.json", **PENALTIES, eos_token_id=None, max_length=3)
+    told = GPT2.from_pretrained(small)
+    assert told.sampling == Sampling(**PENALTIES)
+    assert list(told.generate("The key", 12)) == list(gpt2.generate("The key", 12, told.sampling)) != plain
+    assert list(told.generate("The key", 12, GREEDY)) == plain
+    edit_json(small / "generation_config.json", eos_token_id=list(told.generate("The key", 12))[5])
+    assert len(list(GPT2.from_pretrained(small).generate("The key", 12))) <= 5
+    (small / "generation_config.json").unlink()
+    assert GPT2.from_pretrained(small).sampling == GREEDY
+
+
+def test_reads_generation_configs_as_transformers_does(caplog: pytest.LogCaptureFixture):
+    """Its settings of draws say nothing unless it draws, and have defaults where it does."""
+    assert Sampling.from_dict({}) == GREEDY
+    assert Sampling.from_dict({"temperature": 0.5, "top_k": 3, "top_p": 0.9}) == GREEDY
+    assert Sampling.from_dict({"do_sample": True}) == Sampling(1.0, top_k=50, top_p=1.0)
+    drawn = Sampling.from_dict({"do_sample": True, "temperature": 0.5, "top_k": 0, "top_p": None})
+    assert drawn == Sampling(0.5, top_k=None, top_p=1.0)
+    assert not caplog.records
+    assert Sampling.from_dict({"num_beams": 1, "typical_p": 1.0, "min_length": 0, "bos_token_id": 7}) == GREEDY
+    assert not caplog.records
+    assert Sampling.from_dict({"num_beams": 4}) == GREEDY
+    assert "num_beams is not implemented" in caplog.text
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(**PENALTIES), Sampling(0.7, top_k=5, top_p=0.9), Sampling(2.0)])
+def test_generation_configs_are_written_as_they_are_read(sampling: Sampling):
+    again = Sampling.from_dict(json.loads(json.dumps(sampling.to_dict())))
+    assert dataclasses.replace(again, top_p=sampling.top_p) == sampling  # all of the probability is 1.0 there
+    assert transformers.GenerationConfig(**sampling.to_dict()).repetition_penalty == sampling.repetition_penalty
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('{"repetition_penalty": "much"}', ["generation_config.json", "repetition_penalty", "'much'"]),
+        ('{"do_sample": true, "top_k": -1}', ["generation_config.json", "top_k", "-1"]),
+        ("[1]", ["generation_config.json", "list"]),
+        ("{", ["generation_config.json"]),
+    ],
+)
+def test_refuses_a_generation_config(small: Path, content: str, parts: list[str]):
+    (small / "generation_config.json").write_text(content)
+    with one_line(ValueError, *parts):
+        GPT2.from_pretrained(small)
 
 
 # --- many tokens ------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_a_client_bundle_and_the_servers_circuits_give_the_text(gpt2, tmp_path, 
     encrypted = compiled(gpt2, modules, method)
     write_bundles(encrypted, tmp_path / "out", {})
     client = read_client(Bundle.read(tmp_path / "out" / "client", "client"))
-    assert client.modules == encrypted.modules
+    assert client.modules == encrypted.modules and client.model.sampling == gpt2.sampling
     wanted = list(encrypted.generate(PROMPT, 5, "quantized"))
     executors = {module: SimulatedExecutor(circuit) for module, circuit in encrypted.circuits.items()}
     assert list(client.continue_text(PROMPT, 5, client.run_by(executors))) == wanted

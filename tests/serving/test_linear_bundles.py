@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import linears
 from helpers import one_line
+from jaxgpt2.generation import GREEDY, Sampling
 from jaxgpt2.linear import LinearGPT2
 from jaxgpt2.serving import bundle as bundles
 from jaxgpt2.serving.bundle import Bundle, BundleError
@@ -29,10 +31,14 @@ def model(linear_gpt2) -> LinearGPT2:
     return linear_gpt2
 
 
+SAMPLING = Sampling(repetition_penalty=1.25, no_repeat_ngram_size=4)
+
+
 @pytest.fixture(scope="module")
 def original(model, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("original") / "out"
-    write_bundles(model, directory, {})
+    told = dataclasses.replace(model.client, sampling=SAMPLING)
+    write_bundles(dataclasses.replace(model, client=told), directory, {})
     return directory
 
 
@@ -70,8 +76,15 @@ def tensors_of(directory: Path) -> Path:
 KINDS = pytest.mark.parametrize("kind", ["server", "client"])
 
 
+def test_a_client_bundle_without_a_generation_config_is_greedy(out):
+    (out / "client" / "generation_config.json").unlink()
+    manifest(out / "client", lambda content: None)
+    assert read(out / "client").sampling == GREEDY
+
+
 def test_bundles_come_back(out, model):
     weights, client = read(out / "server"), read(out / "client")
+    assert client.sampling == SAMPLING
     assert list(weights) == list(model.weights)
     assert all(np.array_equal(weights[name], each) for name, each in model.weights.items())
     assert client.identity == model.client.identity and client.bits == model.client.bits

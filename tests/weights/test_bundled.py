@@ -36,6 +36,14 @@ def test_it_predicts_english(tiny):
     assert -np.mean(logits[np.arange(ids.shape[1] - 1), ids[0, 1:]]) < 4.5
 
 
+def test_it_does_not_repeat_itself_when_decoded_as_it_says(tiny):
+    prompt = "If you want to keep a secret,"
+    tokens = tiny.encode(prompt) + list(tiny.generate(prompt, 24))
+    triples = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    assert len(set(triples)) == len(triples)
+    assert transformers.GenerationConfig.from_pretrained(TINY).no_repeat_ngram_size == 3
+
+
 @pytest.mark.parametrize("name", ["eval.txt", "calibration.txt"])
 def test_passages(tiny, name):
     passages = read_passages(TINY / name)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 import weights
-from jaxgpt2.errors import PromptError
+from jaxgpt2.errors import InputError, PromptError
 from jaxgpt2.generation import GREEDY, NextLogits, Sampling, generate_tokens, padded_length, read_once
 from jaxgpt2.models.gpt2 import branches
 from jaxgpt2.models.gpt2.config import ConfigError, GPT2Config, score_factors
@@ -60,8 +60,11 @@ def read_config(directory: Path) -> GPT2Config:
         ConfigError, weights.CheckpointError: one line that says what is wrong, and where.
     """
     path = directory / "config.json"
+    values, end = weights.load_config(directory), weights.load_generation_config(directory).get("eos_token_id")
+    if end is not None:  # it wins, as in transformers
+        values["eos_token_id"] = end
     try:
-        config = GPT2Config.from_dict(weights.load_config(directory))
+        config = GPT2Config.from_dict(values)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     shapes = weights.stored_shapes(directory)
@@ -98,6 +101,18 @@ def load_checkpoint(directory: Path) -> tuple[GPT2Config, dict[str, np.ndarray]]
     return config, tensors
 
 
+def read_sampling(directory: Path) -> Sampling:
+    """How a checkpoint's `generation_config.json` chooses tokens; greedy where there is none.
+
+    Raises:
+        ConfigError, weights.CheckpointError: one line that says what is wrong, and where.
+    """
+    try:
+        return Sampling.from_dict(weights.load_generation_config(directory))
+    except InputError as error:
+        raise ConfigError(f"{directory / weights.GENERATION_FILE}: {error}") from None
+
+
 class GPT2:
     """A GPT-2 with its tokenizer.
 
@@ -105,11 +120,13 @@ class GPT2:
         config: sizes.
         model: the network; its parameters are read once, here.
         tokenizer: text to ids and back.
+        sampling: how tokens are chosen unless something else is asked for.
     """
 
-    def __init__(self, config: GPT2Config, model: Transformer, tokenizer: Tokenizer):
+    def __init__(self, config: GPT2Config, model: Transformer, tokenizer: Tokenizer, sampling: Sampling = GREEDY):
         self.config = config
         self.tokenizer = tokenizer
+        self.sampling = sampling
         self.graph, self.state = nnx.split(model)
         # All blocks share one structure, so that what is compiled for one of them serves every layer.
         self.block_graph = nnx.split(model.h[0])[0]
@@ -126,7 +143,7 @@ class GPT2:
         config, tensors = load_checkpoint(directory)
         tokenizer = load_tokenizer(directory, config.vocab_size)
         model = assemble(config, {name: jnp.asarray(tensor) for name, tensor in tensors.items()})
-        return cls(config, model, tokenizer)
+        return cls(config, model, tokenizer, read_sampling(directory))
 
     @property
     def model(self) -> Transformer:
@@ -224,8 +241,10 @@ class GPT2:
 
         return read_once(read, size)
 
-    def generate(self, prompt: str, max_new_tokens: int = 50, sampling: Sampling = GREEDY) -> Iterator[int]:
+    def generate(self, prompt: str, max_new_tokens: int = 50, sampling: Sampling | None = None) -> Iterator[int]:
         """Yields the tokens that continue a prompt, one by one; `text` makes text of them.
+
+        sampling: how they are chosen; None for the model's own way.
 
         Raises:
             PromptError: an empty prompt, or one that leaves no room for `max_new_tokens`.
@@ -234,7 +253,7 @@ class GPT2:
             raise PromptError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
         tokens = self.encode(prompt, room=max_new_tokens)
         logits = self.cached_logits(len(tokens) + max_new_tokens)
-        return generate_tokens(logits, tokens, max_new_tokens, sampling, self.config.ends_of_text)
+        return generate_tokens(logits, tokens, max_new_tokens, sampling or self.sampling, self.config.ends_of_text)
 
     def stream(self) -> Callable[[int], str]:
         """A function that takes tokens one by one and gives the text that each completes.
