@@ -35,7 +35,10 @@ USES = {
     "linear": ["jaxgpt2 generate 'Privacy is' --encrypt linear --mode encrypted --max-new-tokens 1"],
     "sweep": ["jaxgpt2 sweep --layers 0 --heads 1 --bits 4 --attention softmax --limit 8 --out swept"],
     "server": ["jaxgpt2 token alice tokens"],
-    "client": ["jaxgpt2 generate 'Privacy is' --max-new-tokens 1 --server {url} --client {bundles}/client"],
+    "client": [
+        "jaxgpt2 generate 'Privacy is' --max-new-tokens 1 --server {url} --client {bundles}/client "
+        "--send-my-text-unencrypted"
+    ],
     "cluster": [f"jaxgpt2 {HEAD} encrypted --backend clear --scheduler {{scheduler}}"],
     "train": ["python {scripts}/train.py --help", "python {scripts}/build_corpus.py --help"],
 }  # fmt: skip
