@@ -101,7 +101,12 @@ def label(values: Any, names: list[str], telling: set[str]) -> str:
     """`lowrank, score rank 16`, of a method and those of its options that tell configurations apart."""
     known = [(name, value) for name, value in zip(names, values, strict=True) if str(value) not in ("<NA>", "nan")]
     words = (f"{name.replace('_', ' ')} {value:g}" for name, value in known if name in telling)
-    return ", ".join([str(known[0][1]), *words])
+    return ", ".join([short(str(known[0][1])), *words])
+
+
+def short(method: str) -> str:
+    """A method's name; of one from a file, `mine.py:name@digits`, the name alone."""
+    return method.rpartition(":")[2].partition("@")[0]
 
 
 def telling_of(rows: Any, names: list[str]) -> set[str]:
@@ -190,7 +195,7 @@ def over_heads(rows: Any) -> Figure:
             for (row, column), value in {divmod(i, numbers.shape[1]): v for i, v in enumerate(numbers.flat)}.items():
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=11,
                           color="white" if value < 0.5 else "black")  # fmt: skip
-        axes.set_title(f"{method}, {bits} bits")
+        axes.set_title(f"{short(str(method))}, {bits} bits")
         axes.set_xlabel("Head")
         axes.set_ylabel("Layer")
     assert image is not None
@@ -224,7 +229,7 @@ def over_cost(rows: Any) -> Figure:
     for method, same in means.groupby("attention", sort=True):
         colour, marker = look[str(method)]
         axes.scatter(same[seconds].to_numpy(float), same["recovered_kl"].to_numpy(float), s=55, color=colour,
-                     marker=marker, label=str(method), zorder=2)  # fmt: skip
+                     marker=marker, label=short(str(method)), zorder=2)  # fmt: skip
     without_the_head(axes, 0.0)
     plain_logarithm(axes, float(costs.min()), float(costs.max()))
     axes.set_ylim(*limits(axes))

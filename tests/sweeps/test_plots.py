@@ -24,7 +24,7 @@ def frame():
 
 def test_bits_are_integers_on_the_axis(frame):
     figure = plots.over_bits(frame)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         low, high = axes.get_xlim()
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [3, 4, 5, 6]
@@ -55,7 +55,7 @@ def test_no_head_and_float_are_always_on_the_axis_of_recovered_kl(frame):
 
 def test_the_legend_covers_no_curve(frame):
     for figure in (plots.over_bits(frame), plots.over_cost(frame)):
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         (legend,) = figure.legends
         box = legend.get_window_extent()
         assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
