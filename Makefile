@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PROMPT ?= If you want to keep a secret,
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint docs check clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py "$(PROMPT)"
@@ -16,7 +16,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-check: lint
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+check: lint docs
 	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 .venv/installed: pyproject.toml constraints.txt
@@ -25,7 +28,7 @@ check: lint
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,page,train,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fhe,ckks,linear,sweep,cluster,server,client,page,train,docs,dev]'
 	touch $@
 
 clean:

@@ -72,7 +72,7 @@ def read_configs(path: str | os.PathLike[str], config: Sizes) -> dict[Module, Me
 
     Raises:
         ModuleError: not such a file, or a module that the model does not have; MethodError: a configuration that
-        cannot be read.
+            cannot be read.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["modules"]

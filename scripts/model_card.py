@@ -19,6 +19,7 @@ import numpy as np
 from jaxgpt2.generation import Sampling
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import disassemble, parameter_shapes
+from jaxgpt2.sweeps import plots
 from machine import environment
 from train import Data, TrainingConfig, TrainingError, bits_per_byte, read_documents
 from weights.checkpoint import write_atomically
@@ -95,22 +96,20 @@ without.
 
 
 def draw_loss(log: list[dict[str, str]], figure: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     tokens = [int(row["tokens"]) / 1e6 for row in log]
-    axis.plot(tokens, [float(row["loss"]) for row in log], label="training loss (nats a token)")
     held_out = [(int(row["tokens"]) / 1e6, float(row["evaluation_bits_per_byte"])) for row in log
                 if row["evaluation_bits_per_byte"]]  # fmt: skip
-    axis.plot(*zip(*held_out, strict=True), marker=".", label="held-out bits per byte (first 40,000 tokens)")
-    axis.set(xlabel="million tokens", ylim=(1, 7))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(figure, metadata={"Date": None})
+    with plots.style():
+        drawn = Figure(figsize=(7.5, 4.8), layout="constrained")
+        axes = drawn.subplots()
+        axes.plot(tokens, [float(row["loss"]) for row in log], color="#0b3c6f", label="training loss, nats a token")
+        axes.plot(*zip(*held_out, strict=True), color="#e08214", marker=".", label="held-out text, bits a byte")
+        axes.set(xlabel="Million tokens", ylim=(1, 7))
+        drawn.legend(loc="outside lower center", ncols=2)
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(drawn, figure)
 
 
 def continuations(gpt2: GPT2, max_new_tokens: int) -> str:

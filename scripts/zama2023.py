@@ -31,6 +31,7 @@ from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import parameter_shapes
 from jaxgpt2.progress import seconds, step
 from jaxgpt2.quantize import Bits
+from jaxgpt2.sweeps import plots
 from machine import environment
 from weights import save_checkpoint
 from weights.checkpoint import TINY
@@ -83,29 +84,25 @@ def accuracy(model: str, head: str, text: Path, figure: Path | None) -> None:
 
 def draw(rows, head: str, model: str, figure: Path) -> None:
     """The published figure, with the line that it leaves out: the model without the head."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    colour, marker = plots.LOOKS["softmax"]
     bits = [row[0] for row in rows]
-    _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(bits, [row[1].top_k[1] for row in rows], marker="o", label=f"head {head} of {model}")
-    left.axhline(rows[0][1].top_k_ablated[1], color="grey", linestyle="--", label="the same model without the head")
-    left.plot(
-        list(PUBLISHED_AGREEMENT),
-        list(PUBLISHED_AGREEMENT.values()),
-        marker="s",
-        alpha=0.5,
-        label="published, OpenAI's GPT-2",
-    )
-    left.set(xlabel="bits", ylabel="top-1 agreement with the float model")
-    left.legend()
-    right.plot(bits, [row[1].recovered_kl for row in rows], marker="o")
-    right.axhline(0, color="grey", linestyle="--")
-    right.set(xlabel="bits", ylabel="recovered KL (0: no better than no head)", ylim=(-0.5, 1.05))
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(figure, metadata={"Date": None} if figure.suffix == ".svg" else None)
+    with plots.style():
+        drawn = Figure(figsize=(10, 4.8), layout="constrained")
+        left, right = drawn.subplots(1, 2)
+        left.plot(bits, [row[1].top_k[1] for row in rows], color=colour, marker=marker, label=f"head {head} of {model}")
+        left.plot(list(PUBLISHED_AGREEMENT), list(PUBLISHED_AGREEMENT.values()), color="#7b3294", marker="^",
+                  linestyle="--", label="published, OpenAI's GPT-2")  # fmt: skip
+        right.plot(bits, [row[1].recovered_kl for row in rows], color=colour, marker=marker)
+        for axes, value in ((left, rows[0][1].top_k_ablated[1]), (right, 0.0)):
+            plots.without_the_head(axes, value)
+            axes.set(xlabel="Bits", xticks=bits)
+        left.set(ylabel="How often the best token\nis the float model's")
+        right.set(ylabel=plots.RECOVERED, ylim=(-0.5, 1.05))
+        drawn.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(drawn, figure)
 
 
 @main.command()

@@ -31,7 +31,9 @@ from jaxgpt2.errors import InputError
 from jaxgpt2.progress import note, seconds, step
 
 if TYPE_CHECKING:
+    from fhe import RunCost
     from jaxgpt2.encrypted import EncryptedGPT2
+    from jaxgpt2.forecast import Forecast
 
 
 @click.command("compile")
@@ -58,12 +60,14 @@ def compile_command(calibration: Path | None, backend: str | None, p_error: floa
     encrypted = calibrated(encrypted, passages, seq_len, cache)
     encrypted = compiled(encrypted, passages, seq_len, fhe_configs, backend, cache)
     result = compile_result(encrypted, seq_len)
+    lines = cost_lines(result, describe(encrypted))
+    lines += [found.describe() for found in elsewhere(total_cost(encrypted.costs(seq_len)))]
     if out is not None:
         from jaxgpt2.serving.models import write_bundles
 
         result["bundle"] = write_bundles(encrypted, out, result)
         note(f"wrote {out / 'server'}, with the weights of {result['modules']}, and {out / 'client'}, without them")
-    emit(as_json, result, cost_lines(result, describe(encrypted)))
+    emit(as_json, result, lines)
 
 
 def compile_result(encrypted: EncryptedGPT2, seq_len: int) -> dict[str, Any]:
@@ -99,6 +103,7 @@ def compile_result(encrypted: EncryptedGPT2, seq_len: int) -> dict[str, Any]:
         **own,
         "cost": cost.describe(),
         "machine": cost.machine,
+        "forecasts": [found.to_json() for found in elsewhere(cost)],
         "noise": reports[0].noise,
         "evaluation_key_bytes": sum(report.evaluation_key_bytes for report in reports),
         "evaluation_key_source": reports[0].evaluation_key_source,
@@ -106,6 +111,14 @@ def compile_result(encrypted: EncryptedGPT2, seq_len: int) -> dict[str, Any]:
         "versions": reports[0].versions,
         "reports": {str(module): circuit.report.to_json() for module, circuit in encrypted.circuits.items()},
     }
+
+
+def elsewhere(cost: RunCost) -> list[Forecast]:
+    """What other machines would take by published times, where there are lookups to count."""
+    from fhe import Cost
+    from jaxgpt2.forecast import forecasts
+
+    return forecasts(cost.pbs_by_bit_width) if isinstance(cost, Cost) else []
 
 
 def cost_lines(cost: dict[str, Any], configs: str) -> list[str]:

@@ -62,7 +62,7 @@ class RemoteGPT2:
 
         Raises:
             BundleError: the directory is no client bundle; NotEncrypted: its backend encrypts nothing; ServerError: the
-            server does not answer or belongs to another bundle.
+                server does not answer or belongs to another bundle.
         """
         connection = Connection(url, **options)
         try:

@@ -92,6 +92,7 @@ def test_compile_reports_the_cost_and_writes_it(model, tmp_path):
         assert key in result
     assert result["pbs_count"] == sum(sum(counts.values()) for counts in result["pbs_by_stage"].values())
     assert set(result["pbs_by_stage"]) == {"query", "key", "value", "scores", "softmax", "output"}
+    assert {each["note"] for each in result["forecasts"]} == {"published, not measured here"}
     assert json.loads((out / "report.json").read_text()) == result
     assert {"server", "client"} <= {path.name for path in out.iterdir()}
 
