@@ -115,7 +115,7 @@ def _tree(value: Any, arrays: list[bytes], check: bool) -> Any:
         return {"scalar" if isinstance(value, np.generic) else "array": len(arrays) - 1}
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if _is_record(type(value)):
+    if _is_record(cast("Any", type(value))):
         return {"record": _name(type(value)), "fields": {name: inner(getattr(value, name)) for name in _fields(value)}}
     if type(value) in (list, tuple):
         return {type(value).__name__: [inner(item) for item in value]}
@@ -173,14 +173,16 @@ def _record(name: str, values: dict[str, Any]) -> Any:
     if list(values) != list(_fields(kind)):
         raise ValueError(f"{name} has other fields here")
     if not dataclasses.is_dataclass(kind):
-        return cast("Any", tuple.__new__)(kind, tuple(values.values()))
-    record = object.__new__(kind)
+        make: Any = cast("Any", tuple).__new__
+        return make(kind, tuple(values.values()))
+    make = cast("Any", object).__new__
+    record: Any = make(kind)
     for field, value in values.items():
         object.__setattr__(record, field, value)
     return record
 
 
-def _is_record(kind: type) -> bool:
+def _is_record(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
 
 

@@ -32,7 +32,7 @@ _HOMES = {
     "Bits": "quantize",
 }
 
-__all__ = ["GPT2", "Bits", "EncryptedGPT2", "Evaluation", "GPT2Config", "Sampling", "evaluate", "methods"]
+__all__ = ["GPT2", "Bits", "EncryptedGPT2", "Evaluation", "GPT2Config", "Sampling", "evaluate", "methods"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -147,8 +147,9 @@ def _decode(function: QuantizedFunction, dequantization: Any, results: tuple[jax
 @functools.partial(jax.jit, static_argnames="function")
 def _refused(function: QuantizedFunction, dequantization: Any, results: tuple[jax.Array, ...]) -> jax.Array:
     """Which rows (B, T) a client refuses."""
-    assert function.refuses is not None
-    return jax.vmap(lambda *row: function.refuses(dequantization, row))(*results)
+    refuses = function.refuses
+    assert refuses is not None
+    return jax.vmap(lambda *row: refuses(dequantization, row))(*results)
 
 
 # Is told the index of a text that is refused when it is decrypted, and why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Sampling:
     no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature, 0, np.finfo(np.float64).max):
+        if not _is_number(self.temperature, 0, sys.float_info.max):
             raise InputError(f"temperature must be 0 (greedy) or more, got {self.temperature!r:.40}")
         if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
             raise InputError(f"top_k must be 1 or more, got {self.top_k!r:.40}")

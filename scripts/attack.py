@@ -43,7 +43,7 @@ def attack(title: str, inputs: st.SearchStrategy[Any], outcome: Callable[[Any], 
 
     @settings(
         max_examples=count, database=None, phases=[Phase.generate], deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list[Any](HealthCheck),
     )  # fmt: skip
     @given(inputs)
     def tried(drawn: Any) -> None:
@@ -151,9 +151,9 @@ def parsers(count: int, guided: bool) -> None:
 def _known_parsers(directory: Path, model: Path, guided: bool) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if guided:
-            import atheris  # pyright: ignore[reportMissingImports]
+            import atheris  # pyright: ignore
 
-            stack.enter_context(atheris.instrument_imports(include=["fhe", "jaxgpt2", "weights"]))
+            stack.enter_context(atheris.instrument_imports(include=["fhe", "jaxgpt2", "weights"]))  # pyright: ignore
         import parsers as readers
         from jaxgpt2.linear import LinearGPT2
         from jaxgpt2.models.gpt2.pretrained import GPT2
@@ -166,7 +166,7 @@ def _known_parsers(directory: Path, model: Path, guided: bool) -> dict[str, Any]
 
 def _guided(name: str, parser: Any, directory: Path, count: int) -> bool:
     """atheris ends its process, so it gets one of its own."""
-    import atheris  # pyright: ignore[reportMissingImports]
+    import atheris  # pyright: ignore
 
     import parsers as readers
 

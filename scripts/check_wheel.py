@@ -18,6 +18,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -93,7 +94,7 @@ def run(programs: Path, command: str, own: Path) -> subprocess.CompletedProcess[
 @contextlib.contextmanager
 def waiting_for(command: list[str | Path], word: str, own: Path, cwd: Path) -> Iterator[str]:
     """A process, stopped at the end: the first line with the word that it writes."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, **pipes, text=True, cwd=cwd, env=apart(own))
     assert process.stdout is not None
     try:

@@ -155,7 +155,7 @@ def write_texts(gpt2: GPT2, count: int, tokens: int, seed: int = 0) -> np.ndarra
 
     parts, size = [], min(count, 256)
     for index in range(0, count, size):
-        start = jnp.full(size, gpt2.config.eos_token_id or 0)
+        start = jnp.full(size, (gpt2.config.ends_of_text or (0,))[0])
         keys = jax.random.split(jax.random.key(seed + index), tokens)
         _, drawn = jax.lax.scan(draw, (gpt2.model.empty_cache(size, tokens), start), keys)
         parts.append(np.asarray(drawn.T))

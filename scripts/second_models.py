@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data import topics
+from typing import Any
 
 import click
 
@@ -43,7 +44,8 @@ def packages() -> Iterator[str]:
     """The descriptions of installed packages, and Python's reference as its help has it."""
     yield from topics.topics.values()
     for package in sorted(importlib.metadata.distributions(), key=lambda each: each.metadata["Name"]):
-        yield package.metadata.get_payload() or package.metadata["Description"] or ""
+        metadata: Any = package.metadata  # an email.message.Message
+        yield metadata.get_payload() or package.metadata["Description"] or ""
 
 
 def write_corpus(documents: Iterator[str], directory: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from safetensors.numpy import save_file
 
 from fhe import rlwe
@@ -57,7 +58,7 @@ def quantized_tokens(model: LinearGPT2, prompt: str, count: int, sampling: Sampl
 def recorded(products: Products, into: list[tuple[str, np.ndarray]]) -> Products:
     """Products that are noted, without padding."""
 
-    def multiply(name: str, x: jax.Array, count: int) -> jax.Array:
+    def multiply(name: str, x: jax.Array, count: int) -> ArrayLike:
         y = products(name, x, count)
         into.append((name, np.asarray(y)[:, :count]))
         return y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -26,7 +28,7 @@ def test_what_is_damaged_is_refused(known, name):
     parser = known[name]
     parser.read(parser.sample)
 
-    @settings(max_examples=30, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, suppress_health_check=list[Any](HealthCheck))
     @given(parsers.edits())
     def tried(edits: list[parsers.Edit]) -> None:
         assert parsers.problem(parser, parsers.damaged(parser.sample, edits)) is None

@@ -84,7 +84,7 @@ def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, 
     with contextlib.ExitStack() as stack:
         runner = stack.enter_context(encrypted.over_cores(keys)) if keys else encrypted.runner(mode)
         stack.enter_context(step(f"evaluating {len(passages)} passages"))
-        runners = {"quantized": encrypted.runner("quantized"), mode: runner}
+        runners: dict[str, Any] = {"quantized": encrypted.runner("quantized"), mode: runner}
         each = evaluation.measure(encrypted, passages, runners, numbers, longest, strict)
     measured, quantized = each.evaluation(mode), each.evaluation("quantized")
     for number, reason in sorted(each.refused[mode].items()):

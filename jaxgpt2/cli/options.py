@@ -46,14 +46,14 @@ class Directory(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return check_writable(super().convert(value, param, ctx))
+        return check_writable(Path(super().convert(value, param, ctx)))  # pyright: ignore[reportArgumentType]
 
 
 class File(Directory):
     """A file that will be written, in a directory that is there."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = click.Path.convert(self, value, param, ctx)
+        path = Path(click.Path.convert(self, value, param, ctx))  # pyright: ignore[reportArgumentType]
         if path.is_dir():
             raise InputError(f"{path} is a directory: give a file")
         if not path.absolute().parent.is_dir():

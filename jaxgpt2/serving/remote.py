@@ -213,10 +213,10 @@ class Connection:
         method: str,
         path: str,
         limit: int = MOST_JSON,
-        content: bytes | Iterable[bytes] | None = None,
+        content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """An answer with a status of success, of at most `limit` bytes. What is sent must be there for another try.
+        """An answer with a status of success, of at most `limit` bytes.
 
         Raises:
             Refused: the server will not do it, however often it is asked; ServerError: it does not answer.
@@ -266,7 +266,7 @@ class Connection:
         method: str,
         path: str,
         limit: int = MOST_JSON,
-        content: bytes | Iterable[bytes] | None = None,
+        content: bytes | Iterator[bytes] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
         """Raises _Again where it is worth another try."""
@@ -274,7 +274,7 @@ class Connection:
         url = httpcore2.URL(scheme=scheme, host=host, port=port, target=before + path)
         try:
             with self._pool.stream(
-                method, url, headers={**self._headers, **(headers or {})}, content=content, extensions=TIMEOUTS
+                method, url, headers=self._headers | dict(headers or {}), content=content, extensions=TIMEOUTS
             ) as response:
                 said = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                 success = 200 <= response.status < 300

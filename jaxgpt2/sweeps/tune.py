@@ -283,7 +283,10 @@ def trial(alone: EncryptedGPT2, fhe_config: fhe.FHEConfig, simulation: Simulatio
                 break
             report = compiled.circuits[module].report
             share = compiled.costs(simulation.seq_len)[module].counts["pbs_count"] / report.pbs_count
-            runners = {"simulated": compiled.runner("simulate"), "quantized": compiled.runner("quantized")}
+            runners: dict[str, Any] = {
+                "simulated": compiled.runner("simulate"),
+                "quantized": compiled.runner("quantized"),
+            }
             texts = simulation.passages[known:count]
             found = measure(compiled, texts, runners, (1,), simulation.seq_len)
             more = {**found.runs, "ablated": found.ablated}

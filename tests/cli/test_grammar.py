@@ -20,7 +20,7 @@ def place(small_readonly: Path, tmp_path_factory) -> Any:
         yield directory
 
 
-@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list[Any](HealthCheck))
 @given(line=commands.lines())
 def test_no_command_line_ends_in_a_traceback(place, line):
     assert commands.problem(commands.run(line)) is None

@@ -127,7 +127,8 @@ def test_sampling_refuses(values: dict[str, Any], name: str):
     size=st.integers(0, 5),
 )
 def test_penalties_are_those_of_transformers(tokens: list[int], logits: list[float], penalty: float, size: int):
-    ids, wanted = torch.tensor([tokens]), torch.tensor([logits])
+    ids: Any = torch.tensor([tokens])
+    wanted: Any = torch.tensor([logits])
     for processor in (
         transformers.RepetitionPenaltyLogitsProcessor(penalty),
         *([transformers.NoRepeatNGramLogitsProcessor(size)] if size else []),
@@ -150,7 +151,7 @@ PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
 
 
 def test_a_text_with_penalties_is_that_of_transformers(gpt2: GPT2, small_readonly: Path):
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(small_readonly)
+    theirs: Any = transformers.GPT2LMHeadModel.from_pretrained(small_readonly)
     prompt = gpt2.encode("the cat the cat")
     generated = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=None, **PENALTIES

@@ -137,7 +137,7 @@ def test_a_heads_weights_compute_the_head_however_its_scores_are_scaled(tmp_path
     ours = GPT2.from_pretrained(tmp_path)
     h = ours.block(0, ours.embed(random_ids(ours, 1, 12)))[0]
     x, _, added, _ = ours.attend(1, h, np.array([2]))
-    found = ours.contribution(1, float_head(head_weights(ours, 1, 2), np.asarray(x[0], np.float64)), 2)
+    found = ours.contribution(1, jnp.asarray(float_head(head_weights(ours, 1, 2), np.asarray(x[0], np.float64))), 2)
     np.testing.assert_allclose(found, added[0, 0], rtol=0, atol=1e-4)
 
 

@@ -3,13 +3,15 @@ project's own errors, and nothing else happens. So are damaged ciphertexts of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 import parsers
 import tampering
 
-FEW = settings(max_examples=20, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=20, suppress_health_check=list[Any](HealthCheck))
 
 
 @FEW

@@ -31,7 +31,7 @@ def test_bits_are_integers_on_the_axis(frame):
 
 
 def test_a_method_has_one_colour_in_every_figure(frame):
-    colours = {line.get_label().split(",")[0]: line.get_color() for line in plots.over_bits(frame).axes[0].lines}
+    colours = {str(line.get_label()).split(",")[0]: line.get_color() for line in plots.over_bits(frame).axes[0].lines}
     assert colours["lowrank"] == plots.LOOKS["lowrank"][0]
     assert colours["softmax"] == plots.LOOKS["softmax"][0]
 
