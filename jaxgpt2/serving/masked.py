@@ -7,8 +7,8 @@ check that used a secret key, and a wrong answer does not stop a text: it is tol
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import functools
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -112,11 +112,17 @@ def in_processes(connect: Callable[[], MatrixOwner], count: int) -> Iterator[Mak
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(count, context, initializer=_start, initargs=(connect,)) as pool:
+
+        def make(pieces: Iterable[Piece]) -> Iterator[np.ndarray]:
+            waiting = collections.deque(pool.submit(_make, piece) for piece in pieces)
+            while waiting:
+                yield waiting.popleft().result()
+
         try:
-            yield functools.partial(pool.map, _make)
+            yield make
         except BaseException as error:
-            # A piece may wait for its server for long, and nobody wants it any more.
-            pool.shutdown(wait=False, cancel_futures=True)
+            # A piece may wait for its server for long, and nobody wants it any more. Nothing is cancelled, as Python
+            # 3.11's pool trips over what is cancelled when its processes end.
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
