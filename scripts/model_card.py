@@ -105,7 +105,7 @@ def draw_loss(log: list[dict[str, str]], figure: Path) -> None:
         drawn = Figure(figsize=(7.5, 4.8), layout="constrained")
         axes = drawn.subplots()
         axes.plot(tokens, [float(row["loss"]) for row in log], color="#0b3c6f", label="training loss, nats a token")
-        axes.plot(*zip(*held_out, strict=True), color="#e08214", marker=".", label="held-out text, bits a byte")
+        axes.plot(*zip(*held_out, strict=True), color="#f2a33a", marker=".", label="held-out text, bits a byte")
         axes.set(xlabel="Million tokens", ylim=(1, 7))
         drawn.legend(loc="outside lower center", ncols=2)
         figure.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -44,12 +42,3 @@ def test_the_private_model_writes_what_it_writes_without_encryption():
     texts = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("$ jaxgpt2 generate")]
     assert len(texts) == 2
     assert texts[0] == texts[1]
-
-
-@pytest.mark.slow
-def test_the_notebook_runs_and_was_executed():
-    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
-    assert all(
-        cell.outputs for cell in notebook.cells if cell.cell_type == "code" and not cell.source.startswith("import")
-    )
-    NotebookClient(notebook, timeout=600).execute()

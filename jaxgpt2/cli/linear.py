@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import click
 
 from jaxgpt2.cli.options import Directory, calibration_passages, connect, connection_options, emit, options
 from jaxgpt2.cli.text import write_tokens
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import counting, megabytes, note, seconds, step
 
 if TYPE_CHECKING:
@@ -38,6 +39,17 @@ def refuse_unused(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and value != ():
             raise InputError(f"--{name.replace('_', '-')} has no place beside --encrypt linear: leave it out")
+
+
+def require_extra() -> None:
+    """Refuses to begin what needs encryption where it is not installed.
+
+    Raises:
+        MissingExtra: a library that masks are made with is not there.
+    """
+    for name in ("cryptography", "tenseal", "zstandard"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtra(ImportError(name=name), "a private linear layer", "linear")
 
 
 def quantized_model(
@@ -74,6 +86,8 @@ def generate_here(
     """`generate --encrypt linear` without a server: client and owner in one process."""
     if mode == "simulate":
         raise InputError("linear layers have no simulation of their own: --mode quantized gives the same integers")
+    if mode == "encrypted":
+        require_extra()
     gpt2, model = quantized_model(**chosen)
     client, how = model.client, dataclasses.replace(gpt2.sampling, **sampling)
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": chosen["model"], "modules": LINEAR}
@@ -135,6 +149,7 @@ def generate_remotely(
     as_json: bool,
 ) -> None:
     """`generate --server URL --client DIR` for a client bundle of linear layers."""
+    require_extra()
     from jaxgpt2.serving.masked import Masked, masked_text, verifiers_of
     from jaxgpt2.serving.remote import RemoteOwner
 
@@ -198,6 +213,7 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
 
     Interrupted, it goes on where it was.
     """
+    require_extra()
     from jaxgpt2.executors.processes import cores
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import read_client, traffic

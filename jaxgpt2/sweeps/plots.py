@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MOST_PANELS = 12
 
 # Lightness tells them apart in grey. Methods that are not here take the rest, in order of their names.
-LOOKS = {"softmax": ("#e08214", "o"), "lowrank": ("#0b3c6f", "s"), "polynomial": ("#4aa97f", "D")}
+LOOKS = {"softmax": ("#f2a33a", "o"), "lowrank": ("#0b3c6f", "s"), "polynomial": ("#2b8a67", "D")}
 MORE_LOOKS = (("#7b3294", "^"), ("#a6611a", "v"), ("#c51b7d", "P"), ("#636363", "X"))
 DASHES = ("-", "--", ":", "-.")
 

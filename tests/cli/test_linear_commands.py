@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -172,6 +173,20 @@ def test_verifying_against_another_checkpoint(home, model, tmp_path):
             found = jaxgpt2("generate", "a", *remote, "--verify", tmp_path / other)
             assert found.exit_code == 2 and part in found.stderr, (found.stderr, found.exception)
     assert not owner.requests  # nothing was sent
+
+
+@pytest.mark.parametrize("command", ["generate", "prepare"])
+def test_what_is_not_installed_is_named_before_anything_is_computed(command, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "zstandard" else found(name, *of)
+    )
+    arguments = {"generate": ["x", "--encrypt", "linear", "--mode", "encrypted"], "prepare": []}[command]
+    result = CliRunner().invoke(main, [command, *arguments])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "jaxgpt2: a private linear layer needs zstandard; install it with: pip install 'jaxgpt2[linear]'\n"
+    )
 
 
 def test_a_server_that_is_not_there(home, monkeypatch):
