@@ -183,7 +183,7 @@ def _record(name: str, values: dict[str, Any]) -> Any:
 
 
 def _is_record(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    return dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(cast("Any", kind), "_fields"))
 
 
 def _fields(record: Any) -> Iterator[str]:

@@ -271,11 +271,10 @@ class Connection:
     ) -> Reply:
         """Raises _Again where it is worth another try."""
         scheme, host, port, before = self._address
+        own: list[tuple[bytes | str, bytes | str]] = [*self._headers.items(), *(headers or {}).items()]
         url = httpcore2.URL(scheme=scheme, host=host, port=port, target=before + path)
         try:
-            with self._pool.stream(
-                method, url, headers=self._headers | dict(headers or {}), content=content, extensions=TIMEOUTS
-            ) as response:
+            with self._pool.stream(method, url, headers=own, content=content, extensions=TIMEOUTS) as response:
                 said = {name.lower(): value.decode("latin-1") for name, value in response.headers}
                 success = 200 <= response.status < 300
                 received = self._read(response, said, limit if success else MOST_PROBLEM)
