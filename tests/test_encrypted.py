@@ -307,7 +307,7 @@ def test_lookups_and_slots_do_not_run_on_each_other(gpt2):
     message = "'lowrank' needs integers, lookup, which backend 'ckks' lacks; methods that fit it: polynomial"
     with pytest.raises(methods.MethodError, match=message):
         encrypted_of(gpt2, "0.1").compile(CALIBRATION, 5, backend="ckks")
-    message = "'polynomial' needs slots, which backend 'clear' lacks; methods that fit it: lowrank, softmax"
+    message = "'polynomial' needs slots, which backend 'clear' lacks; methods that fit it: lowrank,.* softmax"
     with pytest.raises(methods.MethodError, match=message):
         encrypted_of(gpt2, "0.1", method="polynomial").compile(CALIBRATION, 5, backend="clear")
     configs = {Module(0, 0): MethodConfig.of("lowrank", 4), Module(0, 1): MethodConfig.of("polynomial", 4)}

@@ -113,6 +113,7 @@ def refusing(encrypted, monkeypatch) -> EncryptedGPT2:
     return encrypted.compile(CALIBRATION, 8, backend="clear")
 
 
+@pytest.mark.slow
 def test_refused_texts_are_counted_and_left_out(refusing, encrypted):
     texts = ["the dog", "mat", "it ran", "cat"]
     runners = {"quantized": encrypted.runner("quantized"), "simulate": refusing.runner("simulate")}

@@ -11,8 +11,9 @@ import parsers
 
 NAMES = [
     "envelope", "envelope with the right checksum", "rlwe request", "rlwe answer", "batch", "answer", "key status",
-    "session", "problem", "bundle", "tensors of a client", "matrices of a server", "tokenizer of a client", "circuit",
-    "configurations", "sweep", "rows", "checkpoint's configuration", "vocabulary", "masks",
+    "session", "problem", "bundle", "tensors of a client", "matrices of a server", "tokenizer of a client",
+    "generation configuration of a client", "circuit",
+    "configurations", "sweep", "rows", "checkpoint's configuration", "generation configuration", "vocabulary", "masks",
 ]  # fmt: skip
 
 

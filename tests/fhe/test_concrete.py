@@ -269,6 +269,7 @@ def test_a_circuit_in_another_process(head, tmp_path):
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_the_clients_half_of_a_saved_circuit(head, tmp_path):
     circuit, keys = head
     circuit.save(tmp_path, server=False)

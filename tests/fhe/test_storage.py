@@ -146,6 +146,12 @@ def test_another_process_knows_the_functions_of_all_methods():
     """And so can compute with a circuit from a file."""
     code = "import fhe.storage, jaxgpt2.methods; print(*(name.partition(':')[2] for name in fhe.storage._functions))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {"project_token", "attend", "first_token", "run_head", "run_layer", "prefill", "decode_step"} <= set(
-        found.stdout.split()
-    )
+    assert {
+        "project_token",
+        "attend",
+        "first_token",
+        "attend_to_text",
+        "attend_in_layer",
+        "prefill",
+        "decode_step",
+    } <= set(found.stdout.split())

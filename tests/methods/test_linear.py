@@ -159,6 +159,7 @@ def _names(gpt2: GPT2) -> list[str]:
     return linear.matrix_names(gpt2.config)
 
 
+@pytest.mark.slow
 def test_the_bundled_model_at_default_widths():
     gpt2 = GPT2.from_pretrained("tiny")
     model = LinearGPT2.quantize(gpt2, bundled_passages("calibration")[:60])

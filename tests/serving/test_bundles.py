@@ -332,6 +332,7 @@ def test_a_file_elsewhere_is_not_part_of_a_bundle(client):
 # --- over HTTP ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_whole_attention_from_eval_to_a_server(model, tmp_path):
     """Command by command; sweeps of it are in `test_sweep`."""
     common = ["--model", model, "--calibration", model / "calibration.txt", "--encrypt", "1.attn", "--bits", 5]

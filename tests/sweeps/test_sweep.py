@@ -326,6 +326,7 @@ def test_sweep_writes_a_table_and_figures_and_resumes(model, tmp_path):
     assert np.allclose(resumed["kl"].to_numpy(float), frame["kl"].to_numpy(float), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "jaxgpt2.cli", *map(str, small_sweep(model, out)), "--batch", "1"]
@@ -346,6 +347,7 @@ def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
     assert read_rows(out).items() >= before.items()
 
 
+@pytest.mark.slow
 def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_path):
     out = tmp_path / "configs.json"
     tuning = ["tune", *common(model), "--encrypt", "0.1,1.2", "--bits", "3,7", "--set", "score_rank=8",
@@ -420,6 +422,7 @@ def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, 
     assert found["modules"]["1.2"]["measured"]["kl"] in {row["kl"] for row in trained}
 
 
+@pytest.mark.slow
 def test_tune_chooses_error_probability_and_rounding_by_simulation_and_resumes(model, tmp_path):
     out = tmp_path / "configs.json"
     tuning = ["tune", *common(model), "--encrypt", "0.1", "--bits", 3, "--set", "score_rank=4", "--set",
