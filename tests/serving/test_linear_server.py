@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import socket
 import threading
@@ -143,7 +144,8 @@ def test_a_server_killed_in_the_middle_of_a_text(home, masks, model, tmp_path, m
         found = json.loads(generate(first.url, home).stdout)
     assert found["tokens"] == linears.quantized_tokens(model, PROMPT, 4)
     assert asked[11] == asked[12] == asked[13]
-    assert len(asked) == requests_of(4) + 2
+    # A busy machine may need more tries, of this request or another one: each with the very bytes of the first.
+    assert len([key for key, _ in itertools.groupby(asked)]) == requests_of(4)
     bodies = [body for _, body in asked]
     assert len(set(bodies)) == len(bodies) - 2
 
