@@ -11,9 +11,11 @@ import types
 from pathlib import Path
 
 from jaxgpt2.methods import method
-from jaxgpt2.methods.formula import SOURCES
 from jaxgpt2.methods.method import Method
 from jaxgpt2.methods.values import MethodError, one_line, place_of
+
+# Files that methods were loaded from, by their modules: path and content.
+SOURCES: dict[str, tuple[str, bytes]] = {}
 
 # Of a file's SHA-256, in the names of its methods.
 DIGITS = 16

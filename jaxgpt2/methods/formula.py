@@ -30,6 +30,7 @@ import fhe
 from jaxgpt2.decoding import FullSequence, GrowingCache
 from jaxgpt2.errors import InputError
 from jaxgpt2.methods import values
+from jaxgpt2.methods.files import SOURCES, from_source
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule, float_head
 from jaxgpt2.methods.requantize import Projection, calibrate_projection, project
 from jaxgpt2.methods.values import Grid, MethodError, Ops, Quotient, Recorder, Value
@@ -93,16 +94,10 @@ class Formula:
         return _read_again, (self.function.__module__, self.name, SOURCES.get(self.function.__module__))
 
 
-# Files that methods were loaded from, by their modules: path and content.
-SOURCES: dict[str, tuple[str, bytes]] = {}
-
-
 def _read_again(module: str, name: str, source: tuple[str, bytes] | None) -> Formula:
     """A formula from where it was written."""
     if source is None:
         return formula_of(getattr(importlib.import_module(module), name))
-    from jaxgpt2.methods.files import from_source
-
     return formula_of(from_source(source[0], name, source[1]))
 
 
