@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def small_circuit() -> Any:
     }
     fhe.register_functions(*(function.run for function in functions.values()))
     return fhe.get_backend("clear").compile(functions, PARAMS, fhe.FHEConfig())
+
+
+def tokens_file(directory: Path, tokens: Mapping[str, str]) -> Path:
+    """A file for `serve --tokens`, of tokens by their clients' names."""
+    path = directory / "tokens"
+    path.write_text("".join(f"{name} {hashlib.sha256(each.encode()).hexdigest()}\n" for name, each in tokens.items()))
+    return path
 
 
 def certificates(directory: Path) -> Path:

@@ -23,9 +23,9 @@ from jaxgpt2.progress import counting, megabytes, note, seconds, step
 if TYPE_CHECKING:
     from jaxgpt2.linear import LinearClient, LinearGPT2
     from jaxgpt2.models.gpt2.pretrained import GPT2
-    from jaxgpt2.serving.masked import Makes, MatrixOwner
+    from jaxgpt2.serving.masked import Makes
     from jaxgpt2.serving.masks import MaskStore
-    from jaxgpt2.serving.remote import Connection
+    from jaxgpt2.serving.remote import Connection, RemoteOwner
 
 LINEAR = "linear"
 
@@ -190,8 +190,8 @@ def open_store(client: LinearClient, masks: Path | None) -> MaskStore:
     return store_for(client, directory, Path(platformdirs.user_state_dir("jaxgpt2")) / "masks")
 
 
-def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: dict[str, Any]) -> MatrixOwner:
-    """A server's matrices, for a process of its own."""
+def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: dict[str, Any]) -> RemoteOwner:
+    """A server's matrices, behind a connection of their own."""
     from jaxgpt2.serving.remote import RemoteOwner
 
     return RemoteOwner(connect(server, **connecting), shapes)
@@ -218,7 +218,6 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import read_client, traffic
     from jaxgpt2.serving.masked import in_processes
-    from jaxgpt2.serving.remote import RemoteOwner
 
     if server is None or client is None:
         raise InputError("prepare needs --server URL and --client DIR")
@@ -226,8 +225,8 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     if not bundle.is_linear:
         raise InputError(f"{client} is a bundle of circuits, which need no masks: prepare is for --encrypt linear")
     own = read_client(bundle)
-    with contextlib.closing(connect(server, **connecting)) as connection:
-        owner = RemoteOwner(connection, own.shapes)
+    owner = remote_owner(server, own.shapes, connecting)
+    with contextlib.closing(owner.connection):
         owner.check(own.identity)
         with contextlib.closing(open_store(own, masks)) as store:
             count, each = needed_masks(store, tokens), traffic(own)

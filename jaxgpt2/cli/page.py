@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from jaxgpt2.cli.linear import open_store
-from jaxgpt2.cli.options import Directory, connect, connection_options, json_option, options
+from jaxgpt2.cli.linear import open_store, remote_owner
+from jaxgpt2.cli.options import Directory, connection_options, json_option, options
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.progress import note, step
 
@@ -35,7 +35,6 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import read_client
-    from jaxgpt2.serving.remote import RemoteOwner
 
     if server is None or client is None:
         raise InputError("page needs --server URL and --client DIR")
@@ -44,8 +43,8 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
         raise InputError(f"{client} is a bundle of circuits: the page is for --encrypt linear")
     own = read_client(bundle)
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(contextlib.closing(connect(server, **connecting)))
-        owner = RemoteOwner(connection, own.shapes)
+        owner = remote_owner(server, own.shapes, connecting)
+        stack.enter_context(contextlib.closing(owner.connection))
         owner.check(own.identity)
         store = stack.enter_context(contextlib.closing(open_store(own, masks)))
         gpt2 = None

@@ -180,8 +180,7 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
         },
         "encryptions": {head: [dataclasses.asdict(each) for each in trials] for head, trials in tried.items()},
     }
-    kept = 1 - sum(row["kl"] for row in found.values()) / sum(row["kl_ablated"] for row in found.values())
-    result["recovered_kl"] = kept
+    kept = result["recovered_kl"] = tuning.recovered(found.values())
     if out is not None:
         text_of = json.dumps(result, indent=2) + "\n"
         write_atomically(out, lambda name: Path(name).write_text(text_of))

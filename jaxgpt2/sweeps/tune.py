@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,11 @@ def screened(configuration: Configuration) -> Configuration:
 Measure = Callable[[Sequence[Configuration]], Sequence[Row]]
 
 
+def recovered(rows: Collection[Row]) -> float:
+    """What heads keep together: 1 - sum of kl / sum of kl_ablated, over a row for each."""
+    return 1 - sum(row["kl"] for row in rows) / sum(row["kl_ablated"] for row in rows)
+
+
 def search(configurations: Sequence[Configuration], wanted: float, screen: Measure, final: Measure) -> list[Row]:
     """Rows among which `cheapest` finds a good choice, of few of the configurations.
 
@@ -144,7 +149,7 @@ def search(configurations: Sequence[Configuration], wanted: float, screen: Measu
     def enough(rows: Sequence[Row], share: float) -> bool:
         if any(row.get("recovered_kl") is None for row in rows):
             return False
-        return 1 - sum(row["kl"] for row in rows) / sum(row["kl_ablated"] for row in rows) >= share
+        return recovered(rows) >= share
 
     loose = 1 - LOOSE * (1 - wanted)
     start = next(

@@ -32,7 +32,7 @@ from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.limits import Limits
 from jaxgpt2.serving.protocol import MAX_CALLS, MAX_INPUTS, MAX_ITEMS, MAX_PARTS
 from linears import random_matrices
-from served import Running, running, small_circuit
+from served import Running, running, small_circuit, tokens_file
 
 MEGABYTE = 10**6
 ROOM, WAIT = 200 * MEGABYTE, 5.0
@@ -43,9 +43,7 @@ TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob"}
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text("".join(f"{who} {hashlib.sha256(each.encode()).hexdigest()}\n" for who, each in TOKENS.items()))
-    return path
+    return tokens_file(tmp_path_factory.mktemp("tokens"), TOKENS)
 
 
 @pytest.fixture(scope="module")

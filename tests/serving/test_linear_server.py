@@ -32,7 +32,7 @@ from jaxgpt2.serving.masked import Masked
 from jaxgpt2.serving.remote import Connection, Mismatch, RemoteOwner
 from jaxgpt2.serving.server import ServerSettings
 from linears import PROMPT
-from served import Running, running
+from served import Running, running, tokens_file
 
 TOKENS = {"alice": "token-of-alice", "bob": "token-of-bob", "metrics": "token-of-metrics"}
 FEATURE = rlwe.Parameters().feature_bytes
@@ -65,9 +65,7 @@ def model(linear_gpt2) -> LinearGPT2:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text("".join(f"{who} {hashlib.sha256(each.encode()).hexdigest()}\n" for who, each in TOKENS.items()))
-    return path
+    return tokens_file(tmp_path_factory.mktemp("tokens"), TOKENS)
 
 
 @pytest.fixture(scope="module")

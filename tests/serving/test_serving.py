@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ from jaxgpt2.modules import parse_modules
 from jaxgpt2.serving.bundle import Bundle, BundleError
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.models import read_client
-from served import Running, certificates, running
+from served import Running, certificates, running, tokens_file
 
 pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
 
@@ -74,9 +73,7 @@ def compiled(model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    path.write_text("".join(f"{n} {hashlib.sha256(t.encode()).hexdigest()}\n" for n, t in TOKENS.items()))
-    return path
+    return tokens_file(tmp_path_factory.mktemp("tokens"), TOKENS)
 
 
 @pytest.fixture(scope="module")
