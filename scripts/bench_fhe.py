@@ -238,7 +238,7 @@ def stretch(ran: dict[str, Any], known: int, length: int) -> Measured | None:
 
 
 @main.command()
-@click.option("--encrypt", default="0.2", show_default=True, metavar="L.H|random",
+@click.option("--head", default="0.2", show_default=True, metavar="L.H|random",
               help="Of the bundled model, whose head_dim is 64.")  # fmt: skip
 @click.option("--width", default=768, show_default=True, help="That it is taken to.")
 @click.option("--tokens", type=click.IntRange(SHORT + 2), default=32, show_default=True, help="Of the longest text.")
