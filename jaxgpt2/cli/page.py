@@ -33,6 +33,7 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
     except ImportError as error:
         raise MissingExtra(error, "page", "page") from None
     from jaxgpt2.models.gpt2.pretrained import GPT2
+    from jaxgpt2.serving.address import listen_on
     from jaxgpt2.serving.bundle import Bundle
     from jaxgpt2.serving.linear_bundle import read_client
 
@@ -43,6 +44,7 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
         raise InputError(f"{client} is a bundle of circuits: the page is for --encrypt linear")
     own = read_client(bundle)
     with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen_on("127.0.0.1", port))
         owner = remote_owner(server, own.shapes, connecting)
         stack.enter_context(contextlib.closing(owner.connection))
         owner.check(own.identity)
@@ -56,4 +58,4 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
             click.echo(json.dumps({"url": url}) if as_json else url)
             note("open it in a browser of this machine; Ctrl-C ends it")
 
-        serve_page(Page(own, owner, store, gpt2), port, tell)
+        serve_page(Page(own, owner, store, gpt2), listener, tell)

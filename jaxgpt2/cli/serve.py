@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import secrets
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,7 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
     """Compute for clients what the server bundle in DIR holds."""
     try:
         from jaxgpt2.serving import server
+        from jaxgpt2.serving.address import listen_on
         from jaxgpt2.serving.bundle import Bundle
     except ImportError as error:
         raise MissingExtra(error, "serve", "server") from None
@@ -110,11 +110,8 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         state = check_writable(Path(platformdirs.user_state_dir("jaxgpt2")) / bundle.id[:16])
     for name in ("body", "keys", "session_size"):
         limits[name] *= 10**6
-    check_address(host, port)
     settings = server.ServerSettings(
         state=state,
-        host=host,
-        port=port,
         tokens=None if tokens is None else server.read_tokens(tokens),
         workers=workers,
         threads=threads,
@@ -124,28 +121,13 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         client_authority=client_authority,
         limits=Limits(**limits),
     )
-    if bundle.is_linear:
-        from jaxgpt2.serving.linear_server import serve_linear
+    with listen_on(host, port) as listener:  # before anything is written for a server
+        if bundle.is_linear:
+            from jaxgpt2.serving.linear_server import serve_linear
 
-        serve_linear(bundle, settings, array)
-    else:
-        server.serve(bundle, settings)
-
-
-def check_address(host: str, port: int) -> None:
-    """Before anything is written for a server: whether it can listen there.
-
-    Raises:
-        InputError: the port is taken, or the address is not this machine's.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, port))
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "that is no address"
-        raise InputError(f"cannot listen on {host}, port {port}: {reason.lower()}") from None
+            serve_linear(bundle, settings, listener, array)
+        else:
+            server.serve(bundle, settings, listener)
 
 
 def generate_remotely(

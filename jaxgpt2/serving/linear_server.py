@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ from jaxgpt2.serving.accounts import Accounts
 from jaxgpt2.serving.bundle import FORMAT, Bundle
 from jaxgpt2.serving.files import APIError
 from jaxgpt2.serving.linear_bundle import read_weights
-from jaxgpt2.serving.server import ServerSettings, configure_logs, listen
+from jaxgpt2.serving.server import ServerSettings, configure_logs, run
 
 # Rows of an online request: a prompt is no longer than a model's context.
 MOST_ROWS = 4096
@@ -160,9 +161,9 @@ def make_app(server: LinearServer) -> Starlette:
     )
 
 
-def serve_linear(bundle: Bundle, settings: ServerSettings, array: str = "numpy") -> None:
-    """Serves until SIGINT or SIGTERM. Raises InputError: address, certificate or bundle cannot be used."""
+def serve_linear(bundle: Bundle, settings: ServerSettings, listener: socket.socket, array: str = "numpy") -> None:
+    """Serves until SIGINT or SIGTERM. Raises InputError: certificate or bundle cannot be used."""
     configure_logs()
     # A product of one row waits for memory, and more threads of BLAS only spin beside it.
     with contextlib.suppress(KeyboardInterrupt), threadpool_limits(1, "blas"):
-        listen(make_app(LinearServer(bundle, settings, array)), bundle, settings)
+        run(make_app(LinearServer(bundle, settings, array)), bundle, settings, listener)

@@ -266,24 +266,12 @@ class Guard:
         await app(scope, receive, with_headers)
 
 
-def serve_page(page: Page, port: int, tell: Callable[[str], None]) -> None:
-    """Serves until Ctrl-C. port: 0 takes a free one. tell: gets the page's address, once it can be opened.
-
-    Raises:
-        InputError: the port cannot be used.
-    """
-    with contextlib.closing(socket.socket()) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot listen on port {port} of this machine: {reason}") from None
-        listener.listen()
-        origin, token = f"http://127.0.0.1:{listener.getsockname()[1]}", secrets.token_urlsafe(32)
-        config = uvicorn.Config(
-            make_app(page, origin, token), log_config=None, access_log=False, server_header=False,
-            limit_concurrency=16, timeout_graceful_shutdown=1, lifespan="off", ws="none",
-        )  # fmt: skip
-        tell(f"{origin}/{token}/")
-        uvicorn.Server(config).run(sockets=[listener])
+def serve_page(page: Page, listener: socket.socket, tell: Callable[[str], None]) -> None:
+    """Serves until Ctrl-C. listener: at an address of this machine. tell: gets the page's address."""
+    origin, token = f"http://127.0.0.1:{listener.getsockname()[1]}", secrets.token_urlsafe(32)
+    config = uvicorn.Config(
+        make_app(page, origin, token), log_config=None, access_log=False, server_header=False,
+        limit_concurrency=16, timeout_graceful_shutdown=1, lifespan="off", ws="none",
+    )  # fmt: skip
+    tell(f"{origin}/{token}/")
+    uvicorn.Server(config).run(sockets=[listener])

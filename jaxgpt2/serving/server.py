@@ -80,8 +80,6 @@ class ServerSettings:
     """
 
     state: Path
-    host: str = "127.0.0.1"
-    port: int = 8343
     tokens: Mapping[str, str] | None = None
     workers: int | None = None
     threads: int | None = None
@@ -589,11 +587,11 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def serve(bundle: Bundle, settings: ServerSettings) -> None:
+def serve(bundle: Bundle, settings: ServerSettings, listener: socket.socket) -> None:
     """Serves until SIGINT or SIGTERM, then finishes what is running.
 
     Raises:
-        InputError: the state directory is another server's, or the address or certificate cannot be used.
+        InputError: the state directory is another server's, or the certificate cannot be used.
     """
     configure_logs()
     settings.state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -604,17 +602,17 @@ def serve(bundle: Bundle, settings: ServerSettings) -> None:
         raise InputError(f"another server uses {settings.state}: give another --state") from None
     with lock:
         server = Server(bundle, settings, start_workers(settings))
-        listen(make_app(server), bundle, settings)
+        run(make_app(server), bundle, settings, listener)
 
 
-def listen(app: Any, bundle: Bundle, settings: ServerSettings) -> None:
+def run(app: Any, bundle: Bundle, settings: ServerSettings, listener: socket.socket) -> None:
     """Serves an ASGI application until SIGINT or SIGTERM.
 
     Raises:
-        InputError: the address or certificate cannot be used.
+        InputError: the certificate cannot be used.
     """
     config = uvicorn.Config(
-        app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+        app, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=settings.limits.grace, limit_concurrency=2 * settings.limits.requests + 16,
         ssl_certfile=settings.certificate, ssl_keyfile=settings.key,
         ssl_ca_certs=None if settings.client_authority is None else str(settings.client_authority),
@@ -624,16 +622,10 @@ def listen(app: Any, bundle: Bundle, settings: ServerSettings) -> None:
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise InputError(f"the certificate or its key cannot be used: {error}") from None
-    try:
-        listener = config.bind_socket()
-    except SystemExit:  # uvicorn's answer to an address that is taken
-        raise InputError(f"cannot listen on {settings.host}, port {settings.port}: is it taken?") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a connection whose other end takes nothing is ended
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * asgi.PATIENCE))
-    # Headers and body are two writes, and the second one would wait for an acknowledgement of the first.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    scheme = "http" if settings.certificate is None else "https"
-    log.info("listening", url=f"{scheme}://{settings.host}:{listener.getsockname()[1]}", bundle=bundle.id)
+    scheme, (host, port) = "http" if settings.certificate is None else "https", listener.getsockname()[:2]
+    log.info("listening", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", bundle=bundle.id)
     for number in (signal.SIGINT, signal.SIGTERM):  # once stopped, uvicorn raises again what stopped it
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])

@@ -203,7 +203,7 @@ def test_a_bundle_that_encrypts_nothing(place):
     assert "backend 'clear', which encrypts nothing: the server would read your text" in refused(*remote)
 
 
-def test_a_port_that_is_taken_leaves_nothing(place, tmp_path, monkeypatch):
+def test_a_port_that_is_taken_leaves_nothing(place, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = refused("serve", place / "server", "--port", port, "--state", tmp_path / "state")

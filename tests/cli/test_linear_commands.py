@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,3 +270,17 @@ def test_an_interrupted_text_sends_nothing_more(home, model, tmp_path):
 def test_serve_refuses_what_is_no_server_bundle(home):
     found = jaxgpt2("serve", home / "out" / "client")
     assert found.exit_code == 2 and "is a client bundle, wanted the server's" in found.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "page"])
+def test_a_port_that_is_taken_leaves_nothing(home, tmp_path, command):
+    arguments = {
+        "serve": [home / "out" / "server", "--state", tmp_path / "state"],
+        "page": ["--server", "http://127.0.0.1:1", "--client", home / "out" / "client", "--masks", tmp_path / "masks"],
+    }
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = jaxgpt2(command, *arguments[command], "--port", port)
+    assert found.exit_code == 2
+    assert f"cannot listen on 127.0.0.1, port {port}: address already in use" in found.stderr
+    assert not list(tmp_path.iterdir())
