@@ -1,8 +1,8 @@
 """A circuit's directory: `circuit.json` is all that a client needs, `server.bin` is the server's half.
 
-`server.bin` holds arrays, numbers and names, and no code. A name stands for a function that was registered here, or for
-a class of records, a dataclass or a NamedTuple, of a module that is loaded; nothing is imported, and no method of a
-class is called. A client never opens it.
+`server.bin`, and whatever else `pack` makes, holds arrays, numbers and names, and no code. A name stands for a function
+that was registered here, or for a class of records, a dataclass or a NamedTuple, of a module that is loaded; nothing is
+imported, and no method of a class is called. A client never opens it.
 """
 
 import dataclasses
@@ -48,11 +48,15 @@ def save(directory: str | Path, kind: str, identity: str, description: dict[str,
     directory.mkdir(parents=True, exist_ok=True)
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1))
     if half is not None:
-        try:
-            parts = _encode(half, check=True)
-        except (TypeError, RecursionError) as error:
-            raise CompilationError(f"a {kind} is saved with the names of its functions: {error}") from error
-        (directory / SERVER).write_bytes(envelope.pack(kind, identity, "", parts))
+        (directory / SERVER).write_bytes(pack(kind, identity, half))
+
+
+def pack(kind: str, identity: str, value: Any) -> bytes:
+    """Objects as bytes that `unpack` reads. Raises CompilationError if one of them cannot be named."""
+    try:
+        return envelope.pack(kind, identity, "", _encode(value, check=True))
+    except (TypeError, RecursionError) as error:
+        raise CompilationError(f"a {kind} is saved with the names of its functions: {error}") from error
 
 
 def load_description(directory: Path, format: int) -> dict[str, Any]:
@@ -72,15 +76,19 @@ def load_half(directory: Path, kind: str, identity: str) -> Any | None:
 
     Raises CircuitFormatError; UnknownName if a function or a class is not known here.
     """
-    if not (directory / SERVER).exists():
-        return None
-    parts = envelope.unpack(envelope.read_file(directory / SERVER, kind), kind, identity).parts
+    path = directory / SERVER
+    return unpack(path, kind, identity) if path.exists() else None
+
+
+def unpack(path: Path, kind: str, identity: str) -> Any:
+    """The objects in a file of what `pack` made. Raises what `load_half` raises; KeyMismatch for another identity."""
+    parts = envelope.unpack(envelope.read_file(path, kind), kind, identity).parts
     try:
         return _decode(json.loads(parts[0]), [_from_npy(part) for part in parts[1:]])
     except LookupError as error:
-        raise UnknownName(f"the circuit in {directory} needs {error.args[0]}, which is not here") from None
+        raise UnknownName(f"the {kind} in {path} needs {error.args[0]}, which is not here") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CircuitFormatError(f"the circuit in {directory} is damaged: {error}") from None
+        raise CircuitFormatError(f"the {kind} in {path} is damaged: {error}") from None
 
 
 def digest(value: Any) -> str:

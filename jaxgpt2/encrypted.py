@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fhe
+from fhe import storage
+from fhe.envelope import write_whole
 from jaxgpt2 import methods
 from jaxgpt2.calibration import CalibrationData, HiddenStates
 from jaxgpt2.decoding import CircuitCache, NotReady, OutOfRange
@@ -35,7 +36,6 @@ from jaxgpt2.models import Decoder
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.quantize import Bits, CalibrationError
-from weights.checkpoint import write_atomically
 
 Mode = Literal["float", "quantized", "simulate", "encrypted"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -382,7 +382,7 @@ class EncryptedGPT2:
             own = (str(module), config.bits, config.options, self.function(module).calibrate)
             # A calibration that cannot be hashed is done anew.
             with contextlib.suppress(TypeError):
-                paths[module] = directory / f"{fhe.content_hash((common, own))}.pickle"
+                paths[module] = directory / f"{fhe.content_hash((common, own))}.module"
         return paths
 
     def _check_length(self, max_tokens: int) -> None:
@@ -654,19 +654,23 @@ class EncryptedGPT2:
         return generate_tokens(read_once(read, size), tokens, max_new_tokens, sampling, self.model.config.ends_of_text)
 
 
+# What a file of a quantized module says that it holds.
+QUANTIZED = "quantized module"
+
+
 def read_quantized(path: Path) -> QuantizedModule | None:
     """A quantized module from the user's cache; None where there is none, or it cannot be read."""
     try:
-        found = pickle.loads(path.read_bytes())
-    except Exception:  # a damaged pickle raises anything
+        return storage.unpack(path, QUANTIZED, path.stem)
+    except fhe.FHEError:
         return None
-    return found if isinstance(found, QuantizedModule) else None
 
 
 def write_quantized(path: Path, module: QuantizedModule) -> None:
-    """Keeps a quantized module in the user's cache."""
+    """Keeps a quantized module in the user's cache. One that cannot be saved is calibrated anew the next time."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_atomically(path, lambda name: Path(name).write_bytes(pickle.dumps(module)))
+    with contextlib.suppress(fhe.CompilationError):
+        write_whole(path, storage.pack(QUANTIZED, path.stem, module))
 
 
 def head_weights(model: Decoder, layer: int, head: int, fisher: np.ndarray | None = None) -> HeadWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,6 +128,22 @@ def test_a_text_read_in_pieces_is_the_text_read_at_once(gpt2, method, modules, m
         got = np.concatenate([piece.contributions for piece in pieces], axis=2)
         assert np.allclose(got, wanted.contributions, atol=1e-5)
         assert np.allclose(np.concatenate([piece.logits for piece in pieces], axis=1), wanted.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["softmax", "lowrank", "polynomial"])
+def test_quantized_modules_are_kept_and_come_back(gpt2, tmp_path, monkeypatch, method):
+    encrypted = EncryptedGPT2.encrypt(gpt2, "0.1", MethodConfig.of(method, 4, UNTRAINED.get(method)))
+    made = encrypted.calibrate(CALIBRATION, 8, tmp_path)
+    (path,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(EncryptedGPT2, "calibrate_on", None)
+        found = encrypted.calibrate(CALIBRATION, 8, tmp_path)
+    assert jax.tree.structure(found.quantized) == jax.tree.structure(made.quantized)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.quantized, made.quantized))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    encrypted.calibrate(CALIBRATION, 8, tmp_path)
+    assert path.read_bytes() == whole
 
 
 @dataclass
