@@ -193,7 +193,8 @@ class Backend(Protocol):
 
     "integers": functions take an `Ops`, and results are integers; "lookup": any function of one integer;
     "slots": functions take a `fhe.ckks.slots.SlotOps`; "exact": results equal NumPy's, up to p_error;
-    "encrypted": the server learns nothing; "cores": one run uses all cores (without it, use a process for each core).
+    "encrypted": the server learns nothing; "cores": one run uses all cores (without it, use a process for each core);
+    "compiled": a saved circuit is machine code (without it, whoever runs it must have registered its functions).
     """
 
     @property

@@ -443,7 +443,7 @@ class ConcreteBackend:
     """TFHE: small integers and exact lookups. The time of a lookup about doubles with every bit."""
 
     name = "concrete"
-    offers = frozenset({"integers", "lookup", "exact", "encrypted", "cores"})
+    offers = frozenset({"integers", "lookup", "exact", "encrypted", "cores", "compiled"})
 
     def version(self) -> str:
         return f"concrete-python {version('concrete-python')}"

@@ -64,6 +64,14 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
     help="More workers, of the Dask scheduler at this address; they share the paths of bundle and state.",
 )
 @click.option(
+    "--attention",
+    "methods",
+    multiple=True,
+    metavar="FILE.py:NAME",
+    help="An attention method of a file that the bundle was compiled with and computes with (backend clear); workers "
+    "run the file.",
+)
+@click.option(
     "--array",
     type=click.Choice(["numpy", "jax"]),
     default="numpy",
@@ -88,7 +96,8 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
 )
 def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: bool, certificate: Path | None,
           key: Path | None, client_authority: Path | None, state: Path | None, workers: int | None,
-          threads: int | None, scheduler: str | None, array: str, **limits: Any) -> None:  # fmt: skip
+          threads: int | None, scheduler: str | None, methods: tuple[str, ...], array: str,
+          **limits: Any) -> None:  # fmt: skip
     """Compute for clients what the server bundle in DIR holds."""
     try:
         from jaxgpt2.serving import server
@@ -98,6 +107,7 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         raise MissingExtra(error, "serve", "server") from None
 
     bundle = Bundle.read(directory, "server")
+    files = bundle.method_files(methods)
     if tokens is None and not anybody and not server.is_loopback(host):
         raise InputError(f"on {host} anybody could use the server: give --tokens FILE, or --anybody if they may")
     if (certificate is None) != (key is None) or (client_authority is not None and certificate is None):
@@ -116,6 +126,7 @@ def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: b
         workers=workers,
         threads=threads,
         scheduler=scheduler,
+        files=files,
         certificate=certificate,
         key=key,
         client_authority=client_authority,

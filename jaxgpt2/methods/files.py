@@ -14,8 +14,9 @@ from jaxgpt2.methods import method
 from jaxgpt2.methods.method import Method
 from jaxgpt2.methods.values import MethodError, one_line, place_of
 
-# Files that methods were loaded from, by their modules: path and content.
+# Files that methods were loaded from, by their modules: path and content. A module's name ends in the file's SHA-256.
 SOURCES: dict[str, tuple[str, bytes]] = {}
+MODULE = "jaxgpt2_attention_"
 
 # Of a file's SHA-256, in the names of its methods.
 DIGITS = 16
@@ -49,7 +50,7 @@ def from_source(path: str, name: str, source: bytes) -> Method:
     full = f"{Path(path).name}:{name}@{found[:DIGITS]}"
     if full in method.names():
         return method.get(full)
-    module = f"jaxgpt2_attention_{found}"
+    module = MODULE + found
     if module not in sys.modules:
         _run(path, source, module)
     made = getattr(sys.modules[module], name, None)
@@ -60,6 +61,12 @@ def from_source(path: str, name: str, source: bytes) -> Method:
     made = dataclasses.replace(made, name=full)
     method.register(made)
     return made
+
+
+def digest_of(name: str) -> str | None:
+    """SHA-256 of the file that a method of this name was loaded from; None if it was not."""
+    beginning = MODULE + name.rpartition("@")[2]
+    return next((module.removeprefix(MODULE) for module in SOURCES if module.startswith(beginning)), None)
 
 
 def _run(path: str, source: bytes, module: str) -> None:

@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,38 @@ class Bundle:
     def is_linear(self) -> bool:
         """Whether it is of linear layers, and not of circuits."""
         return LINEAR in self.content
+
+    def method_files(self, given: Sequence[str]) -> tuple[tuple[str, str, bytes], ...]:
+        """Of `FILE.py:NAME`, given for every method of a file that a server computes with: path, name and content.
+
+        Raises:
+            BundleError: one is missing, or of another content than was compiled, or is not needed.
+        """
+        needed = {
+            (name.rpartition("@")[0].rpartition(":")[2], digest): name
+            for name, digest in self.content.get("methods", {}).items()
+        }
+        found = {}
+        for text in given:
+            match = re.fullmatch(r"(.+\.py):(\w+)", text)
+            if match is None:
+                raise BundleError(f"--attention {text!r:.80}: wanted FILE.py:NAME")
+            path, name = match.groups()
+            try:
+                content = Path(path).read_bytes()
+            except OSError as error:
+                raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+            found[name, hashlib.sha256(content).hexdigest()] = path, name, content
+        for name, digest in needed.keys() - found.keys():
+            came = ", ".join(f"{path} with {other}" for (_, other), (path, _, _) in found.items()) or "no file"
+            file = needed[name, digest].rpartition(":")[0]
+            raise BundleError(
+                f"{self.directory} computes with the method {name} of {file} with SHA-256 {digest}, got {came}: give "
+                f"the file that was compiled, as --attention {file}:{name}"
+            )
+        for name, digest in found.keys() - needed.keys():
+            raise BundleError(f"--attention {found[name, digest][0]}:{name}: {self.directory} needs no such method")
+        return tuple(found.values())
 
     def circuit_directory(self, module: str) -> Path:
         return self.directory / "circuits" / module

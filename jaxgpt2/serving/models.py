@@ -21,6 +21,7 @@ from jaxgpt2.decoding import FullSequence, NotReady
 from jaxgpt2.encrypted import EncryptedGPT2, get_backend
 from jaxgpt2.errors import InputError
 from jaxgpt2.methods import MethodConfig
+from jaxgpt2.methods.files import digest_of
 from jaxgpt2.methods.formula import client_method
 from jaxgpt2.methods.method import QuantizedModule
 from jaxgpt2.models.gpt2.pretrained import GPT2
@@ -100,8 +101,18 @@ def _write(encrypted: EncryptedGPT2, seq_len: int, directory: Path) -> str:
     contents = bundles.hashes(client), seq_len, facts, {module: circuit.id for module, circuit in circuits.items()}
     identity = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     bundles.write(client, "client", identity, circuits, {"seq_len": seq_len, "modules": facts})
-    bundles.write(directory / "server", "server", identity, circuits)
+    bundles.write(directory / "server", "server", identity, circuits, {"methods": _methods_of_files(encrypted)})
     return identity
+
+
+def _methods_of_files(encrypted: EncryptedGPT2) -> dict[str, str]:
+    """Methods whose functions the server computes with, by name: the SHA-256 of the files that they are in."""
+    names = {
+        encrypted.configs[module].method
+        for module, circuit in encrypted.circuits.items()
+        if "compiled" not in get_backend(circuit.report.backend).offers
+    }
+    return {name: digest for name in sorted(names) if (digest := digest_of(name)) is not None}
 
 
 def read_client(bundle: Bundle) -> EncryptedGPT2:

@@ -75,8 +75,8 @@ class ServerSettings:
 
     state: directory for keys and sessions. tokens: client's name by the SHA-256 of its token; None asks for none.
     workers: processes, None for one per core. threads: of each, None for as many as there are cores. scheduler: of
-    more workers, by Dask's address. certificate, key: files for TLS. client_authority: certificates of whom clients
-    must have theirs from.
+    more workers, by Dask's address. files: of attention methods, see `Bundle.method_files`. certificate, key: files for
+    TLS. client_authority: certificates of whom clients must have theirs from.
     """
 
     state: Path
@@ -84,6 +84,7 @@ class ServerSettings:
     workers: int | None = None
     threads: int | None = None
     scheduler: str | None = None
+    files: tuple[tuple[str, str, bytes], ...] = ()
     certificate: Path | None = None
     key: Path | None = None
     client_authority: Path | None = None
@@ -268,6 +269,7 @@ class Server(Accounts):
             body,
             self.limits.keys_in_memory,
             self.limits.session_size - session.size,
+            self.settings.files,
         )
 
     async def _finish(self, session: Session, batch: Batch, job: Job) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import os
 import signal
 import time
@@ -27,7 +26,8 @@ class Job:
     """A batch, packed as it came, and where to find what it needs.
 
     circuit: directory of the compiled circuit; keys: file of the evaluation keys; session: directory of results.
-    in_memory: sets of keys that a worker holds ready at once. room: bytes by which the session may grow.
+    in_memory: sets of keys that a worker holds ready at once. room: bytes by which the session may grow. files: of
+    attention methods that the circuit names, as `Bundle.method_files` returns them.
     """
 
     backend: str
@@ -37,6 +37,7 @@ class Job:
     batch: bytes
     in_memory: int
     room: int
+    files: tuple[tuple[str, str, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ def _load(job: Job) -> fhe.Circuit:
     try:
         return backend.load(job.circuit)
     except fhe.UnknownName:
-        importlib.import_module("jaxgpt2.methods")  # registers the functions of all methods, and takes a while
+        from jaxgpt2.methods import files  # registers the functions of all methods, and takes a while
+
+        for file in job.files:
+            files.from_source(*file)
         return backend.load(job.circuit)
 
 

@@ -113,6 +113,42 @@ def test_a_method_of_a_file_is_named_by_its_hash_and_the_client_runs_no_code(gpt
     assert list(client.continue_text(PROMPT, 3, client.run_by(executors))) == wanted
 
 
+def test_a_server_is_given_the_file_of_a_method(model, gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, out = tmp_path / "mine.py", tmp_path / "out"
+    code = "from jaxgpt2.methods import attention\n\n\n@attention\ndef mine(ops, q, k, v):\n    return v.mean(axis=0)\n"
+    path.write_text(code)
+    run("compile", "--model", model, "--calibration", model / "calibration.txt", "--backend", "clear",
+        "--encrypt", "0.1", "--seq-len", LENGTH, "--attention", "mine.py:mine", "--cache", tmp_path / "cache",
+        "--out", out)  # fmt: skip
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    name = f"mine.py:mine@{digest[:16]}"
+    assert Bundle.read(out / "server", "server").content["methods"] == {name: digest}
+
+    def refused(*given: object) -> str:
+        found = CliRunner().invoke(main, ["serve", *map(str, [out / "server", "--state", tmp_path / "state", *given])])
+        assert found.exit_code == 2 and not (tmp_path / "state").exists()
+        (line,) = found.stderr.splitlines()
+        return line
+
+    wanted = f"computes with the method mine of mine.py with SHA-256 {digest}, got"
+    assert f"{wanted} no file: give the file that was compiled, as --attention mine.py:mine" in refused()
+    other = tmp_path / "other.py"
+    other.write_text(code.replace("mean", "max"))
+    changed = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert f"{wanted} other.py with {changed}: give the file" in refused("--attention", "other.py:mine")
+    both = ["--attention", "mine.py:mine", "--attention", "other.py:mine"]
+    assert f"other.py:mine: {out / 'server'} needs no such method" in refused(*both)
+    assert "none.py cannot be read: No such file" in refused("--attention", "none.py:mine")
+    assert "--attention 'mine': wanted FILE.py:NAME" in refused("--attention", "mine")
+
+    with running(out / "server", tmp_path / "state", "--attention", path.rename(tmp_path / "renamed.py").name + ":mine",
+                 "--workers", 1) as server:  # fmt: skip
+        found = run("generate", PROMPT, "--server", server.url, "--client", out / "client", "--keys", tmp_path / "keys",
+                    "--send-my-text-unencrypted", "--max-new-tokens", 3)  # fmt: skip
+    assert found["tokens"] == list(compiled(gpt2, "0.1", name, 4).generate(PROMPT, 3, "quantized"))
+
+
 @pytest.fixture
 def bare():
     """softmax with nothing but an array as what its results are decoded with."""
