@@ -87,23 +87,22 @@ def generate(context: click.Context, prompt: str, mode: Mode, backend: str | Non
     calibration = chosen.pop("calibration")
     if scheduler is not None and mode != "encrypted":
         raise InputError(f"--scheduler is for --mode encrypted, not for {mode}: leave it out")
-    if mode != "float":
-        cache = cache_directory(cache)
+    kept = None if mode == "float" else cache_directory(cache)
     with step("loading the model"):
         encrypted = make_encrypted(**chosen, backend=backend)
     sampling = dataclasses.replace(encrypted.model.sampling, **given)
     fhe_configs = make_fhe_configs(encrypted, p_error, rounding)
     result: dict[str, Any] = {"prompt": prompt, "mode": mode, "model": chosen["model"]}
     keys: dict[Module, fhe.Keys] = {}
-    if mode != "float":
+    if kept is not None:
         length = len(encrypted.model.encode(prompt, room=max_new_tokens)) + max_new_tokens - 1
         passages = calibration_passages(calibration)
-        encrypted = calibrated(encrypted, passages, length, cache)
+        encrypted = calibrated(encrypted, passages, length, kept)
         if mode != "quantized":
-            encrypted = compiled(encrypted, passages, length, fhe_configs, backend, cache)
+            encrypted = compiled(encrypted, passages, length, fhe_configs, backend, kept)
             result["reports"] = {str(module): each.report.to_json() for module, each in encrypted.circuits.items()}
         if mode == "encrypted":
-            keys = make_keys(encrypted, cache)
+            keys = make_keys(encrypted, kept)
             announce_run(encrypted, length, length - max_new_tokens + 1)
         result |= modules_of(encrypted)
     waiting = (lambda n: f"token {n} of {max_new_tokens}") if mode in ("simulate", "encrypted") else None

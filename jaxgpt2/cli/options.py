@@ -316,9 +316,9 @@ def cache_directory(path: Path | None) -> Path:
     return path
 
 
-def calibrated(encrypted: EncryptedGPT2, passages: list[str], max_tokens: int, cache: Path | None) -> EncryptedGPT2:
+def calibrated(encrypted: EncryptedGPT2, passages: list[str], max_tokens: int, cache: Path) -> EncryptedGPT2:
     with step("calibrating (kept for the next run)"):
-        return encrypted.calibrate(passages, max_tokens, cache_directory(cache) / "calibrated")
+        return encrypted.calibrate(passages, max_tokens, cache / "calibrated")
 
 
 def compiled(
@@ -327,16 +327,16 @@ def compiled(
     seq_len: int,
     fhe_configs: dict[Module, FHEConfig],
     backend: str | None,
-    cache: Path | None,
+    cache: Path,
 ) -> EncryptedGPT2:
     names = ", ".join(map(str, encrypted.modules))
     with step(f"compiling {names} for {seq_len} tokens"):
-        return encrypted.compile(passages, seq_len, fhe_configs, backend, cache_directory(cache) / "circuits")
+        return encrypted.compile(passages, seq_len, fhe_configs, backend, cache / "circuits")
 
 
-def make_keys(encrypted: EncryptedGPT2, cache: Path | None) -> Any:
+def make_keys(encrypted: EncryptedGPT2, cache: Path) -> Any:
     with step("making keys (kept for the next run)"):
-        return encrypted.make_keys(cache_directory(cache) / "keys")
+        return encrypted.make_keys(cache / "keys")
 
 
 def total_cost(costs: Mapping[Any, Any]) -> Any:
