@@ -190,6 +190,22 @@ def open_store(client: LinearClient, masks: Path | None) -> MaskStore:
     return store_for(client, directory, Path(platformdirs.user_state_dir("jaxgpt2")) / "masks")
 
 
+def linear_client(
+    command: str, server: str | None, client: Path | None, connecting: dict[str, Any]
+) -> tuple[LinearClient, Callable[[], RemoteOwner]]:
+    """A client bundle of linear layers, and what connects to the server of its matrices."""
+    from jaxgpt2.serving.bundle import Bundle
+    from jaxgpt2.serving.linear_bundle import read_client
+
+    if server is None or client is None:
+        raise InputError(f"{command} needs --server URL and --client DIR")
+    bundle = Bundle.read(client, "client")
+    if not bundle.is_linear:
+        raise InputError(f"{client} is a bundle of circuits, which need no masks: {command} is for --encrypt linear")
+    own = read_client(bundle)
+    return own, functools.partial(remote_owner, server, own.shapes, connecting)
+
+
 def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: dict[str, Any]) -> RemoteOwner:
     """A server's matrices, behind a connection of their own."""
     from jaxgpt2.serving.remote import RemoteOwner
@@ -215,17 +231,11 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     """
     require_extra()
     from jaxgpt2.executors.processes import cores
-    from jaxgpt2.serving.bundle import Bundle
-    from jaxgpt2.serving.linear_bundle import read_client, traffic
+    from jaxgpt2.serving.linear_bundle import traffic
     from jaxgpt2.serving.masked import in_processes
 
-    if server is None or client is None:
-        raise InputError("prepare needs --server URL and --client DIR")
-    bundle = Bundle.read(client, "client")
-    if not bundle.is_linear:
-        raise InputError(f"{client} is a bundle of circuits, which need no masks: prepare is for --encrypt linear")
-    own = read_client(bundle)
-    owner = remote_owner(server, own.shapes, connecting)
+    own, reach = linear_client("prepare", server, client, connecting)
+    owner = reach()
     with contextlib.closing(owner.connection):
         owner.check(own.identity)
         with contextlib.closing(open_store(own, masks)) as store:
@@ -237,8 +247,7 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
                 f"{megabytes(count * each['stored_bytes'])} on the disk; about {took} ({MACHINE}; yours will differ)"
             )
             started = time.monotonic()
-            again = functools.partial(remote_owner, server, own.shapes, connecting)
-            with in_processes(again, cores()) as make, counting("masks", count) as progress:
+            with in_processes(reach, cores()) as make, counting("masks", count) as progress:
                 make_masks(own, store, make, tokens, progress)
             took = time.monotonic() - started
             result = {"made": count, "left": store.left(), "seconds": took,

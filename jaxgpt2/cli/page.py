@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from jaxgpt2.cli.linear import open_store, remote_owner
+from jaxgpt2.cli.linear import open_store, linear_client
 from jaxgpt2.cli.options import Directory, connection_options, json_option, options
-from jaxgpt2.errors import InputError, MissingExtra
+from jaxgpt2.errors import MissingExtra
 from jaxgpt2.progress import note, step
 
 
@@ -34,18 +34,11 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
         raise MissingExtra(error, "page", "page") from None
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.serving.address import listen_on
-    from jaxgpt2.serving.bundle import Bundle
-    from jaxgpt2.serving.linear_bundle import read_client
 
-    if server is None or client is None:
-        raise InputError("page needs --server URL and --client DIR")
-    bundle = Bundle.read(client, "client")
-    if not bundle.is_linear:
-        raise InputError(f"{client} is a bundle of circuits: the page is for --encrypt linear")
-    own = read_client(bundle)
+    own, reach = linear_client("page", server, client, connecting)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen_on("127.0.0.1", port))
-        owner = remote_owner(server, own.shapes, connecting)
+        owner = reach()
         stack.enter_context(contextlib.closing(owner.connection))
         owner.check(own.identity)
         store = stack.enter_context(contextlib.closing(open_store(own, masks)))
