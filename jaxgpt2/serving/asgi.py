@@ -156,10 +156,9 @@ class Watch:
 
 def _path_of(scope: Scope) -> str:
     """The path of the route that answered, as it was declared; "none" if there is none."""
-    for route in scope["app"].routes if "app" in scope else ():
-        if getattr(route, "path_regex", None) and route.path_regex.match(scope["path"]):
-            return route.path
-    return "none"
+    if "endpoint" not in scope:
+        return "none"
+    return next(route.path for route in scope["app"].routes if route.endpoint is scope["endpoint"])
 
 
 def refused(error: APIError) -> JSONResponse:
