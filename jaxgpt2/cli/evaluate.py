@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 def evaluate_command(calibration: Path | None, mode: Mode, backend: str | None, p_error: float | None,
                      rounding: str | None, cache: Path | None, text: Path | None, ks: str, limit: int | None,
                      max_tokens: int | None, strict: bool, as_json: bool, **chosen: Any) -> None:  # fmt: skip
-    """How much encrypted modules change the model on a text."""
+    """Measure how much encrypted modules change the model on a text."""
     from jaxgpt2 import evaluation
 
     numbers = parse_numbers("--top-k", ks)

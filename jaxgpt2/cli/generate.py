@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @options(model_options, module_options, mode_option, compile_options, server_options)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20, show_default=True)
 @options(sampling_options)
-@click.option("--scheduler", metavar="ADDRESS", help="Address of a Dask scheduler whose workers run encrypted heads.")
+@click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler, whose workers compute what is encrypted.")
 @json_option
 @click.pass_context
 def generate(context: click.Context, prompt: str, mode: Mode, backend: str | None, p_error: float | None,

@@ -221,11 +221,11 @@ def remote_owner(server: str, shapes: dict[str, tuple[int, int]], connecting: di
 @click.option("--masks", type=Directory(), metavar="DIR",
               help="Masks are kept here, readable by you alone.  [default: the user's data directory]")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1, 10**7), default=2048, show_default=True,
-              help="Masks that there shall be in the end; they are made 2,048 at a time.")  # fmt: skip
+              help="Make masks, 2,048 at a time, until there are at least so many.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def prepare(server: str | None, client: Path | None, masks: Path | None, tokens: int, as_json: bool,
             **connecting: Any) -> None:  # fmt: skip
-    """Have masks for private texts multiplied ahead of time by a server of linear layers. It sees no text.
+    """Make masks ahead of private texts, which a server of linear layers multiplies under encryption. It sees no text.
 
     Interrupted, it goes on where it was.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxgpt2.modules import Module
     from jaxgpt2.serving.remote import Connection
 
-# What computes a head if the backend is named and no method.
+# The method where the backend is named and no method is.
 DEFAULT_METHODS = {"ckks": "polynomial"}
 
 
@@ -92,11 +92,11 @@ module_options = options(
                  help="Attention method: a name, see info, or FILE.py:NAME.  [default: polynomial for --backend ckks, "
                       "else the checkpoint's configs, else lowrank]"),
     click.option("--bits", type=int,
-                 help="Bits of activations, and of all else what the method has with them.  [default: 4]"),
-    click.option("--input-bits", type=int, help="Bits of inputs."),
-    click.option("--weight-bits", type=int, help="Bits of weights."),
-    click.option("--activation-bits", type=int, help="Bits of activations."),
-    click.option("--rounding-threshold-bits", type=int, help="Top bits of a sum that a lookup sees."),
+                 help="Bits of activations; the method derives the other widths from them.  [default: 4]"),
+    click.option("--input-bits", type=int, help="Bits of inputs, instead of what --bits makes them."),
+    click.option("--weight-bits", type=int, help="Bits of weights, instead of what --bits makes them."),
+    click.option("--activation-bits", type=int, help="Bits of activations alone."),
+    click.option("--rounding-threshold-bits", type=int, help="Top bits of a sum; a lookup sees no others."),
     click.option("--set", "changes", multiple=True, metavar="NAME=VALUE",
                  help="An option of the method, as score_rank=8; may be repeated."),
     click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
@@ -111,14 +111,14 @@ compile_options = options(
     click.option("--rounding", type=ROUNDING,
                  help="How low bits are rounded away before a lookup.  [default: as tuned, else the method's]"),
     click.option("--cache", type=Directory(), metavar="DIR",
-                 help="Calibrated heads, circuits and keys are kept here.  [default: the user's cache directory]"),
+                 help="Calibrated modules, circuits and keys are kept here.  [default: the user's cache directory]"),
 )  # fmt: skip
 
 
 connection_options = options(
-    click.option("--server", metavar="URL", help="Compute encrypted modules on this server; needs --client."),
+    click.option("--server", metavar="URL", help="Server that computes what is encrypted; needs --client."),
     click.option("--client", type=click.Path(path_type=Path), metavar="DIR",
-                 help="Client bundle, from compile; it is used instead of --model and all of its options."),
+                 help="Client bundle, from compile --out; it says what the model is and what is encrypted."),
     click.option("--token", envvar="JAXGPT2_TOKEN", show_envvar=True,
                  help="For the server. On the command line, unlike in the environment, others can see it."),
     click.option("--tls-ca", "authority", type=click.Path(path_type=Path), metavar="FILE",
@@ -126,7 +126,7 @@ connection_options = options(
     click.option("--tls-cert", "certificate", type=click.Path(path_type=Path), metavar="FILE",
                  help="The client's own certificate, for a server that wants one."),
     click.option("--tls-key", "certificate_key", type=click.Path(path_type=Path), metavar="FILE",
-                 help="The key of it."),
+                 help="The private key of --tls-cert."),
     click.option("--insecure", is_flag=True, help="Allow a server without TLS on another machine."),
 )  # fmt: skip
 
@@ -150,12 +150,13 @@ mode_option = click.option("--mode", type=click.Choice(MODES), default="float", 
 
 sampling_options = options(
     click.option("--temperature", type=float, help="0 always takes the likeliest token."),
-    click.option("--top-k", type=int, help="Draw among the k likeliest tokens only."),
-    click.option("--top-p", type=float, help="Draw among the likeliest tokens that reach this probability only."),
+    click.option("--top-k", type=int, help="Draw only among the k likeliest tokens."),
+    click.option("--top-p", type=float,
+                 help="Draw only among the likeliest tokens that together reach this probability."),
     click.option("--repetition-penalty", type=float, help="Above 1, tokens that the text has already are less likely."),
     click.option("--no-repeat-ngram-size", type=int, metavar="N", help="No N tokens in a row come twice; 0: they may."),
-    click.option("--seed", default=0, show_default=True, help="Of random draws. These six win over the model's own "
-                 "generation_config.json."),
+    click.option("--seed", default=0, show_default=True, help="Seed of random draws. These six options win over the "
+                 "model's own generation_config.json."),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from jaxgpt2.cli.linear import open_store, linear_client
+from jaxgpt2.cli.linear import linear_client, open_store
 from jaxgpt2.cli.options import Directory, connection_options, json_option, options
 from jaxgpt2.errors import MissingExtra
 from jaxgpt2.progress import note, step
@@ -24,7 +24,7 @@ from jaxgpt2.progress import note, step
 @json_option
 def page(server: str | None, client: Path | None, masks: Path | None, model: str | None, port: int, as_json: bool,
          **connecting: Any) -> None:  # fmt: skip
-    """Show private texts in a browser of this machine, and beside them what the server received of them.
+    """Show private texts in a browser of this machine, and beside them what the server received for them.
 
     Prints the page's address, which is secret: whoever knows it may use your masks.
     """

@@ -20,12 +20,12 @@ from jaxgpt2.progress import megabytes, note, sending, step
 from jaxgpt2.serving.limits import Limits
 
 
-def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
-    """An option for a field of `Limits`, in a module of its own; the default is the field's."""
+def _limit(name: str, help: str, unit: float = 1, **kwargs: Any) -> Callable[[Any], Any]:
+    """An option for a field of `Limits`, in a unit of so many bytes; the default is the field's."""
     default = getattr(Limits(), name)
     kwargs.setdefault("type", click.IntRange(1))
     return click.option(
-        f"--{name.replace('_', '-')}", default=None if default is None else int(default / module), help=help,
+        f"--{name.replace('_', '-')}", default=None if default is None else int(default / unit), help=help,
         show_default=default is not None, **kwargs,
     )  # fmt: skip
 
@@ -56,43 +56,43 @@ def _limit(name: str, help: str, module: float = 1, **kwargs: Any) -> Callable[[
     metavar="DIR",
     help="Evaluation keys and sessions are kept here.  [default: the user's state directory]",
 )
-@click.option("--workers", type=click.IntRange(0), help="Processes that compute.  [default: one per core]")
-@click.option("--threads", type=click.IntRange(1), help="Cores that each of them uses.  [default: all]")
+@click.option("--workers", type=click.IntRange(0), help="Worker processes.  [default: one per core]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each worker.  [default: one per core]")
 @click.option(
     "--scheduler",
     metavar="ADDRESS",
-    help="More workers, of the Dask scheduler at this address; they share the paths of bundle and state.",
+    help="Dask scheduler, whose workers compute too; they need the bundle and --state under the same paths.",
 )
 @click.option(
     "--attention",
     "methods",
     multiple=True,
     metavar="FILE.py:NAME",
-    help="An attention method of a file that the bundle was compiled with and computes with (backend clear); workers "
-    "run the file.",
+    help="The file of an attention method that the bundle was compiled with, if its server computes with it (backend "
+    "clear): workers run the file. May be repeated.",
 )
 @click.option(
     "--array",
     type=click.Choice(["numpy", "jax"]),
     default="numpy",
     show_default=True,
-    help="Whose arrays compute products of linear layers ahead; jax uses its default device.",
+    help="Library that multiplies encrypted masks by linear layers; jax uses its default device.",
 )
 @options(
-    _limit("body", "Megabytes of a request.", 1e6),
+    _limit("body", "Largest request, in megabytes.", 1e6),
     _limit("keys", "Megabytes of evaluation keys on disk; those used longest ago go first.", 1e6),
-    _limit("keys_per_client", "Sets of keys that a client may have here."),
+    _limit("keys_per_client", "Sets of keys that a client may have here at once."),
     _limit("keys_in_memory", "Sets of keys that each worker holds ready."),
     _limit("sessions", "Sessions open at once."),
     _limit("sessions_per_client", "Sessions of a client open at once."),
-    _limit("session_size", "Megabytes of ciphertexts of a session.", 1e6),
-    _limit("idle", "Seconds until a session that nobody uses is gone."),
+    _limit("session_size", "Largest session, in megabytes of ciphertexts.", 1e6),
+    _limit("idle", "Seconds after which an unused session is closed."),
     _limit("queue", "Batches that may wait for a worker."),
     _limit("requests", "Requests in flight at once."),
     _limit("requests_per_client", "Requests of a client in flight at once."),
     _limit("calls_per_minute", "Functions that a client may run in a minute.  [default: no limit]"),
-    _limit("job", "Seconds that a batch may compute."),
-    _limit("grace", "Seconds that requests have to end when the server stops."),
+    _limit("job", "Seconds that a batch may take to compute."),
+    _limit("grace", "Seconds that running requests get when the server stops."),
 )
 def serve(directory: Path, host: str, port: int, tokens: Path | None, anybody: bool, certificate: Path | None,
           key: Path | None, client_authority: Path | None, state: Path | None, workers: int | None,

@@ -48,7 +48,7 @@ SCREENED = 32
     "wanted",
     default=0.95,
     show_default=True,
-    help="What must be kept of all these heads together, each measured alone.",
+    help="Recovered KL that all these heads must keep together, by the sum of what each does alone.",
 )
 @click.option("--attention", "names", default="lowrank", show_default=True, metavar="NAME[,NAME...]",
               help="Attention methods to try.")  # fmt: skip
@@ -62,7 +62,7 @@ SCREENED = 32
               help="Ways to round low bits away before a lookup to try: exact, approximate, none. Costs in the grid "
                    "are counted with the first.")  # fmt: skip
 @click.option("--noise", default=0.01, show_default=True,
-              help="Share of its KL that these two may cost a head, which simulation must be sure of.")  # fmt: skip
+              help="Share of its KL that these two may cost a head, as simulation must show.")  # fmt: skip
 @click.option("--simulated", default=64, show_default=True, type=click.IntRange(0), metavar="N",
               help="Passages, at most, that a chosen head reads in simulation for that, cut to --seq-len tokens; 0 "
                    "leaves error probability and rounding to the method.")  # fmt: skip

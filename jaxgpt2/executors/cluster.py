@@ -55,7 +55,7 @@ class DaskExecutor(LocalExecutor):
         from distributed import CancelledError, KilledWorker
 
         for _ in range(LOSSES):
-            # Always the same worker while it lives: it has the keys loaded. Those of other heads are likely elsewhere.
+            # Always the same worker while it lives: it has the keys loaded. Other modules' are likely elsewhere.
             workers = sorted(self.client.scheduler_info(n_workers=-1)["workers"])
             if not workers:
                 raise ClusterError("the Dask cluster has no workers: start some with `dask worker ADDRESS`")

@@ -1,7 +1,7 @@
 """Encrypted modules in other processes: what one needs to compute with a circuit, and processes of this machine.
 
-An engine that computes on one core, and holds Python's lock while it does, computes the heads of a layer one after the
-other in one process. In several, each head has a core.
+An engine that computes on one core, and holds Python's lock while it does, computes the modules of a layer one after
+the other in one process. In several, each module has a core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ K = TypeVar("K")
 
 
 class ProcessDied(InputError):
-    """A process that computed a head ended before it was done."""
+    """A process that computed for this one ended before it was done."""
 
 
 class Parts(NamedTuple):
@@ -94,7 +94,7 @@ class ProcessPoolExecutor(LocalExecutor):
             return self.pool.submit(_compute, self.circuit.id, name, arrays).result()
         except BrokenProcessPool:
             raise ProcessDied(
-                f"a process died over {name}: is there too little memory for heads on several cores?"
+                f"a process died over {name}: is there too little memory to compute on several cores?"
             ) from None
 
 

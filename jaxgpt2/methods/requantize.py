@@ -40,31 +40,22 @@ def project(ops: Ops, projection: Projection, x: Any) -> Any:
     return ops.lookup(projection.requantize, ops.matmul(x, projection.weight) + projection.bias)
 
 
-def requantization(stage: str, scale_in: float, scale_out: float, bits: int, seen: int, bound: int, lookup: int | None):
+def requantization(
+    stage: str, scale_in: float, scale_out: float, bits: int, seen: int, bound: int, rounding_threshold: int | None
+) -> LookupTable:
     """The lookup that takes accumulators of one scale to levels of another.
 
     Args:
         seen: largest magnitude that calibration saw; the table covers HEADROOM times it.
         bound: largest magnitude that is possible at all.
-        lookup: top bits that the lookup sees, None for all.
+        rounding_threshold: top bits that the lookup sees, None for all.
     """
     check_accumulator(stage, bound)
     limit, reach = largest_level(bits), max(1, min(bound, HEADROOM * seen))
-    return symmetric_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), reach, lookup)
-
-
-def symmetric_table(function: Callable[[np.ndarray], np.ndarray], reach: int, lookup: int | None) -> LookupTable:
-    """A table of `function` over -reach ... reach, of which it sees the top `lookup` bits."""
     width = int(reach).bit_length() + 1  # with the sign
-    shift = 0 if lookup is None else max(0, width - lookup)
+    shift = 0 if rounding_threshold is None else max(0, width - rounding_threshold)
     steps = -(-reach >> shift)
-    return build_table(function, -steps, steps, shift)
-
-
-def unsigned_table(function: Callable[[np.ndarray], np.ndarray], reach: int, lookup: int | None) -> LookupTable:
-    """A table of `function` over 0 ... reach, of which it sees the top `lookup` bits."""
-    shift = 0 if lookup is None else max(0, int(reach).bit_length() - lookup)
-    return build_table(function, 0, -(-reach >> shift), shift)
+    return build_table(lambda x: np.clip(np.rint(x * (scale_in / scale_out)), -limit, limit), -steps, steps, shift)
 
 
 def build_table(function: Callable[[np.ndarray], np.ndarray], low: int, high: int, shift: int) -> LookupTable:
@@ -76,7 +67,7 @@ def build_table(function: Callable[[np.ndarray], np.ndarray], low: int, high: in
     if high - low >= MAX_ENTRIES:
         raise CalibrationError(
             f"a lookup table of {high - low + 1:,} entries is too large (limit {MAX_ENTRIES:,}): "
-            "use fewer bits, or set the lookup bits"
+            "use fewer bits, or set the rounding threshold bits"
         )
     return LookupTable.build(function, low, high, shift)
 

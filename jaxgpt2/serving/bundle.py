@@ -1,6 +1,6 @@
 """What `jaxgpt2 compile` hands to two machines.
 
-    OUT/server/                       the head's owner
+    OUT/server/                       who holds the weights
       bundle.json                     format, identity, circuits with their signatures, hashes of all files
       circuits/L.H/                   a compiled circuit, with weights; from Concrete with machine code
     OUT/client/                       the user
@@ -49,7 +49,7 @@ class BundleError(InputError):
 class CircuitEntry:
     """What both sides know of a circuit.
 
-    module: the head, as "0.1"; id: the circuit's; backend: its engine; signatures: its functions.
+    module: what it computes, as "0.1"; id: the circuit's; backend: its engine; signatures: its functions.
     """
 
     module: str

@@ -70,7 +70,7 @@ def write_bundles(encrypted: EncryptedGPT2, directory: Path, report: Mapping[str
         NotReady: the model is not compiled; BundleError: the directory exists and is not empty.
     """
     if encrypted.seq_len is None:
-        raise NotReady("a bundle is made of compiled heads: call compile first")
+        raise NotReady("a bundle is made of compiled modules: call compile first")
     with bundles.appearing(directory) as temporary:
         identity = _write(encrypted, encrypted.seq_len, temporary)
         bundles.write_report(temporary, report, identity)

@@ -201,7 +201,7 @@ class Connection:
         self.url, self.patience, self.traffic = url, patience, Traffic()
         self._address = parts.scheme, host, parts.port, parts.path.rstrip("/")
         self._hung_up = 0
-        self._counting = threading.Lock()  # heads of a layer send at the same time
+        self._counting = threading.Lock()  # modules of a layer send at the same time
         self._failing: list[tuple[float, float]] = []
         self._pool = httpcore2.ConnectionPool(
             ssl_context=context, max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0,
@@ -342,7 +342,7 @@ class Connection:
         found = self.specification()
         try:
             theirs = {entry["id"] for entry in found["circuits"].values()}
-            version, heads = found["version"], ", ".join(found["circuits"])
+            version, modules = found["version"], ", ".join(found["circuits"])
             if found["format"] != FORMAT:
                 raise Mismatch(
                     f"the server speaks format {found['format']}, this client {FORMAT}: one of jaxgpt2 {version} there "
@@ -350,7 +350,7 @@ class Connection:
                 )
             if found["bundle"] != bundle or not set(circuits) <= theirs:
                 raise Mismatch(
-                    f"the server has another bundle ({found['bundle'][:12]}, head {heads}), this client is of "
+                    f"the server has another bundle ({found['bundle'][:12]}, of {modules}), this client is of "
                     f"{bundle[:12]}: use the client bundle that was compiled with the server's"
                 )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -285,8 +285,8 @@ class Server(Accounts):
         except TookTooLong:
             log.warning("batch stopped", **facts)
             raise APIError(500, "too_long", f"this took longer than {self.limits.job:g} s, and was stopped") from None
-        if done.refusal is not None:
-            status, code, detail = done.refusal
+        if done.error is not None:
+            status, code, detail = done.error
             log.warning("batch refused", code=code, **facts)
             raise APIError(status, code, detail)
         for function, seconds in done.seconds:

@@ -42,10 +42,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a job: the seconds each function took, or why it was refused."""
+    """What became of a job: the seconds each function took, or an error's status, code and detail."""
 
     seconds: tuple[tuple[str, float], ...] = ()
-    refusal: tuple[int, str, str] | None = None
+    error: tuple[int, str, str] | None = None
 
 
 def start_worker(threads: int | None) -> None:
@@ -99,13 +99,13 @@ def perform(job: Job) -> Done:
     try:
         return Done(seconds=tuple(_perform(job)))
     except APIError as error:
-        return Done(refusal=(error.status, error.code, error.detail))
+        return Done(error=(error.status, error.code, error.detail))
     except (fhe.FHEError, ValueError) as error:
-        return Done(refusal=(422, "refused", " ".join(str(error).split())[:500]))
+        return Done(error=(422, "refused", " ".join(str(error).split())[:500]))
     except MemoryError:
-        return Done(refusal=(500, "out_of_memory", "the worker has too little memory for this"))
+        return Done(error=(500, "out_of_memory", "the worker has too little memory for this"))
     except Exception as error:  # the type says what went wrong here; the text might say what with
-        return Done(refusal=(500, "failed", f"the computation failed: {type(error).__name__}"))
+        return Done(error=(500, "failed", f"the computation failed: {type(error).__name__}"))
 
 
 def _perform(job: Job) -> list[tuple[str, float]]:

@@ -124,7 +124,7 @@ def test_sums_that_int32_cannot_hold_are_refused():
 
 
 def test_tables_that_no_memory_should_hold_are_refused():
-    with pytest.raises(CalibrationError, match=r"a lookup table of [\d,]+ entries .* set the lookup bits"):
+    with pytest.raises(CalibrationError, match=r"a lookup table of [\d,]+ entries .* set the rounding threshold bits"):
         SOFTMAX.head.calibrate(random_head(0, 5, 2), random_inputs(0, 2, 3, 5), Bits.of(12), 3)
 
 

@@ -361,5 +361,5 @@ def test_a_session_without_a_name(circuit):
 def test_a_mismatch_is_told_as_one(circuit):
     content = {"format": FORMAT, "bundle": "c" * 64, "version": "9", "circuits": {"0.1": {"id": "d" * 64}}}
     say = always(200, json.dumps(content).encode())
-    with connected(say) as connection, one_line(Mismatch, "another bundle (cccccccccccc, head 0.1)"):
+    with connected(say) as connection, one_line(Mismatch, "another bundle (cccccccccccc, of 0.1)"):
         connection.check("b" * 64, [circuit.id])

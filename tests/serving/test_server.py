@@ -184,9 +184,9 @@ def test_a_worker_puts_nothing_into_an_answer_that_stays_on_the_server(circuit, 
         if output == 0:  # the second call's own, for the client
             answer = unpack(Answer, (tmp_path / f"answer.{'0' * 32}").read_bytes())
             (found,) = circuit.decrypt(keys, "nap", answer.results)
-            assert done.refusal is None and not found.any()
+            assert done.error is None and not found.any()
         else:
-            assert done.refusal is not None and done.refusal[1] == "kept"
+            assert done.error is not None and done.error[1] == "kept"
 
 
 def test_the_api_describes_itself(server):
@@ -261,7 +261,7 @@ def test_a_session_is_its_owners(server, circuit):
 
 
 def test_a_client_of_another_bundle_is_told_at_once(server, circuit):
-    with pytest.raises(Mismatch, match=r"another bundle \(bbbbbbbbbbbb, head 0.1\), this client is of cccccccccccc"):
+    with pytest.raises(Mismatch, match=r"another bundle \(bbbbbbbbbbbb, of 0.1\), this client is of cccccccccccc"):
         connection(server).check("c" * 64, [circuit.id])
     with pytest.raises(Mismatch, match="another bundle"):
         connection(server).check(IDENTITY, ["d" * 64])
@@ -595,19 +595,19 @@ def test_a_session_has_room_for_so_many_bytes(server, circuit, tmp_path):
         return sum(path.stat().st_size for path in job.session.glob("[0-9]*"))
 
     full = (413, "session_full", "the session would hold more bytes than this server allows")
-    assert perform(job).refusal is None
+    assert perform(job).error is None
     size = kept()
     shutil.rmtree(job.session)
     job.session.mkdir()
-    assert perform(dataclasses.replace(job, room=size - 1)).refusal == full
+    assert perform(dataclasses.replace(job, room=size - 1)).error == full
     assert not list(job.session.iterdir())  # nothing of a batch that does not fit
-    assert perform(dataclasses.replace(job, room=size)).refusal is None
+    assert perform(dataclasses.replace(job, room=size)).error is None
     # What the client wants back has its place there too.
     calls = [{"id": number, "function": "nap", "inputs": [0]} for number in range(1000)]
     nap = {"calls": calls, "results": [{"call": number, "output": 0} for number in range(1000)]}
     job = dataclasses.replace(job, batch=batch_of(party, "nap", np.zeros((1, 1), int), **nap))
-    assert perform(dataclasses.replace(job, room=50_000)).refusal == full
-    assert perform(job).refusal is None
+    assert perform(dataclasses.replace(job, room=50_000)).error == full
+    assert perform(job).error is None
 
 
 def test_a_full_queue_says_when_to_come_back(bundle, circuit, tmp_path):
