@@ -223,4 +223,4 @@ def _from_npy(data: bytes) -> NDArray[Any]:
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy's reader raises errors of many kinds
-        raise ValueError(f"an array of it is none: {' '.join(str(error).split()):.80}") from None
+        raise ValueError(f"one of its arrays cannot be read: {' '.join(str(error).split()):.80}") from None

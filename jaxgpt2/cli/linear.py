@@ -234,8 +234,8 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
     from jaxgpt2.serving.linear_bundle import traffic
     from jaxgpt2.serving.masked import in_processes
 
-    own, reach = linear_client("prepare", server, client, connecting)
-    owner = reach()
+    own, open_owner = linear_client("prepare", server, client, connecting)
+    owner = open_owner()
     with contextlib.closing(owner.connection):
         owner.check(own.identity)
         with contextlib.closing(open_store(own, masks)) as store:
@@ -247,7 +247,7 @@ def prepare(server: str | None, client: Path | None, masks: Path | None, tokens:
                 f"{megabytes(count * each['stored_bytes'])} on the disk; about {took} ({MACHINE}; yours will differ)"
             )
             started = time.monotonic()
-            with in_processes(reach, cores()) as make, counting("masks", count) as progress:
+            with in_processes(open_owner, cores()) as make, counting("masks", count) as progress:
                 make_masks(own, store, make, tokens, progress)
             took = time.monotonic() - started
             result = {"made": count, "left": store.left(), "seconds": took,

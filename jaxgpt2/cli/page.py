@@ -35,10 +35,10 @@ def page(server: str | None, client: Path | None, masks: Path | None, model: str
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.serving.address import listen_on
 
-    own, reach = linear_client("page", server, client, connecting)
+    own, open_owner = linear_client("page", server, client, connecting)
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen_on("127.0.0.1", port))
-        owner = reach()
+        owner = open_owner()
         stack.enter_context(contextlib.closing(owner.connection))
         owner.check(own.identity)
         store = stack.enter_context(contextlib.closing(open_store(own, masks)))

@@ -171,7 +171,7 @@ def sweep(context: click.Context, model: str, encrypt: str | None, configs: Path
 
     if encrypt is not None:
         if encrypt != linear.LINEAR:
-            raise InputError(f"--encrypt {encrypt!r}: a sweep knows linear; name heads with --layers and --heads")
+            raise InputError(f"--encrypt {encrypt!r}: a sweep takes linear there; name heads with --layers and --heads")
         passages, texts = chosen_passages(text, limit), calibration_passages(calibration)
         linear.sweep_linear(
             model, parse_numbers("--weight-bits", weight_bits or "8,10,12"),

@@ -66,10 +66,10 @@ class DaskExecutor(LocalExecutor):
             try:
                 return task.result()
             except KilledWorker as error:
-                raise ClusterError(f"several workers died over {name}, see their logs: {error}") from None
+                raise ClusterError(f"several workers died while they ran {name}, see their logs: {error}") from None
             except CancelledError:  # no other worker had the parts yet
                 self.sent[0] = scatter(self.client, self.parts)
-        raise ClusterError(f"workers died {LOSSES} times over {name}, see their logs")
+        raise ClusterError(f"workers died {LOSSES} times while they ran {name}, see their logs")
 
 
 def scatter(client: Any, parts: Parts) -> Any:

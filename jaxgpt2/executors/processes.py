@@ -94,7 +94,7 @@ class ProcessPoolExecutor(LocalExecutor):
             return self.pool.submit(_compute, self.circuit.id, name, arrays).result()
         except BrokenProcessPool:
             raise ProcessDied(
-                f"a process died over {name}: is there too little memory to compute on several cores?"
+                f"a process died while it ran {name}: is there too little memory to compute on several cores?"
             ) from None
 
 

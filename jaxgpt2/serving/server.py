@@ -139,7 +139,7 @@ class Metrics(asgi.Metrics):
 
 
 class Server(Accounts):
-    """A bundle's state and workers; `make_app` gives it a face."""
+    """A bundle's state and workers; `make_app` makes its HTTP interface."""
 
     def __init__(self, bundle: Bundle, settings: ServerSettings, workers: Sequence[Worker]):
         super().__init__(settings.tokens, settings.limits)

@@ -118,7 +118,7 @@ def test_the_users_own_directories(place, monkeypatch, arguments, variable):
         (["generate", "a", "--seed", "-1"], "a seed must be 0 or more, got -1"),
         (["generate", "a", *LINEAR, "--seed", "-1"], "a seed must be 0 or more, got -1"),
         (["tune", "--encrypt", ""], "cannot read module ''"),
-        (["sweep", "--out", "new", "--encrypt", ""], "a sweep knows linear"),
+        (["sweep", "--out", "new", "--encrypt", ""], "a sweep takes linear"),
         (["sweep", "--out", "new", "--heads", ""], "--heads '' cannot be read"),
         (["sweep", "--out", "new", "--layers", ""], "--layers '' cannot be read"),
         (["tune", "--encrypt", "0.0", "--sweep", "deep"], "deep holds no sweep"),

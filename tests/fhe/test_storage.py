@@ -132,7 +132,7 @@ def test_halves_that_somebody_else_wrote(tree, message, tmp_path):
 def test_arrays_that_are_none(tmp_path):
     for data in (b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"):
         write_half(tmp_path, {"array": 0}, data)
-        with pytest.raises(fhe.CircuitFormatError, match="an array of it is none"):
+        with pytest.raises(fhe.CircuitFormatError, match="one of its arrays cannot be read"):
             storage.load_half(tmp_path, "test", "id")
 
 
