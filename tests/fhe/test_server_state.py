@@ -14,7 +14,7 @@ import fhe
 from fhe.signatures import Signature, Signatures
 
 NUMPY = fhe.NumpyOps()
-# The tests look up some thousands of times: at this p_error one of them is wrong with a probability below 1e-6.
+# The tests look up fewer than 10,000 times: at this p_error one of them is wrong with a probability below 1e-6.
 CONFIG = fhe.FHEConfig(p_error=1e-10, rounding="none")
 BLOCKS = (1, 2)
 

@@ -45,7 +45,7 @@ def test_a_head_on_ciphertexts():
     strategy = methods.get("polynomial").head.strategy
     functions = strategy.functions(module, texts[:3], tokens + 1)
     circuit = fhe.get_backend("ckks").compile(functions, module.params, fhe.FHEConfig())
-    executor = LocalExecutor(circuit, circuit.make_keys())
+    executor = LocalExecutor(circuit, circuit.make_keys(seed=1))
     x = texts[5]
     first, cache = strategy.read(module.client, executor, x[:tokens], None, tokens + 1)
     second, _ = strategy.read(module.client, executor, x[tokens:], cache, tokens + 1)
@@ -57,7 +57,8 @@ def test_a_head_on_ciphertexts():
     # One of 16 dimensions carries the shift, and random weights have none to spare.
     wanted = float_head(weights, x)
     assert np.linalg.norm(output - wanted) / np.linalg.norm(wanted) < 0.04
-    # Noise and rounding: 1.3e-4 at most in the measurements of docs/ckks.md.
+    # Noise and rounding: 1.3e-4 at most in the measurements of docs/ckks.md. The keys, on which most of it depends, are
+    # of a fixed seed.
     exact = decode(strategy.whole(polynomial.DenseOps(), module.params, jnp.asarray(x)))
     assert np.linalg.norm(output - exact) / np.linalg.norm(exact) < 2e-3
     with pytest.raises(polynomial.OutOfRange):
