@@ -150,6 +150,7 @@ def contained(directory: Path, model: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for target, value in [
             ("jaxgpt2.models.gpt2.pretrained.GPT2.from_pretrained", loaded),
+            ("jaxgpt2.evaluation.TINY", directory / "bundled"),  # before the one that it is imported from
             ("weights.checkpoint.TINY", model),
             ("weights.checkpoint._download", no),
             ("jaxgpt2.serving.server.serve", no),
@@ -159,7 +160,6 @@ def contained(directory: Path, model: Path) -> Iterator[None]:
             ("jaxgpt2.sweeps.cluster.run", no),
             ("jaxgpt2.serving.remote.FIRST_PATIENCE", 0.2),
             ("jaxgpt2.encrypted.EncryptedGPT2.compile_on", no),
-            ("jaxgpt2.evaluation.TINY", directory / "bundled"),
             ("jaxgpt2.serving.masked.make_products", no),
         ]:
             stack.enter_context(mock.patch(target, value))

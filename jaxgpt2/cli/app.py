@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -37,6 +37,16 @@ SUPERVISED = dict.fromkeys(("compile", "eval", "generate", "prepare", "tune"), "
 }
 
 
+def shown(message: str) -> str:
+    """One line that is not endless, and of which nothing moves the cursor of a terminal, whatever was typed."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in message).split())[:1000]
+
+
+def refuse(message: str) -> NoReturn:
+    click.echo(f"jaxgpt2: {shown(message)}", err=True)
+    sys.exit(2)
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that input causes become one line on standard error and exit status 2; Ctrl-C ends with 130."""
@@ -45,15 +55,15 @@ def one_line_errors() -> Iterator[None]:
 
     try:
         yield
+    except click.UsageError as error:  # click's to handle
+        raise click.UsageError(shown(error.format_message()), error.ctx) from None
     except (InputError, CheckpointError, FHEError) as error:
-        click.echo(f"jaxgpt2: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        refuse(str(error))
     except OSError as error:  # of the disk or the network: full, gone, not allowed
         if error.errno == errno.EPIPE:  # click's to handle
             raise
         place = f": {error.filename}" if error.filename else ""
-        click.echo(f"jaxgpt2: {(error.strerror or str(error)).lower()}{place}", err=True)
-        sys.exit(2)
+        refuse(f"{(error.strerror or str(error)).lower()}{place}")
     except KeyboardInterrupt:
         click.echo("jaxgpt2: stopped", err=True)
         sys.exit(130)

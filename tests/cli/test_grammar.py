@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 import commands
 
@@ -22,5 +22,7 @@ def place(small_readonly: Path, tmp_path_factory) -> Any:
 
 @settings(max_examples=100, suppress_health_check=list[Any](HealthCheck))
 @given(line=commands.lines())
+@example(line=["check-attention", "", "--model", "\x1b"])
+@example(line=["serve", "--port", "9" * 5000, ""])
 def test_no_command_line_ends_in_a_traceback(place, line):
     assert commands.problem(commands.run(line)) is None
