@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -42,3 +44,20 @@ def test_the_private_model_writes_what_it_writes_without_encryption():
     texts = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("$ jaxgpt2 generate")]
     assert len(texts) == 2
     assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_was_executed(tmp_path):
+    """A cell that raises fails the test; what is stored came out of the same cells, and nothing of it is an error's."""
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+
+    def kinds() -> list[set[tuple[str, str]]]:
+        # A stream comes in as many pieces as it likes.
+        return [
+            {(each.output_type, each.get("name", "")) for each in cell.get("outputs", ())} for cell in notebook.cells
+        ]
+
+    stored = kinds()
+    assert any(stored) and ("stream", "stderr") not in set().union(*stored)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert kinds() == stored
