@@ -1,7 +1,7 @@
 """Measures what a lookup (programmable bootstrap) costs on this machine, by the bits of its input.
 
-    python scripts/bench_lookup.py                               # prints
-    python scripts/bench_lookup.py --out fhe/lookup_times.json   # replaces the table that estimates are made from
+    python scripts/bench_lookup.py                                    # prints
+    python scripts/bench_lookup.py --out fhe/tfhe/lookup_times.json   # replaces the table that estimates are made from
 
 The machine should do nothing else meanwhile.
 """
