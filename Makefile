@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python scripts/demo.py "$(PROMPT)"
 
 test: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ docs: .venv/installed-dev
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
 check: lint docs
-	$(BIN)/pytest -n 2 --dist loadfile -m slow
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

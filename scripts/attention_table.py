@@ -6,8 +6,8 @@
 
 Fidelity is the recovered KL of the heads, each replaced alone: 1 - sum of KL / sum of KL without the head (see
 `jaxgpt2 eval`). Costs are those of the first head at `--run-bits`: the lookups of a text, and the seconds of its last
-token alone, estimated and measured. Beside the measured ones stands how far the decrypted output of that token is from the
-one in clear integers, ||difference|| / ||output||: methods round approximately on ciphertexts unless they say otherwise.
+token alone, estimated and measured. Beside the measured ones stands how far the decrypted output of that token is from
+the one in clear integers, ||difference|| / ||output||: methods round approximately unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: i
         return
     click.echo(f"heads {heads} of tiny, {len(passages)} passages; {environment('jax', 'numpy', 'concrete-python')}\n")
     columns = "".join(f" {width} bits |" for width in widths)
-    click.echo(f"| recovered KL |{columns} lookups, {tokens} tokens | last token, s estimated | measured | decrypted, off by |")
+    click.echo(
+        f"| recovered KL |{columns} lookups, {tokens} tokens | last token, s estimated | measured | decrypted, off by |"
+    )
     click.echo("| --- |" + " --- |" * (len(widths) + 4))
     for row in table:
         fidelity = "".join(f" {row[f'recovered_kl_{width}']:.3f} |" for width in widths)

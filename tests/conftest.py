@@ -28,6 +28,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+# Files whose few tests take long: first, so that no core is left with one of them at the end.
+LONG = {
+    f"test_{name}.py"
+    for name in ("serving", "examples", "docs", "end_to_end", "polynomial_on_ckks", "decoding", "encrypted")
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def small_readonly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random GPT-2 of two layers (`helpers.SMALL`), the same one for all tests."""

@@ -213,6 +213,7 @@ def test_a_change_of_one_line_of_the_attention_changes_every_run_of_it(changed):
         assert all(np.array_equal(part[0], other[0]) for part, other in zip(results, old, strict=True))  # `first`
 
 
+@pytest.mark.slow
 def test_a_change_of_one_line_changes_simulation_sweep_cost_and_circuit_together(changed, gpt2):
     calibration, text, length = ["the cat", "sat on", "a mat", "one dog"] * 3, ["the dog", "it ran", "two cats"], 4
     tokens, module = np.array([gpt2.encode("a dog")[:length]], np.int32), Module(0, 1)

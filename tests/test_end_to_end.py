@@ -20,6 +20,7 @@ def model(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_ckks_generates_the_quantized_text_and_keeps_circuits_and_keys(tmp_path_factory, tmp_path):
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
     model = tmp_path_factory.mktemp("three-heads")

@@ -69,6 +69,7 @@ def test_the_float_model_is_perfect_and_the_ablated_one_is_worth_nothing(encrypt
     assert nothing.top_k == nothing.top_k_ablated
 
 
+@pytest.mark.slow
 def test_circuits_give_the_same_evaluation(encrypted):
     compiled = encrypted.compile(CALIBRATION, 8, backend="clear")
     in_jax = evaluate(encrypted, TEXT[:4], encrypted.runner("quantized"))
@@ -134,6 +135,7 @@ def test_refused_texts_are_counted_and_left_out(refusing, encrypted):
         evaluate(refusing, ["mat", "cat"], refusing.runner("simulate"), (1,))
 
 
+@pytest.mark.slow
 def test_a_text_that_one_module_refuses_reaches_no_later_one(refusing):
     two = dataclasses.replace(
         refusing,

@@ -63,6 +63,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(data, tmp_path, monke
         assert np.array_equal(tensor, got[name]), name
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_measure_says_so(data, tmp_path):
     config = RECIPE.model()
     before = train.train(RECIPE, data, tmp_path, steps=20, save_every=20)
@@ -84,6 +85,7 @@ def test_the_tokenizer_gives_every_text_back(corpus):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+@pytest.mark.slow
 def test_export_is_a_model_that_loads(corpus, tmp_path):
     from jaxgpt2.models.gpt2.pretrained import GPT2
 

@@ -66,7 +66,9 @@ def run(*arguments: object) -> dict[str, Any]:
 # --- what a client makes of a bundle ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "modules"), [("lowrank", "0.1,1.2"), ("softmax", "1.attn,0.0")])
+@pytest.mark.parametrize(
+    ("method", "modules"), [pytest.param("lowrank", "0.1,1.2", marks=pytest.mark.slow), ("softmax", "1.attn,0.0")]
+)
 def test_a_client_bundle_and_the_servers_circuits_give_the_text(gpt2, tmp_path, method, modules):
     encrypted = compiled(gpt2, modules, method)
     write_bundles(encrypted, tmp_path / "out", {})
@@ -400,6 +402,7 @@ def test_a_whole_attention_from_eval_to_a_server(model, tmp_path):
     assert remote["tokens"] == wanted and remote["modules"] == "1.attn"
 
 
+@pytest.mark.slow
 def test_sessions_lost_in_mid_text_do_not_change_it(gpt2, tmp_path):
     """Again and again, with two heads whose sessions are both lost; later tokens go on from the new ones."""
     encrypted = compiled(gpt2, "0.1,0.2", "lowrank", 4)

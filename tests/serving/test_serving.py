@@ -237,6 +237,7 @@ def test_four_clients_at_once_each_get_their_own_text(server, compiled, keys, mo
     assert texts == {name: list(encrypted.generate(prompt, 2, "simulate")) for name, prompt in prompts.items()}
 
 
+@pytest.mark.slow
 def test_a_session_that_expires_does_not_end_the_text(server, compiled, keys, wanted):
     with RemoteGPT2.connect(server.url, compiled / "client", keys / "alice", token=TOKENS["alice"]) as remote:
         text = remote.generate(PROMPT, NEW)
@@ -416,6 +417,7 @@ def test_damaged_ciphertexts_and_keys_are_refused_or_harm_nobody_else(server, co
 # --- the other engine ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ckks_through_the_server(model, tmp_path):
     pytest.importorskip("tenseal", reason="the ckks extra is not installed")
     texts = tmp_path / "texts.txt"

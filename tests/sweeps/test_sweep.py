@@ -642,6 +642,7 @@ def test_a_scheduler_that_is_not_there_gets_one_line(model, tmp_path):
     assert "no Dask scheduler answers" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_widths_mean_in_sweeps_what_they_mean_elsewhere(model, tmp_path):
     """--bits N is what the method has with N-bit activations; what is named apart changes just that."""
     arguments = ["--layers", 0, "--heads", 0, "--bits", 3, "--seq-len", 3, "--set", "training_steps=0",
