@@ -130,7 +130,7 @@ class MaskStore:
             known = int(self._ledger.read_text())
         except (OSError, ValueError):
             raise self._copied() from None
-        if known > int(self._fact("claimed")):
+        if known > self._claimed():
             raise self._copied()
 
     def _copied(self) -> MaskError:
@@ -145,6 +145,12 @@ class MaskStore:
     def _fact(self, name: str) -> str:
         found = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return "" if found is None else str(found[0])
+
+    def _claimed(self) -> int:
+        try:
+            return int(self._fact("claimed"))
+        except ValueError:
+            raise self._damaged() from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -294,7 +300,7 @@ class MaskStore:
                     if os.preadv(files[batch].fileno(), [into], row * into.nbytes) != into.nbytes:
                         raise self._damaged()
                 self._database.executemany("DELETE FROM tokens WHERE id = ?", [(token,) for token, *_ in found])
-                claimed = int(self._fact("claimed")) + count
+                claimed = self._claimed() + count
                 self._database.execute("UPDATE facts SET value = ? WHERE name = 'claimed'", (claimed,))
             with self._transaction():  # others' claims, too: the ledger never goes back
                 write_whole(self._ledger, f"{self._fact('claimed')}\n".encode())

@@ -211,6 +211,10 @@ def test_damaged_files(store, tmp_path):
     with one_line(MaskError, "cannot be used", "No such file"):
         store.claim(1)
     store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "masks" / "masks.sqlite")) as database, database:
+        database.execute("UPDATE facts SET value = '' WHERE name = 'claimed'")
+    with one_line(MaskError, "damaged"):
+        store_in(tmp_path)
     (tmp_path / "masks" / "masks.sqlite").write_bytes(b"junk" * 1000)
     with one_line(MaskError, "cannot be used", "not a database"):
         store_in(tmp_path)
