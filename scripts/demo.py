@@ -85,7 +85,8 @@ def whole_model(gpt2: GPT2, prompt: str, new_tokens: int) -> None:
             ahead = time.monotonic() - started
             in_float = list(gpt2.generate(prompt, new_tokens))
             for _ in range(2):  # the first text compiles
-                masked = Masked(client, owner, store.claim(client.masks_needed(prompt, new_tokens)))
+                needed = client.masks_needed(prompt, new_tokens)
+                masked = Masked(client, owner, store.claim(needed))
                 sent, received = owner.connection.traffic.sent, owner.connection.traffic.received
                 started = time.monotonic()
                 private = list(masked_text(client.generate(prompt, new_tokens, masked), masked))
@@ -97,7 +98,7 @@ def whole_model(gpt2: GPT2, prompt: str, new_tokens: int) -> None:
                 f"{'Equal' if private == in_float else 'Not equal'}; {len(private) / took:.0f} tokens a second, "
                 f"{megabytes((traffic.sent - sent) / len(private))} up and "
                 f"{megabytes((traffic.received - received) / len(private))} down a token. "
-                f"Ahead: 2,048 masks in {seconds(ahead)}, {store.left()} left.\n"
+                f"Ahead: 2,048 masks in {seconds(ahead)}; the text took {needed}.\n"
             )
             owner.connection.close()
             store.close()

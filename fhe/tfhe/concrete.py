@@ -633,21 +633,20 @@ def _shape_and_bits(value: Any) -> tuple[tuple[int, ...], int]:
 
 def _explain(error: RuntimeError, records: list[OperationRecord], config: FHEConfig) -> str:
     """One line for an error of Concrete, whose text may contain the whole circuit."""
-    reasons = re.findall(r"\^+ (.*)", str(error))
-    if reasons:
-        return f"Concrete cannot compile this: {'; '.join(reasons)}"
     widths = {
         record.stage: lookup_slots(*record.inputs, record.shift, config.rounding)[1]
         if record.kind == "lookup"
         else signed_bits(*record.inputs)
         for record in records
     }
-    if "NoParametersFound" in str(error) and widths:
+    if any(reason in str(error) for reason in ("NoParametersFound", "Unfeasible noise")) and widths:
         stage = max(widths, key=lambda name: widths[name])
         return (
             f"no secure parameters exist for p_error {config.p_error}: the widest lookup, in stage {stage}, has"
-            f" {widths[stage]} bits; use fewer bits, or a larger p_error"
+            f" {widths[stage]} bits; use fewer bits there, as by a lookup before, or a larger p_error"
         )
+    if reasons := re.findall(r"\^+ (.*)", str(error)):
+        return f"Concrete cannot compile this: {'; '.join(reasons)}"
     return f"Concrete cannot compile this: {str(error).strip().splitlines()[0]}"
 
 

@@ -134,6 +134,11 @@ class Ops:
     position: int = 0
     _tagged: int = 0
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.refuse(f"ops has no .{name}: it has .lookup, .requantize, .project and .tag")
+
     # For formulas --------------------------------------------------------------------------------
 
     def lookup(self, function: Callable[[np.ndarray], np.ndarray], x: Value, like: Value | None = None) -> Value:
@@ -286,7 +291,10 @@ class Ops:
                 self.refuse(f"the function of a lookup makes {results.shape} of {np.shape(integers)}: wanted the same")
             return results
 
-        results = apply(distinct(integers))
+        inputs = distinct(integers)
+        results = apply(inputs)
+        if np.isnan(results).any():
+            self.refuse(f"the function of a lookup gives nan at {inputs[np.isnan(results)][0] * grid.scale:.3g}")
         results = results[np.isfinite(results)]
         signed = bool((results < 0).any())
         levels = largest_level(recorder.bits.activations) if signed else 2**recorder.bits.activations - 1
@@ -347,6 +355,16 @@ class Value:
     __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compare  # pyright: ignore[reportAssignmentType]
     __int__ = __float__ = __index__ = _compare  # pyright: ignore[reportAssignmentType]
     __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.ops.refuse(f"a value has no .{name}: it has .sum, .mean, .max, .T and .shape; else use ops.lookup")
+
+    def _divide_down(self, *_: Any) -> NoReturn:
+        self.ops.refuse("// and % of a value are lookups: ops.lookup(lambda x: x // 2, x)")
+
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _divide_down
 
     def __iter__(self) -> NoReturn:
         self.ops.refuse("loops over a value: write it for all numbers at once")

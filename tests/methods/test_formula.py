@@ -191,7 +191,10 @@ MISTAKES = {
     "scores = k @ q / 0": "not 0",
     "scores = ops.lookup(lambda x: x[:2], k @ q)": "wanted the same",
     "scores = ops.lookup(lambda x: 1 if x > 0 else 0, k @ q)": "the function of a lookup fails",
-    "scores = ops.loookup(np.exp, k @ q)": "has no attribute 'loookup'",
+    "scores = ops.lookup(np.log, k @ q)": "the function of a lookup gives nan at",
+    "scores = ops.loookup(np.exp, k @ q)": "ops has no .loookup: it has .lookup",
+    "scores = (k @ q).cumsum()": "a value has no .cumsum: it has .sum",
+    "scores = (k @ q) // 2": "ops.lookup(lambda x: x // 2, x)",
     "scores = undefined": "name 'undefined' is not defined",
 }
 
