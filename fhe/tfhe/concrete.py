@@ -633,21 +633,22 @@ def _shape_and_bits(value: Any) -> tuple[tuple[int, ...], int]:
 
 def _explain(error: RuntimeError, records: list[OperationRecord], config: FHEConfig) -> str:
     """One line for an error of Concrete, whose text may contain the whole circuit."""
-    widths = {
-        record.stage: lookup_slots(*record.inputs, record.shift, config.rounding)[1]
-        if record.kind == "lookup"
-        else signed_bits(*record.inputs)
-        for record in records
-    }
-    if any(reason in str(error) for reason in ("NoParametersFound", "Unfeasible noise")) and widths:
-        stage = max(widths, key=lambda name: widths[name])
-        return (
-            f"no secure parameters exist for p_error {config.p_error}: the widest lookup, in stage {stage}, has"
-            f" {widths[stage]} bits; use fewer bits there, as by a lookup before, or a larger p_error"
+    widths: dict[str, int] = {}
+    for record in records:
+        bits = (
+            lookup_slots(*record.inputs, record.shift, config.rounding)[1]
+            if record.kind == "lookup"
+            else signed_bits(*record.inputs)
         )
-    if reasons := re.findall(r"\^+ (.*)", str(error)):
-        return f"Concrete cannot compile this: {'; '.join(reasons)}"
-    return f"Concrete cannot compile this: {str(error).strip().splitlines()[0]}"
+        widths[record.stage] = max(bits, widths.get(record.stage, 0))
+    stage = max(widths, key=lambda name: widths[name], default=None)
+    where = (
+        "" if stage is None else f"; the widest numbers are in stage {stage}: fewer bits there, as by a lookup before"
+    )
+    if any(reason in str(error) for reason in ("NoParametersFound", "Unfeasible noise")):
+        return f"no secure parameters exist for p_error {config.p_error}{where}, or a larger p_error"
+    reasons = dict.fromkeys(re.findall(r"\^+ (.*)", str(error))) or [str(error).strip().splitlines()[0]]
+    return f"Concrete cannot compile this: {'; '.join(reasons)}{where}"
 
 
 def _directory_of(server: fhe.Server) -> str:

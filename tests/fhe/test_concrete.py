@@ -410,6 +410,16 @@ def test_too_wide_a_lookup_says_where():
     assert compiled(RETURNS["one variable"], fhe.LookupTable(np.arange(8)), samples((2,), 0, 3)).report.pbs_count == 2
 
 
+def test_too_wide_a_product_says_where():
+    def function(ops, params, x):
+        with ops.tag("scores"):
+            return (ops.lookup(params, x) * (x * 2000),)
+
+    with pytest.raises(fhe.CompilationError, match="the widest numbers are in stage scores: fewer bits there") as info:
+        compiled(function, fhe.LookupTable(np.arange(8)), samples((2,), -50, 50))
+    assert "\n" not in str(info.value)
+
+
 def test_compiles_in_any_thread():
     table, results = fhe.LookupTable(np.arange(8)), []
 
