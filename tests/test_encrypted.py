@@ -386,6 +386,7 @@ def test_modules_are_read_in_order(gpt2):
         ("0", "wanted LAYER.HEAD"),
         ("0.x", "cannot read module '0.x'"),
         ("-1.0", "cannot read module '-1.0'"),
+        ("0" * 3000, "cannot read module '0{100}': wanted LAYER.HEAD"),
         ("2.0", "layers 0 to 1, heads 0 to 2"),
         ("0.3", "there is no module 0.3"),
         ("9.attn", "there is no module 9.attn"),

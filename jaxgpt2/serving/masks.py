@@ -168,7 +168,7 @@ class MaskStore:
         """What disk and database have against it, as a MaskError."""
         try:
             yield
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeDecodeError) as error:  # the last: damaged text
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if full or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
                 raise MaskError(
