@@ -7,6 +7,8 @@ outside, readable in grey and at half size.
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -151,14 +153,18 @@ def over_bits(rows: Any) -> Figure:
     left, right = figure.subplots(1, 2)
     top, names = "top_" + first_k(rows), formula_of(rows)
     look, telling, drawn = looks(rows["attention"]), telling_of(rows, names), dict[str, int]()
+    widths = rows["activation_bits"].nunique()
     for values, same in rows.groupby(names, dropna=False, sort=True):
         method = str(values[0])
         drawn[method] = drawn.get(method, -1) + 1
         (colour, marker), dashes = look[method], DASHES[drawn[method] % len(DASHES)]
         means = same.groupby("activation_bits")[[top, "recovered_kl"]].mean()
+        looking: dict[str, Any] = {"color": colour, "linestyle": dashes, "label": label(values, names, telling)}
         for axes, column in ((left, top), (right, "recovered_kl")):
-            axes.plot(means.index.to_numpy(int), means[column].to_numpy(float), color=colour, marker=marker,
-                      linestyle=dashes, label=label(values, names, telling))  # fmt: skip
+            if len(means) == 1 < widths:  # a method that has the same bits always
+                axes.axhline(float(means[column].iloc[0]), **looking)
+            else:
+                axes.plot(means.index.to_numpy(int), means[column].to_numpy(float), marker=marker, **looking)
     ablated = float(rows.drop_duplicates(["layer", "head"])[f"{top}_ablated"].mean())
     for axes, value in ((left, ablated), (right, 0.0)):
         without_the_head(axes, value)
@@ -175,16 +181,20 @@ def over_bits(rows: Any) -> Figure:
 
 
 def over_heads(rows: Any) -> Figure:
-    """Recovered KL of every head, a map for each method and width (means over the method's options)."""
+    """Recovered KL of every head, a map for each method, in a row, and width (means over the method's options)."""
     from matplotlib.figure import Figure
 
     panels = list(rows.groupby(["attention", "activation_bits"], sort=True))[:MOST_PANELS]
-    across = min(4, len(panels))
-    down = -(-len(panels) // across)
+    counts = Counter(method for (method, _), _ in panels)
+    across = min(4, max(counts.values()))
+    first, down = dict[Any, int](), 0
+    for method, count in counts.items():
+        first[method], down = down, down - (-count // across)
     figure = Figure(figsize=(2.9 * across + 1.2, 2.9 * down + 0.3), layout="constrained")
     image = None
-    for number, ((method, bits), same) in enumerate(panels):
-        axes = figure.add_subplot(down, across, number + 1)
+    place = {method: itertools.count(row * across + 1) for method, row in first.items()}
+    for (method, bits), same in panels:
+        axes = figure.add_subplot(down, across, next(place[method]))
         values = same.pivot_table(index="layer", columns="head", values="recovered_kl", aggfunc="mean")
         numbers = values.to_numpy(float)
         image = axes.imshow(numbers, vmin=0, vmax=1, cmap="cividis", aspect="auto")
@@ -230,12 +240,16 @@ def over_cost(rows: Any) -> Figure:
         colour, marker = look[str(method)]
         axes.scatter(same[seconds].to_numpy(float), same["recovered_kl"].to_numpy(float), s=55, color=colour,
                      marker=marker, label=short(str(method)), zorder=2)  # fmt: skip
+        if same["activation_bits"].nunique() > 1:
+            for _, point in same.iterrows():
+                axes.annotate(f"{point['activation_bits']}", (point[seconds], point["recovered_kl"]), xytext=(6, -10),
+                              textcoords="offset points", fontsize=10, color=colour, annotation_clip=True)  # fmt: skip
     without_the_head(axes, 0.0)
     plain_logarithm(axes, float(costs.min()), float(costs.max()))
     axes.set_ylim(*limits(axes))
     axes.set_xlabel(f"Estimated seconds for token {rows['seq_len'].iloc[0]} of a text, encrypted\n"
                     f"({'; '.join(rows['machine'].unique())})")  # fmt: skip
     axes.set_ylabel(RECOVERED)
-    figure.suptitle(f"A point is a configuration, {mean_over(rows)}", fontsize=13)
+    figure.suptitle(f"A point is a configuration, with its bits; {mean_over(rows)}", fontsize=13)
     figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -30,6 +30,21 @@ def test_bits_are_integers_on_the_axis(frame):
         assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [3, 4, 5, 6]
 
 
+def test_a_method_that_has_the_same_bits_always_is_a_line_across(frame):
+    always = pd.DataFrame([row("polynomial", 12, 1.0)])
+    axes = plots.over_bits(pd.concat([frame, always]).convert_dtypes()).axes[1]
+    (line,) = [line for line in axes.lines if line.get_label() == "polynomial"]
+    assert list(line.get_xdata()) == [0, 1]  # of the axes' width
+    assert axes.get_xlim()[1] < 7
+
+
+def test_every_method_has_rows_of_its_own_on_the_map_of_heads(frame):
+    figure = plots.over_heads(frame)
+    maps = [axes for axes in figure.axes if axes.get_title()]
+    rows = {axes.get_title().split(",")[0]: axes.get_subplotspec().rowspan.start for axes in maps}
+    assert len(maps) == 6 and rows == {"lowrank": 0, "softmax": 1}
+
+
 def test_a_method_has_one_colour_in_every_figure(frame):
     colours = {str(line.get_label()).split(",")[0]: line.get_color() for line in plots.over_bits(frame).axes[0].lines}
     assert colours["lowrank"] == plots.LOOKS["lowrank"][0]
