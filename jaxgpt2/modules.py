@@ -49,7 +49,8 @@ def parse_modules(text: str, config: Sizes) -> tuple[Module, ...]:
         match = re.fullmatch(r"\s*(\d{1,9})\.(\d{1,9}|attn)\s*", part, re.ASCII)
         if match is None:
             raise ModuleError(
-                f"cannot read module {part[:100]!r}: wanted LAYER.HEAD, as 0.3, or LAYER.attn for a layer's whole attention"
+                f"cannot read module {part[:100]!r}: wanted LAYER.HEAD, as 0.3, or LAYER.attn for a layer's whole "
+                "attention"
             )
         layer, head = int(match[1]), None if match[2] == "attn" else int(match[2])
         if layer >= config.n_layer or (head or 0) >= config.n_head:
