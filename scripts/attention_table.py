@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jax.numpy as jnp
 import numpy as np
 
 import fhe
@@ -52,8 +53,8 @@ def run_encrypted(gpt2: GPT2, method: str, head: str, bits: int, tokens: int) ->
     results, _ = function.strategy.read(quantized.client, executor, x[-1:], cache, tokens)
     seconds = time.perf_counter() - started
     whole = function.strategy.whole(fhe.NumpyOps(), quantized.params, x)
-    wanted = np.asarray(function.decode(quantized.dequantization, tuple(part[-1:] for part in whole)))
-    found = np.asarray(function.decode(quantized.dequantization, tuple(results)))
+    wanted = np.asarray(function.decode(quantized.dequantization, tuple(jnp.asarray(part[-1:]) for part in whole)))
+    found = np.asarray(function.decode(quantized.dequantization, tuple(map(jnp.asarray, results))))
     return seconds, float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 

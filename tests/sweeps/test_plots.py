@@ -1,5 +1,6 @@
 """Figures of a sweep, from a small table made by hand."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -34,15 +35,15 @@ def test_a_method_that_has_the_same_bits_always_is_a_line_across(frame):
     always = pd.DataFrame([row("polynomial", 12, 1.0)])
     axes = plots.over_bits(pd.concat([frame, always]).convert_dtypes()).axes[1]
     (line,) = [line for line in axes.lines if line.get_label() == "polynomial"]
-    assert list(line.get_xdata()) == [0, 1]  # of the axes' width
+    assert np.asarray(line.get_xdata()).tolist() == [0, 1]  # of the axes' width
     assert axes.get_xlim()[1] < 7
 
 
 def test_every_method_has_rows_of_its_own_on_the_map_of_heads(frame):
     figure = plots.over_heads(frame)
     maps = [axes for axes in figure.axes if axes.get_title()]
-    rows = {axes.get_title().split(",")[0]: axes.get_subplotspec().rowspan.start for axes in maps}
-    assert len(maps) == 6 and rows == {"lowrank": 0, "softmax": 1}
+    heights = {axes.get_title().split(",")[0]: axes.get_position().y0 for axes in maps}
+    assert len(maps) == 6 and len(set(heights.values())) == 2
 
 
 def test_a_method_has_one_colour_in_every_figure(frame):
