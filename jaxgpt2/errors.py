@@ -1,6 +1,11 @@
 """The base of every error that a wrong input causes, and those that several parts share."""
 
 
+def shown(message: str) -> str:
+    """One line that is not endless, and of which nothing moves the cursor of a terminal, whatever is in it."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in message).split())[:1000]
+
+
 class InputError(ValueError):
     """Something a person gave cannot be used. The message is one line: what was wanted, what came, what to do."""
 

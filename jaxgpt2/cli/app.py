@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, shown
 
 # Imported when they are called, or listed: module and attribute.
 COMMANDS = {
@@ -35,11 +35,6 @@ COMMANDS = {
 SUPERVISED = dict.fromkeys(("compile", "eval", "generate", "prepare", "tune"), "stopped") | {
     "sweep": "stopped; the same command with --resume goes on"
 }
-
-
-def shown(message: str) -> str:
-    """One line that is not endless, and of which nothing moves the cursor of a terminal, whatever was typed."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in message).split())[:1000]
 
 
 def refuse(message: str) -> NoReturn:

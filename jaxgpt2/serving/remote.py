@@ -29,7 +29,7 @@ import tenacity
 import fhe
 import jaxgpt2
 from fhe.rlwe import Parameters
-from jaxgpt2.errors import InputError
+from jaxgpt2.errors import InputError, shown
 from jaxgpt2.executors import StateLost
 from jaxgpt2.serving.bundle import FORMAT
 from jaxgpt2.serving.deadline import Backend, stream_of
@@ -98,8 +98,7 @@ class ServerError(InputError):
     """A server that cannot be reached, refuses a request, or does not speak this protocol."""
 
     def __init__(self, message: str):
-        # A server's words are in it: no line of them is endless, and none moves the cursor of a terminal.
-        super().__init__("".join(letter if letter.isprintable() else " " for letter in message[:1000]))
+        super().__init__(shown(message))  # a server's words are in it
 
 
 class Mismatch(ServerError):
