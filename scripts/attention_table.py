@@ -32,6 +32,7 @@ from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import parse_modules
 from jaxgpt2.progress import counting, note
 from jaxgpt2.sweeps.runner import Experiment, SweepRunner, grid
+from jaxgpt2.sweeps.tune import recovered
 from machine import environment
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "attention"
@@ -87,8 +88,7 @@ def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: i
         row: dict[str, Any] = {"method": name}
         for width in widths:
             some = [each for each in own if each["activation_bits"] == width]
-            lost = sum(each["kl"] for each in some) / sum(each["kl_ablated"] for each in some)
-            row[f"recovered_kl_{width}"] = 1 - lost
+            row[f"recovered_kl_{width}"] = recovered(some)
         first = next(
             each
             for each in own

@@ -45,6 +45,7 @@ from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import parse_modules, read_configs
 from jaxgpt2.progress import counting, note
 from jaxgpt2.quantize import Bits
+from jaxgpt2.sweeps.tune import recovered
 from machine import environment
 from weights.checkpoint import TINY
 
@@ -429,12 +430,12 @@ def fidelity(backend: str, configs: Path | None, heads: str | None, inputs: int,
             ", ".join(f"{name} {value}" for name, value in row["options"].items()),
             row["cost"],
             f"{row['evaluation']['kl_ablated']:.4f}",
-            *(recovered([row[measure]]) for measure in measures),
+            *(f"{recovered([row[measure]]):.4f}" for measure in measures),
             f"{row['encrypted']['head_error']:.4f}",
         )
         for row in rows
     ]
-    lines.append(("all", "", "", "", *(recovered([row[measure] for row in rows]) for measure in measures), ""))
+    lines.append(("all", "", "", "", *(f"{recovered([row[measure] for row in rows]):.4f}" for measure in measures), ""))
     header = ("head", "options", f"{tokens} tokens", "KL without it", "recovered, quantized",
               "these texts: quantized", "simulated", "decrypted", "head error, decrypted")  # fmt: skip
     click.echo(table(header, lines))
@@ -471,10 +472,6 @@ def cores(heads: str, tokens: int, texts: int) -> None:
 
 def losses(measured: Evaluation) -> dict[str, float]:
     return {"kl": measured.kl, "kl_ablated": measured.kl_ablated, "head_error": measured.head_error}
-
-
-def recovered(parts: list[dict[str, float]]) -> str:
-    return f"{1 - sum(part['kl'] for part in parts) / sum(part['kl_ablated'] for part in parts):.4f}"
 
 
 if __name__ == "__main__":

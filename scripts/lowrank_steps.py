@@ -21,6 +21,7 @@ from jaxgpt2.modules import Module, read_configs
 from jaxgpt2.progress import counting
 from jaxgpt2.quantize import Bits
 from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
+from jaxgpt2.sweeps.tune import recovered
 from machine import environment
 from weights.checkpoint import TINY
 
@@ -70,7 +71,7 @@ def main(configs: Path, seq_len: int) -> None:
     lines = []
     for name, chosen in found:
         own = [rows[Configuration(module, config).key] for module, config in chosen.items()]
-        kept = 1 - sum(row["kl"] for row in own) / sum(row["kl_ablated"] for row in own)
+        kept = recovered(own)
         worst = min(row["recovered_kl"] for row in own)
         pbs, took = (sum(row[column] for row in own) / len(own) for column in ("pbs_count", "estimated_seconds"))
         lines.append((name, f"{kept:.3f}", f"{worst:.2f}", f"{pbs:,.0f}", f"{took:.0f} s"))
