@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -185,16 +184,18 @@ def over_heads(rows: Any) -> Figure:
     from matplotlib.figure import Figure
 
     panels = list(rows.groupby(["attention", "activation_bits"], sort=True))[:MOST_PANELS]
-    counts = Counter(method for (method, _), _ in panels)
-    across = min(4, max(counts.values()))
-    first, down = dict[Any, int](), 0
-    for method, count in counts.items():
-        first[method], down = down, down - (-count // across)
+    lines: list[list[Any]] = []
+    for _, own in itertools.groupby(panels, lambda panel: panel[0][0]):
+        of_method = list(own)
+        lines += [of_method[start : start + 4] for start in range(0, len(of_method), 4)]
+    down, across = len(lines), max(map(len, lines))
     figure = Figure(figsize=(2.9 * across + 1.2, 2.9 * down + 0.3), layout="constrained")
     image = None
-    place = {method: itertools.count(row * across + 1) for method, row in first.items()}
-    for (method, bits), same in panels:
-        axes = figure.add_subplot(down, across, next(place[method]))
+    places = [
+        (down, across, row * across + column + 1) for row, line in enumerate(lines) for column in range(len(line))
+    ]
+    for place, ((method, bits), same) in zip(places, panels, strict=True):
+        axes = figure.add_subplot(*place)
         values = same.pivot_table(index="layer", columns="head", values="recovered_kl", aggfunc="mean")
         numbers = values.to_numpy(float)
         image = axes.imshow(numbers, vmin=0, vmax=1, cmap="cividis", aspect="auto")
