@@ -60,12 +60,14 @@ class CircuitEntry:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle. id: the same on both sides, and nowhere else. content: all of its manifest."""
+    """A checked bundle. id: the same on both sides, and nowhere else. methods: those of files that a server computes
+    with, by name: the SHA-256 of their files. content: all of its manifest."""
 
     directory: Path
     kind: str
     id: str
     circuits: tuple[CircuitEntry, ...]
+    methods: Mapping[str, str]
     content: Mapping[str, Any]
 
     @classmethod
@@ -98,7 +100,8 @@ class Bundle:
             )
             if not re.fullmatch("[0-9a-f]{64}", content["id"]):  # it names directories
                 raise BundleError(f"{directory / MANIFEST} is damaged: its identity is no SHA-256")
-            return cls(directory, kind, content["id"], circuits, content)
+            methods = {name: str(digest) for name, digest in content.get("methods", {}).items()}
+            return cls(directory, kind, content["id"], circuits, methods, content)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, BundleError):
                 raise
@@ -115,10 +118,7 @@ class Bundle:
         Raises:
             BundleError: one is missing, or of another content than was compiled, or is not needed.
         """
-        needed = {
-            (name.rpartition("@")[0].rpartition(":")[2], digest): name
-            for name, digest in self.content.get("methods", {}).items()
-        }
+        needed = {(name.rpartition("@")[0].rpartition(":")[2], digest): name for name, digest in self.methods.items()}
         found = {}
         for text in given:
             match = re.fullmatch(r"(.+\.py):(\w+)", text)

@@ -274,6 +274,12 @@ def refused(client: Path, *parts: str) -> None:
         read_client(Bundle.read(client, "client"))
 
 
+@pytest.mark.parametrize("methods", [3, ["mine.py:mine"], None])
+def test_methods_that_are_none(client, methods):
+    rewrite(client / bundles.MANIFEST, lambda content: content.update(methods=methods))
+    refused(client)
+
+
 @pytest.mark.parametrize("length", [10**12, 0, -1, "8", 8.0, True, None, []])
 @pytest.mark.parametrize("name", ["seq_len", "max_tokens"])
 def test_lengths_that_are_none(client, name, length):
