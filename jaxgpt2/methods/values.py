@@ -135,7 +135,7 @@ class Ops:
     _tagged: int = 0
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
+        if name.startswith("_"):  # what Python and notebooks ask of any object
             raise AttributeError(name)
         self.refuse(f"ops has no .{name}: it has .lookup, .requantize, .project and .tag")
 
@@ -357,7 +357,7 @@ class Value:
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
+        if name.startswith("_"):  # what Python and notebooks ask of any object
             raise AttributeError(name)
         self.ops.refuse(f"a value has no .{name}: it has .sum, .mean, .max, .T and .shape; else use ops.lookup")
 
