@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import click
+import pytest
 from click.testing import CliRunner
 from hypothesis import strategies as st
 
@@ -163,5 +163,8 @@ def contained(directory: Path, model: Path) -> Iterator[None]:
             ("jaxgpt2.serving.masked.make_products", no),
         ]:
             stack.enter_context(mock.patch(target, value))
-        stack.enter_context(mock.patch.dict(os.environ, {**homes, "COLUMNS": "200"}))
+        # Undoes these alone: `mock.patch.dict` would also take away what a library that is imported meanwhile has set.
+        environment = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, place in {**homes, "COLUMNS": "200"}.items():
+            environment.setenv(name, place)
         yield
