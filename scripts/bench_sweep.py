@@ -1,6 +1,6 @@
 """Times a row of a sweep beside Hugging Face transformers: random weights of the 124M shape, the same cores, one run.
 
-    python scripts/bench_sweep.py                           # three layers, in five minutes
+    python scripts/bench_sweep.py                           # the first layer and the last, in five minutes
     python scripts/bench_sweep.py --layers 0,1,2,3,4,5,6,7,8,9,10,11
     python scripts/bench_sweep.py --attention lowrank       # whose heads are trained
     python scripts/bench_sweep.py --no-theirs    # where transformers is not there, as on a GPU machine
@@ -186,7 +186,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--layers", default="0,5,11", show_default=True)
+@click.option("--layers", default="0,11", show_default=True)
 @click.option("--passages", default=80, show_default=True)
 @click.option("--rows", default=10, show_default=True, help="Configurations of a stack: bits 2 to 11 of one head.")
 @click.option("--repeats", default=2, show_default=True)

@@ -1,0 +1,71 @@
+"""Runs the benchmarks that docs/benchmarks.md names, and writes what they print into it.
+
+    python scripts/benchmarks.py                      # all of them: hours, and nothing else should run meanwhile
+    python scripts/benchmarks.py --only bench_sweep   # those whose command contains this
+    python scripts/benchmarks.py --list
+
+The page is the list: what a command printed stands between `<!-- COMMAND -->` and `<!-- end -->`. Commands are run by
+the shell in the repository, one after the other. One that fails leaves what the page has, and the next ones run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from jaxgpt2.progress import note
+from weights.checkpoint import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"<!-- (?P<command>(?!end).+?) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)
+
+
+def formatted(output: str) -> str:
+    """Tables are Markdown; anything else keeps its lines."""
+    output = output.strip("\n")
+    return f"\n{output}\n\n" if "\n| --- " in output else f"\n```\n{output}\n```\n\n"
+
+
+def replaced(page: str, command: str, output: str) -> str:
+    def one(block: re.Match[str]) -> str:
+        same = block["command"] == command
+        return f"<!-- {command} -->\n{formatted(output)}<!-- end -->" if same else block[0]
+
+    return BLOCK.sub(one, page)
+
+
+@click.command(help=__doc__)
+@click.option("--only", default="", metavar="TEXT", help="Commands that contain it.")
+@click.option("--list", "listed", is_flag=True, help="Print the commands, and run none.")
+@click.option("--page", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              default=ROOT / "docs" / "benchmarks.md")  # fmt: skip
+def main(only: str, listed: bool, page: Path) -> None:
+    commands = [block["command"] for block in BLOCK.finditer(page.read_text()) if only in block["command"]]
+    if not commands:
+        raise click.UsageError(f"{page} has no command with {only!r}; --list prints those it has")
+    if listed:
+        click.echo("\n".join(commands))
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    failed = []
+    for command in commands:
+        note(command)
+        done = subprocess.run(
+            command, shell=True, cwd=ROOT, env=os.environ | {"PATH": path}, stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            failed.append(f"{command}: exit status {done.returncode}")
+            continue
+        text = replaced(page.read_text(), command, done.stdout)
+        write_atomically(page, lambda path, text=text: Path(path).write_text(text))
+    if failed:
+        raise click.ClickException("; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()
