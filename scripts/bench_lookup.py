@@ -23,7 +23,7 @@ import numpy as np
 
 import fhe
 from machine import processor
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_text_atomically
 
 
 def lookups(ops: Any, params: fhe.LookupTable, x: Any) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def main(bits: int, at_a_time: int, p_error: float, repeats: int, out: Path | No
     }
     text = json.dumps(report, indent=2) + "\n"
     if out is not None:
-        write_atomically(out, lambda name: Path(name).write_text(text))
+        write_text_atomically(out, text)
     print(text, end="")
 
 

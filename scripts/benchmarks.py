@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 
 from jaxgpt2.progress import note
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"<!-- (?P<command>(?!end).+?) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<command>(?!end)[^\n]+) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)
 
 
 def formatted(output: str) -> str:
@@ -61,8 +61,7 @@ def main(only: str, listed: bool, page: Path) -> None:
         if done.returncode:
             failed.append(f"{command}: exit status {done.returncode}")
             continue
-        text = replaced(page.read_text(), command, done.stdout)
-        write_atomically(page, lambda path, text=text: Path(path).write_text(text))
+        write_text_atomically(page, replaced(page.read_text(), command, done.stdout))
     if failed:
         raise click.ClickException("; ".join(failed))
 

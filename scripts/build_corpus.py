@@ -28,6 +28,8 @@ from pathlib import Path
 from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
+from weights.checkpoint import write_text_atomically
+
 SEPARATOR = "<|endoftext|>"
 SPLITS = ("train", "calibration", "evaluation")
 MIN_DOCUMENT = 300
@@ -450,14 +452,6 @@ def manifest_of(packages: list[PackageResult], documents: list[Document], texts:
     return {"date": date.today().isoformat(), "packages": rows, "totals": totals, "splits": splits}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and rename: a reader sees the old file or the new one, never half of one."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def fetch(names: list[str], cache: Path) -> list[tuple[str, str, Path]]:
     """Download the packages that are not in the cache yet and say which file holds which version."""
     options = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
@@ -508,8 +502,8 @@ def build(out: Path, manifest: Path, cache: Path, min_megabytes: float, workers:
     texts = {name: joiner.join(d.text for d in documents if split_of(d) == name) + "\n" for name in SPLITS}
     facts = manifest_of(packages, documents, texts)
     for name, text in texts.items():
-        write_atomically(out / f"{name}.txt", text)
-    write_atomically(manifest, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        write_text_atomically(out / f"{name}.txt", text)
+    write_text_atomically(manifest, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return facts
 
 

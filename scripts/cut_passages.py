@@ -18,7 +18,7 @@ import click
 from tokenizers import Tokenizer
 
 from train import TrainingError, read_documents
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_text_atomically
 
 SENTENCE_END = re.compile(r"(?<=[.?!])\s+(?=[A-Z])")
 
@@ -68,7 +68,7 @@ def main(corpus: Path, checkpoint: Path, evaluation: int, calibration: int, shor
             raise TrainingError(f"{corpus / split}.txt gives {len(chosen)} passages only, wanted {count}")
         known.update(chosen)
         text = "\n".join(chosen) + "\n"
-        write_atomically(checkpoint / name, lambda temporary, text=text: Path(temporary).write_text(text))
+        write_text_atomically(checkpoint / name, text)
         click.echo(f"{checkpoint / name}: {count} passages")
 
 

@@ -22,7 +22,7 @@ from jaxgpt2.models.gpt2.state_dict import disassemble, parameter_shapes
 from jaxgpt2.sweeps import plots
 from machine import environment
 from train import Data, TrainingConfig, TrainingError, bits_per_byte, read_documents
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_atomically, write_text_atomically
 
 PROMPTS = [
     "Cryptography is a",
@@ -166,7 +166,7 @@ def main(corpus: Path, run: Path, checkpoint: Path, manifest: Path, figure: Path
         max_new_tokens=max_new_tokens,
         continuations=continuations(gpt2, max_new_tokens),
     )
-    write_atomically(checkpoint / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+    write_text_atomically(checkpoint / "README.md", card)
     write_atomically(checkpoint / "log.csv", lambda path: Path(path).write_bytes((run / "log.csv").read_bytes()))
     click.echo(f"held-out bits per byte: {held_out:.4f}")
 

@@ -22,7 +22,7 @@ import click
 import cut_passages
 import train
 from train import END_OF_TEXT
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_text_atomically
 
 # Every head is 64 wide, as GPT-2's are.
 MODELS = {
@@ -61,7 +61,7 @@ def write_corpus(documents: Iterator[str], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, some in parts.items():
         text = f"\n{END_OF_TEXT}\n".join(filter(None, some)) + "\n"
-        write_atomically(directory / f"{name}.txt", lambda path, text=text: Path(path).write_text(text))
+        write_text_atomically(directory / f"{name}.txt", text)
 
 
 @click.command(help=__doc__)

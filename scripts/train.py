@@ -39,7 +39,7 @@ from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble
 from jaxgpt2.models.gpt2.tokenizer import load_tokenizer
-from weights.checkpoint import save_checkpoint, save_generation_config, write_atomically
+from weights.checkpoint import save_checkpoint, save_generation_config, write_atomically, write_text_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -259,7 +259,7 @@ def check_recipe(out: Path, recipe: TrainingConfig) -> None:
     path = out / "recipe.json"
     if not path.exists():
         text = json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"
-        write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+        write_text_atomically(path, text)
         return
     started = json.loads(path.read_text())
     for name, value in dataclasses.asdict(recipe).items():

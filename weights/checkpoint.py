@@ -266,6 +266,11 @@ def write_atomically(path: Path, write: Any) -> None:
         raise
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """The text in UTF-8, whole or not at all."""
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes `model.safetensors` and `config.json`, which `load_config`, `load_tensors` and transformers read."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -275,10 +280,10 @@ def save_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Mapping
     }
     write_atomically(directory / SINGLE_FILE, lambda path: save_file(prefixed, path, metadata={"format": "pt"}))
     text = json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **config}, indent=2) + "\n"
-    write_atomically(directory / "config.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_text_atomically(directory / "config.json", text)
 
 
 def save_generation_config(directory: Path, values: Mapping[str, Any]) -> None:
     """Writes `generation_config.json`, which `load_generation_config` and transformers read."""
     text = json.dumps(values, indent=2) + "\n"
-    write_atomically(directory / GENERATION_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_text_atomically(directory / GENERATION_FILE, text)

@@ -226,7 +226,7 @@ def measured_together(experiment: Experiment, configs: Any, frame: Any, out: Pat
     """What the heads of a file lose, each alone and all of them at the same time; kept in `together.json`."""
     from jaxgpt2.models.gpt2.pretrained import GPT2
     from jaxgpt2.sweeps.sweep import together
-    from weights.checkpoint import write_atomically
+    from weights.checkpoint import write_text_atomically
 
     with step("measuring all of them together"):
         cache = cache_directory(None) / "calibrated"
@@ -237,5 +237,5 @@ def measured_together(experiment: Experiment, configs: Any, frame: Any, out: Pat
         "together": {name: getattr(found, name) for name in ("kl", "kl_ablated", "recovered_kl")},
     }
     text = json.dumps(both, indent=2) + "\n"
-    write_atomically(out / "together.json", lambda name: Path(name).write_text(text))
+    write_text_atomically(out / "together.json", text)
     return both

@@ -86,7 +86,7 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
     from jaxgpt2.sweeps.runner import check
     from jaxgpt2.sweeps.store import SweepDirectory
     from jaxgpt2.sweeps.sweep import identity_of
-    from weights.checkpoint import write_atomically
+    from weights.checkpoint import write_text_atomically
 
     if not wanted < 1:
         raise InputError(f"--recovered-kl must be below 1, got {wanted}: 1 is the float model itself")
@@ -182,8 +182,7 @@ def tune(model: str, modules_text: str, wanted: float, names: str, bits: str, in
     }
     kept = result["recovered_kl"] = tuning.recovered(found.values())
     if out is not None:
-        text_of = json.dumps(result, indent=2) + "\n"
-        write_atomically(out, lambda name: Path(name).write_text(text_of))
+        write_text_atomically(out, json.dumps(result, indent=2) + "\n")
         note(f"wrote {out}: for --configs of generate, compile, eval and sweep")
     lines = [
         f"head {module}: {describe_config(config)}: recovers {row['recovered_kl']:.4f}, "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt2.errors import InputError, MissingExtra
-from weights.checkpoint import write_atomically
+from weights.checkpoint import write_atomically, write_text_atomically
 
 Row = dict[str, Any]
 
@@ -70,7 +70,7 @@ class SweepDirectory:
                 raise DirectoryError(f"{path} holds no sweep to go on with: leave --resume out to begin one")
             path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(identity, indent=2) + "\n"
-            write_atomically(description, lambda name: Path(name).write_text(text))
+            write_text_atomically(description, text)
             return cls(path, {})
         there = read_sweep(path)
         if there != identity:
