@@ -205,6 +205,44 @@ def beside_zama(python: str | None) -> dict[str, Any]:
     return found
 
 
+def table(found: dict[str, Any]) -> str:
+    """In Markdown. What was wanted of the 124M shape is the goals that this project set itself."""
+    product, shape = found["one_product"], f"{ZAMA_SHAPE[0]:,} to {ZAMA_SHAPE[1]:,}"
+    up, down = (found[f"online_bytes_{way}"] / 1e6 for way in ("up", "down"))
+    ahead = (found["ahead_bytes_up"] + found["ahead_bytes_down"]) / 1e6
+    rows = [
+        ("ahead, server and client together, a token of 2,048", f"{found['ahead_seconds_per_token']:.4f} s", "0.05 s"),
+        ("ahead, traffic a token, both ways", f"{ahead:.2f} MB", "2 MB"),
+        (f"online, {NEW} tokens after {PROMPT}", f"{found['private_tokens_per_second']:.2f} tokens a second", ""),
+        ("the float model in the same run", f"{found['float_tokens_per_second']:.1f} tokens a second", ""),
+        ("private to float", f"{found['share_of_float']:.3f}", "0.20"),
+        (f"time to the first token, a prompt of {PROMPT}", f"{found['seconds_to_first_token']:.2f} s", ""),
+        ("a round trip on loopback; 4 of them a layer", f"{1e3 * found['round_trip_seconds']:.2f} ms", ""),
+        ("online, traffic a token, up and down", f"{up:.2f} and {down:.2f} MB", ""),
+        ("masks kept on the disk, a token", f"{found['stored_bytes'] / 1e6:.2f} MB", ""),
+        ("memory, server and client", f"{found['server_bytes'] / 1e9:.2f} and {found['client_bytes'] / 1e9:.2f} GB",
+         "4 and 4 GB"),
+        (f"one product, {shape}, ahead and online together", f"{1e3 * product['together']:.2f} ms", ""),
+        ("share of the matmul in a product ahead", f"{found['matmul_share']:.2f}", ""),
+    ]  # fmt: skip
+    if "zama" in product:
+        same = f"{product['zama']:.1f} s: {product['times']:,.0f} times as long"
+        rows.insert(-1, ("the same by concrete-ml-extensions 0.2.0, 8 bits", same, "5,000"))
+    head = [f"{found['model']}; {found['environment']}", "", "| | measured | wanted |", "| --- | --- | --- |"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def growth_table(found: dict[str, Any]) -> str:
+    columns = ("server_ahead_seconds_per_token", "matmul_share", "server_online_seconds_per_token")
+    names = "| shape | layers, width | server ahead, s a token | share of the matmul | server online, s a token |"
+    head = [found["environment"], "", names]
+    rows = [
+        f"| {name} | {LAYERS[name]}, {GROWTH[name]:,} | {' | '.join(f'{row[column]:.3f}' for column in columns)} |"
+        for name, row in found["growth"].items()
+    ]
+    return "\n".join([*head, "| --- | --- | --- | --- | --- |", *rows])
+
+
 @click.command(help=__doc__)
 @click.option("--model", default="124M", show_default=True, help="124M, with random weights, or a name as elsewhere.")
 @click.option("--repeat", default=6, show_default=True, help="Texts online; the first one warms up.")
@@ -232,7 +270,7 @@ def bench(model: str, repeat: int, zama: str | None, growth: bool, as_json: bool
         shape = product_ahead(gpt2.config.n_embd, 3 * gpt2.config.n_embd)
         found["matmul_share"] = shape["matmul"] / shape["server"]
     found["environment"] = where
-    click.echo(json.dumps(found) if as_json else json.dumps(found, indent=1))
+    click.echo(json.dumps(found) if as_json else (growth_table if growth else table)(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures what a lookup (programmable bootstrap) costs on this machine, by the bits of its input.
 
-    python scripts/bench_lookup.py                                    # prints
+    python scripts/bench_lookup.py
     python scripts/bench_lookup.py --out fhe/tfhe/lookup_times.json   # replaces the table that estimates are made from
 
 The machine should do nothing else meanwhile.
@@ -22,7 +22,8 @@ import click
 import numpy as np
 
 import fhe
-from machine import processor
+from bench_fhe import table
+from machine import environment, processor
 from weights.checkpoint import write_text_atomically
 
 
@@ -68,10 +69,10 @@ def main(bits: int, at_a_time: int, p_error: float, repeats: int, out: Path | No
         "at_a_time": at_a_time,
         "milliseconds": times,
     }
-    text = json.dumps(report, indent=2) + "\n"
     if out is not None:
-        write_text_atomically(out, text)
-    print(text, end="")
+        write_text_atomically(out, json.dumps(report, indent=2) + "\n")
+    print(f"milliseconds a lookup, {at_a_time} at a time, p_error {p_error:g}; {environment('concrete-python')}\n")
+    print(table(("bits", *times), [("milliseconds", *map(str, times.values()))]))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python scripts/benchmarks.py --only bench_sweep   # those whose command contains this
     python scripts/benchmarks.py --list
 
-The page is the list: what a command printed stands between `<!-- COMMAND -->` and `<!-- end -->`. Commands are run by
-the shell in the repository, one after the other. One that fails leaves what the page has, and the next ones run.
+The page is the list: a command and what it printed stand between `<!-- COMMAND -->` and `<!-- end -->`. The shell runs
+commands in the repository, one after the other. One that fails leaves what the page has, and the next ones run.
+`$ZAMA` in one of them is an interpreter of an environment that has concrete-ml-extensions 0.2.0.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"<!-- (?P<command>(?!end)[^\n]+) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)
 
 
-def formatted(output: str) -> str:
+def formatted(command: str, output: str) -> str:
     """Tables are Markdown; anything else keeps its lines."""
     output = output.strip("\n")
-    return f"\n{output}\n\n" if "\n| --- " in output else f"\n```\n{output}\n```\n\n"
+    shown = output if "\n| --- " in output else f"```\n{output}\n```"
+    return f"\n    {command}\n\n{shown}\n\n"
 
 
 def replaced(page: str, command: str, output: str) -> str:
     def one(block: re.Match[str]) -> str:
         same = block["command"] == command
-        return f"<!-- {command} -->\n{formatted(output)}<!-- end -->" if same else block[0]
+        return f"<!-- {command} -->\n{formatted(command, output)}<!-- end -->" if same else block[0]
 
     return BLOCK.sub(one, page)
 
