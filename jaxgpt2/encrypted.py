@@ -369,8 +369,15 @@ class EncryptedGPT2:
                 if module in made:
                     write_quantized(path, made[module])
             found |= made
-        quantized = {module: found[module] for module in self.modules}
-        return dataclasses.replace(self, quantized=quantized, circuits={}, seq_len=None)
+        return self._with({module: found[module] for module in self.modules})
+
+    def _with(self, quantized: dict[Module, QuantizedModule]) -> EncryptedGPT2:
+        """With these modules; configurations then say what calibration chose."""
+        configs = {
+            module: config.with_options(self.function(module).chosen(quantized[module]))
+            for module, config in self.configs.items()
+        }
+        return dataclasses.replace(self, configs=configs, quantized=quantized, circuits={}, seq_len=None)
 
     def _cached(self, directory: Path, passages: Sequence[str], max_tokens: int) -> dict[Module, Path]:
         """Where quantized modules are kept: by a hash of all that they are made from."""
@@ -400,7 +407,7 @@ class EncryptedGPT2:
             quantized[module] = self.function(module).calibrate(
                 weights, own.inputs, config.bits, max_tokens, **config.options
             )
-        return dataclasses.replace(self, quantized=quantized, circuits={}, seq_len=None)
+        return self._with(quantized)
 
     def _quantized(self, module: Module) -> QuantizedModule:
         if module not in self.quantized:

@@ -12,6 +12,7 @@ the one in clear integers, ||difference|| / ||output||: methods round approximat
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.executors import LocalExecutor
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
-from jaxgpt2.modules import parse_modules
+from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.progress import counting, note
 from jaxgpt2.sweeps.runner import Experiment, SweepRunner, grid
 from jaxgpt2.sweeps.tune import recovered
@@ -61,7 +62,7 @@ def run_encrypted(gpt2: GPT2, method: str, head: str, bits: int, tokens: int) ->
 
 @click.command(help=__doc__)
 @click.argument("names", nargs=-1)
-@click.option("--heads", default="0.1,1.2,2.3,3.1", show_default=True)
+@click.option("--heads", default="all", show_default=True, metavar="L.H[,L.H...]|all")
 @click.option("--bits", default="3,4,6,8", show_default=True, help="Widths whose fidelity is measured.")
 @click.option("--run-bits", default=4, show_default=True, help="Width whose cost counts; one of them.")
 @click.option("--tokens", default=6, show_default=True, help="Of the text whose cost counts.")
@@ -73,7 +74,8 @@ def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: i
          as_json: bool) -> None:  # fmt: skip
     gpt2 = GPT2.from_pretrained("tiny")
     chosen, widths = [methods.named(name) for name in names or KNOWN], [int(width) for width in bits.split(",")]
-    modules = parse_modules(heads, gpt2.config)
+    every = itertools.product(range(gpt2.config.n_layer), range(gpt2.config.n_head))
+    modules = parse_modules(heads, gpt2.config) if heads != "all" else tuple(itertools.starmap(Module, every))
     passages = tuple(bundled_passages("eval")[:limit])
     experiment = Experiment("tiny", passages, tuple(bundled_passages("calibration")), (1,), seq_len=tokens, batch=1)
     configurations, found = grid(modules, chosen, widths, {}), []

@@ -3,8 +3,8 @@
     python scripts/cut_passages.py --corpus corpus --checkpoint weights/tiny
 
 Whole sentences from the beginning of a paragraph, 8 to 40 tokens of the checkpoint's own tokenizer, of documents that
-were held out of training. For evaluation a document gives one passage; for calibration every document gives one before
-any gives a second. The two files come from different documents.
+were held out of training. For evaluation a document gives one passage, or up to `--per-document`; for calibration every
+document gives one before any gives a second. The two files come from different documents.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ def passages_of(document: str, tokenizer: Tokenizer, shortest: int, longest: int
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=Path("weights/tiny"), show_default=True)
 @click.option("--evaluation", default=120, show_default=True, help="Passages of the evaluation text.")
 @click.option("--calibration", default=480, show_default=True, help="Passages of the calibration text.")
+@click.option("--per-document", default=1, show_default=True, help="Evaluation passages of a document, at most.")
 @click.option("--shortest", default=8, show_default=True, help="Tokens.")
 @click.option("--longest", default=40, show_default=True, help="Tokens.")
-def main(corpus: Path, checkpoint: Path, evaluation: int, calibration: int, shortest: int, longest: int) -> None:
+def main(corpus: Path, checkpoint: Path, evaluation: int, calibration: int, per_document: int, shortest: int,
+         longest: int) -> None:  # fmt: skip
     path = checkpoint / "tokenizer.json"
     if not path.exists():
         raise TrainingError(f"{path} is missing: train and export a checkpoint first")
@@ -61,7 +63,8 @@ def main(corpus: Path, checkpoint: Path, evaluation: int, calibration: int, shor
             if split == "calibration":
                 random.Random(number).shuffle(some)
             elif some:
-                some[:] = [random.Random(number).choice(some)]
+                draw = random.Random(number)
+                some[:] = [draw.choice(some) for _ in range(per_document)]
         rounds = itertools.chain.from_iterable(itertools.zip_longest(*candidates))
         chosen = [passage for passage in dict.fromkeys(rounds) if passage is not None and passage not in known][:count]
         if len(chosen) < count:

@@ -79,6 +79,7 @@ def main(out: Path, only: str | None, steps: int) -> None:
         places = ["--corpus", str(corpus), "--out", str(run), "--export", str(out / name)]
         train.main.main([*places, *shape, *schedule], standalone_mode=False)
         cut = ["--corpus", str(corpus), "--checkpoint", str(out / name), "--evaluation", "100", "--calibration", "300"]
+        cut += ["--per-document", "8"]
         cut_passages.main.main(cut, standalone_mode=False)
 
 

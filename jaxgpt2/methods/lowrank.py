@@ -42,18 +42,25 @@ from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
-# Ranks that are looked at: few, since each pair of them is compiled. Tokens that they are looked at on; and what a head
-# may lose by them, when its cheapest configuration is looked for.
-RANKS = (2, 4, 8, 12, 16, 20, 24, 32, 40, 48)
+# Ranks that are looked at, and tokens of calibration text that they are looked at on. Where a head needs less, a few
+# more axes even out what rounding does to each.
+SCORE_RANKS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
+VALUE_RANKS = (12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
 LOSS_TOKENS = 2048
-TOLERANCES = (0.1, 0.04, 0.02, 0.01)
 
-# What a head may lose by each of its ranks where they are not named.
-TOLERANCE = 0.02
+# What a head may lose by its ranks where they are not named: rounding to 4 bits loses about as much. And what it may
+# lose when its cheapest configuration is looked for.
+TOLERANCE = 0.03
+TOLERANCES = (0.1, 0.06, 0.03, 0.015)
 
-# Training: passages a step, and the steps' size as a share of a parameter's own. More steps recover no more.
-BATCH = 40
+# Ranks are chosen for the fewest lookups of a text of so many tokens.
+TOKENS = 6
+
+# Training: passages a step, and the steps' size as a share of a parameter's own. Heads are trained with ranks that are
+# multiples of COMPILED_RANKS.
+BATCH = 20
 RATE = 0.03
+COMPILED_RANKS = 8
 
 
 @jax.tree_util.register_dataclass
@@ -325,23 +332,47 @@ def batches(count: int, steps: int) -> np.ndarray:
     return order[: steps * batch].reshape(steps, batch)
 
 
+def step_sizes(reals: Reals) -> Reals:
+    """What steps of training are a share of: each array's own size. Biases of levels count in levels, of scores in
+    nats."""
+    size = jax.tree.map(lambda a: np.sqrt(np.mean(a * a)) if np.ndim(a) == 2 else np.asarray(1.0), reals)
+    linear = np.maximum(np.sqrt(np.mean(reals.shift**2)), np.sqrt(np.mean(reals.term**2)))
+    size = size._replace(nats=reals.nats, term=linear, shift=linear, mean=np.sqrt(np.mean(reals.mean**2)))
+    return jax.tree.map(lambda a: np.maximum(a, 1e-9), size)
+
+
+def with_ranks(reals: Reals, rank: int, width: int) -> Reals:
+    """Cut to these ranks, or filled up to them with zeros, which give nothing and stay zero when they are trained."""
+
+    def resized(a: np.ndarray, axis: int, size: int) -> np.ndarray:
+        kept = np.take(a, range(min(size, a.shape[axis])), axis)
+        return np.pad(kept, [(0, size - kept.shape[i] if i == axis % a.ndim else 0) for i in range(a.ndim)])
+
+    parts = {name: resized(getattr(reals, name), -1, rank) for name in ("query", "query_bias", "key", "key_bias")}
+    parts |= {name: resized(getattr(reals, name), -1, width) for name in ("value", "value_bias")}
+    return reals._replace(**parts, basis=resized(reals.basis, 0, width))
+
+
 @jax.jit
 def refine(
-    reals: Reals, widths: Widths, x: jax.Array, wanted: jax.Array, mask: jax.Array, metric: jax.Array, order: jax.Array
+    reals: Reals,
+    size: Reals,
+    widths: Widths,
+    x: jax.Array,
+    wanted: jax.Array,
+    mask: jax.Array,
+    metric: jax.Array,
+    order: jax.Array,
 ) -> Reals:
     """Trains a head in reals, through its rounding, for the least error of its output.
 
     Args:
+        size: see `step_sizes`.
         x: (B, T, C) quantized inputs; wanted: (B, T, D) the float head's outputs; mask: (B, T), 1 where there is text.
         metric: (D, D), see `HeadWeights`.
         order: (steps, batch), the passages of each step of Adam (Kingma and Ba, 2014), whose rate is a share of each
             array's own size and falls to 0 as a cosine.
     """
-    # Biases of levels count in levels, those of scores in nats.
-    size = jax.tree.map(lambda a: jnp.where(jnp.ndim(a) == 2, jnp.sqrt(jnp.mean(a * a)), 1.0), reals)
-    linear = jnp.maximum(jnp.sqrt(jnp.mean(reals.shift**2)), jnp.sqrt(jnp.mean(reals.term**2)))
-    size = size._replace(nats=reals.nats, term=linear, shift=linear, mean=jnp.sqrt(jnp.mean(reals.mean**2)))
-    size = jax.tree.map(lambda a: jnp.maximum(a, 1e-9), size)
 
     def head(reals: Reals, x: jax.Array) -> jax.Array:
         results = STRATEGY.whole(FakeQuantOps(), fake_quantized(reals, widths), x)
@@ -411,8 +442,7 @@ def calibrate(
     """The head in integers; a head_dim below the ranks bounds them.
 
     Args:
-        score_rank, value_rank: 0 for the least at which the head loses no more than TOLERANCE of what it does, see
-            `rank_losses`.
+        score_rank, value_rank: 0 leaves a rank to calibration, see `choose_ranks`.
         exponential_bits: bits of a score that the exponential sees; 0 for SCORE_BITS more than activations have.
         training_steps: of `refine`; 0 keeps the closed formulas.
     """
@@ -431,10 +461,10 @@ def calibrate(
     head_dim = weights.query.shape[1]
     if not score_rank or not value_rank:
         by_score, by_value = rank_losses(weights, inputs)
-        score_rank, value_rank = (
-            score_rank or smallest(by_score, TOLERANCE),
-            value_rank or smallest(by_value, TOLERANCE),
+        by_score, by_value = (
+            {rank: 0.0} if rank else losses for rank, losses in ((score_rank, by_score), (value_rank, by_value))
         )
+        score_rank, value_rank = choose_ranks(by_score, by_value, TOLERANCE)
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
@@ -460,11 +490,14 @@ def calibrate(
     widths = widths_of(ranges)
     if training_steps:
         padded, wanted, mask = pad(weights, inputs, x * input_scale)
+        # Ranks of a few sizes, so that few are compiled.
+        filled = with_ranks(reals, *(-(-size // COMPILED_RANKS) * COMPILED_RANKS for size in (rank, width)))
+        given = filled, step_sizes(reals), widths, padded, wanted, mask, weights.metric
         reals = refine(
-            *jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (reals, widths, padded, wanted, mask, weights.metric)),
+            *jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given),
             jnp.asarray(batches(len(inputs), training_steps)),
         )
-        reals = Reals(*(np.asarray(part, np.float64) for part in reals))
+        reals = with_ranks(Reals(*(np.asarray(part, np.float64) for part in reals)), rank, width)
         ranges = score_ranges(reals, levels, x * input_scale, texts)
         widths = widths_of(ranges)
 
@@ -569,11 +602,10 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
     q, k, v, size = q - q_mean, k - k_mean, v - mean, q.shape[1]
     own = k @ q_mean / np.sqrt(size)  # the key's own term, which costs no rank
     metric_root = square_root(weights.metric)[0]
-    maps = {rank: factor_scores(q, k, rank) for rank in (*(rank for rank in RANKS if rank < size), size)}
 
     def attention(rank: int) -> np.ndarray:
         """The mean values that the head reads, centred (N, D)."""
-        to_query, to_key = maps[rank]
+        to_query, to_key = factor_scores(q, k, rank)
         left, right, rows = q @ to_query, k @ to_key, []
         for t in texts:
             scores = np.where(np.tri(t.stop - t.start, dtype=bool), left[t] @ right[t].T + own[t], -np.inf)
@@ -587,32 +619,47 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
     def share(error: np.ndarray) -> float:
         return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
 
-    by_score = {rank: share(attention(rank) - exact) for rank in maps}
+    score_ranks, value_ranks = ((*(rank for rank in some if rank < size), size) for some in (SCORE_RANKS, VALUE_RANKS))
+    by_score = {rank: share(attention(rank) - exact) for rank in score_ranks}
     by_value = {}
-    for rank in maps:
+    for rank in value_ranks:
         there, back = factor_values(v, metric_root, rank)
         by_value[rank] = share(exact @ there @ back - exact)
     return by_score, by_value
 
 
-def smallest(losses: dict[int, float], tolerance: float) -> int:
-    """The least rank that loses no more than that."""
-    return min(rank for rank, loss in losses.items() if loss <= tolerance or rank == max(losses))
+def lookups(tokens: int, score_rank: int, value_rank: int) -> int:
+    """Of a text: those of each token, and those of each pair but the first token with itself."""
+    pairs = tokens * (tokens + 1) // 2 - 1
+    return tokens * (3 * score_rank + 2 * value_rank + 2) + pairs * (score_rank + value_rank + 2)
+
+
+def choose_ranks(by_score: dict[int, float], by_value: dict[int, float], tolerance: float) -> tuple[int, int]:
+    """The score rank and value rank of fewest lookups at which the two losses together are within the tolerance.
+
+    Args:
+        by_score, by_value: see `rank_losses`. Where none of them is within it, the ranks of least loss are taken.
+    """
+    losses = {(score, value): by_score[score] + by_value[value] for score in by_score for value in by_value}
+    tolerance = max(tolerance, min(losses.values()))
+    return min((pair for pair, loss in losses.items() if loss <= tolerance), key=lambda pair: lookups(TOKENS, *pair))
+
+
+def chosen_ranks(module: QuantizedModule) -> dict[str, int]:
+    return {"score_rank": module.params.query.weight.shape[1], "value_rank": module.params.value.weight.shape[1]}
 
 
 def propose(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> list[dict[str, int]]:
-    """The ranks at which a head loses about TOLERANCES, in pairs of about the same loss."""
-    scores, values = (
-        [smallest(losses, tolerance) for tolerance in TOLERANCES] for losses in rank_losses(weights, inputs)
-    )
-    pairs = {(score, value) for i, score in enumerate(scores) for j, value in enumerate(values) if abs(i - j) <= 1}
+    """The ranks of fewest lookups for each of TOLERANCES."""
+    losses = rank_losses(weights, inputs)
+    pairs = {choose_ranks(*losses, tolerance) for tolerance in TOLERANCES}
     return [{"score_rank": score, "value_rank": value} for score, value in sorted(pairs)]
 
 
 LOWRANK = Method(
     "lowrank",
-    head=QuantizedFunction(STRATEGY, calibrate, decode),
-    options={"score_rank": 16, "value_rank": 24, "exponential_bits": 0, "training_steps": 300},
+    head=QuantizedFunction(STRATEGY, calibrate, decode, chosen=chosen_ranks),
+    options={"score_rank": 0, "value_rank": 0, "exponential_bits": 0, "training_steps": 300},
     # Clear weights and the client's inputs cost no lookup, whatever their width.
     bits=lambda n: Bits(min(n + 2, 12), min(n + 4, 12), n, n + 1),
     # Found by tune for all heads of the bundled model: a lookup that is one step off now and then is little beside the

@@ -81,6 +81,7 @@ class QuantizedFunction:
         encode: `encode(module, x)`: the float input (..., C) to what the functions take, in JAX.
         refuses: `refuses(dequantization, results)`: which rows of results (T, ...) a client refuses when it decrypts
             them, bool (T,), in JAX; None: it refuses none.
+        chosen: `chosen(module)`: the options that were left to calibration, as it chose them.
     """
 
     strategy: DecodingStrategy
@@ -88,6 +89,7 @@ class QuantizedFunction:
     decode: Callable[[Any, tuple[jax.Array, ...]], jax.Array]
     encode: Callable[[QuantizedModule, jax.Array], jax.Array] = quantize_input
     refuses: Callable[[Any, tuple[jax.Array, ...]], jax.Array] | None = None
+    chosen: Callable[[QuantizedModule], Mapping[str, int]] = lambda module: {}
 
     def samples(self, module: QuantizedModule, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Calibration inputs (T, C), encoded: of integers, each as it is and `STRETCH` as large."""
@@ -182,6 +184,10 @@ class MethodConfig:
     def options(self) -> dict[str, int]:
         """All options of the method, defaults included."""
         return {**get(self.method).options, **dict(self.changes)}
+
+    def with_options(self, options: Mapping[str, int]) -> MethodConfig:
+        """With these options instead of its own."""
+        return replace(self, changes=tuple(sorted({**dict(self.changes), **options}.items())))
 
     @property
     def fhe_config(self) -> FHEConfig:

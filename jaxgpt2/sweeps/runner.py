@@ -487,7 +487,7 @@ class Sums(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A configuration in integers, and its cost's part of the row."""
+    """A configuration in integers, and what its row says of what calibration chose and of its cost."""
 
     function: QuantizedFunction
     stackable: Stackable
@@ -588,6 +588,7 @@ class SweepRunner:
         whole = compiled.costs(length)[module]
         last = compiled.costs(length, length - 1)[module]
         spent: Row = {
+            **encrypted.configs[module].options,
             "seq_len": length,
             "rounding": self.experiment.rounding if method.by_lookups else None,
             "machine": whole.machine,
