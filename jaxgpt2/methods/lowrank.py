@@ -42,15 +42,16 @@ from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_
 # and what the exponential sees of them.
 SCORE_BITS = 2
 
-# Ranks that are looked at, and tokens of calibration text that they are looked at on. Where a head needs less, a few
-# more axes even out what rounding does to each.
-SCORE_RANKS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
-VALUE_RANKS = (12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
+# Ranks that are looked at, and tokens of calibration text that they are looked at on.
+RANKS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
 LOSS_TOKENS = 2048
 
-# What a head may lose by its ranks where they are not named: rounding to 4 bits loses about as much. And what it may
-# lose when its cheapest configuration is looked for.
+# What a head may lose by its ranks where they are not named: rounding to 4 bits loses about as much. Ranks below LEAST
+# are not chosen then: where a head needs less, a few more axes even out what rounding does to each.
 TOLERANCE = 0.03
+LEAST = (8, 12)
+
+# What a head may lose by its ranks when its cheapest configuration is looked for.
 TOLERANCES = (0.1, 0.06, 0.03, 0.015)
 
 # Ranks are chosen for the fewest lookups of a text of so many tokens.
@@ -464,7 +465,7 @@ def calibrate(
         by_score, by_value = (
             {rank: 0.0} if rank else losses for rank, losses in ((score_rank, by_score), (value_rank, by_value))
         )
-        score_rank, value_rank = choose_ranks(by_score, by_value, TOLERANCE)
+        score_rank, value_rank = choose_ranks(by_score, by_value, TOLERANCE, LEAST)
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
@@ -619,10 +620,10 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
     def share(error: np.ndarray) -> float:
         return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
 
-    score_ranks, value_ranks = ((*(rank for rank in some if rank < size), size) for some in (SCORE_RANKS, VALUE_RANKS))
-    by_score = {rank: share(attention(rank) - exact) for rank in score_ranks}
+    ranks = (*(rank for rank in RANKS if rank < size), size)
+    by_score = {rank: share(attention(rank) - exact) for rank in ranks}
     by_value = {}
-    for rank in value_ranks:
+    for rank in ranks:
         there, back = factor_values(v, metric_root, rank)
         by_value[rank] = share(exact @ there @ back - exact)
     return by_score, by_value
@@ -634,13 +635,20 @@ def lookups(tokens: int, score_rank: int, value_rank: int) -> int:
     return tokens * (3 * score_rank + 2 * value_rank + 2) + pairs * (score_rank + value_rank + 2)
 
 
-def choose_ranks(by_score: dict[int, float], by_value: dict[int, float], tolerance: float) -> tuple[int, int]:
+def choose_ranks(
+    by_score: dict[int, float], by_value: dict[int, float], tolerance: float, least: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
     """The score rank and value rank of fewest lookups at which the two losses together are within the tolerance.
 
     Args:
         by_score, by_value: see `rank_losses`. Where none of them is within it, the ranks of least loss are taken.
+        least: smaller ones are not taken where there are larger ones.
     """
-    losses = {(score, value): by_score[score] + by_value[value] for score in by_score for value in by_value}
+    scores, values = (
+        [rank for rank in ranks if rank >= min(smallest, max(ranks))]
+        for ranks, smallest in zip((by_score, by_value), least, strict=True)
+    )
+    losses = {(score, value): by_score[score] + by_value[value] for score in scores for value in values}
     tolerance = max(tolerance, min(losses.values()))
     return min((pair for pair, loss in losses.items() if loss <= tolerance), key=lambda pair: lookups(TOKENS, *pair))
 

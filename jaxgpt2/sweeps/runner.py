@@ -587,8 +587,9 @@ class SweepRunner:
         compiled = encrypted.compile_on({layer.index: layer.cost_inputs}, length, fhe_config, backend)
         whole = compiled.costs(length)[module]
         last = compiled.costs(length, length - 1)[module]
+        chosen = encrypted.function(module).chosen(encrypted.quantized[module])
         spent: Row = {
-            **encrypted.configs[module].options,
+            **{f"{name}_chosen": value for name, value in chosen.items()},
             "seq_len": length,
             "rounding": self.experiment.rounding if method.by_lookups else None,
             "machine": whole.machine,

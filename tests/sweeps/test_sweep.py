@@ -414,7 +414,7 @@ def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, 
     rows = read_rows(Path(f"{out}.rows"))
     rough = [row for key, row in rows.items() if key.startswith("first 20 passages, calibrated on 20: 1.2 ")]
     trained = [row for key, row in rows.items() if key.startswith("1.2 ")]
-    assert len(rough) + len(trained) == len(rows) and len(rough) >= 4
+    assert len(rough) + len(trained) == len(rows) and len(rough) >= 2
     assert {row["training_steps"] for row in rough} == {0} and {row["training_steps"] for row in trained} == {300}
     assert len(trained) < len(rough)
     found = json.loads(result.stdout)
