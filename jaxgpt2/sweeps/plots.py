@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxgpt2 import methods
 from weights.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ def draw(frame: Any, directory: Path, kind: str = "png") -> list[str]:
 
 def formula_of(rows: Any) -> list[str]:
     """Columns that name a configuration, but for its widths: the method and its options."""
-    columns = list(rows.columns)
-    first, last = columns.index("rounding_threshold_bits") + 1, columns.index("top_" + first_k(rows))
-    return ["attention", *rows.columns[first:last]]
+    options = dict.fromkeys(option for method in methods.names() for option in methods.get(method).options)
+    return ["attention", *(option for option in options if option in rows.columns)]
 
 
 def first_k(rows: Any) -> str:

@@ -39,6 +39,12 @@ def test_a_method_that_has_the_same_bits_always_is_a_line_across(frame):
     assert axes.get_xlim()[1] < 7
 
 
+def test_options_tell_curves_apart_wherever_their_columns_stand(frame):
+    moved = frame[[name for name in frame.columns if name != "score_rank"] + ["score_rank"]]
+    labels = [[line.get_label() for line in plots.over_bits(rows).axes[0].lines] for rows in (frame, moved)]
+    assert labels[0] == labels[1] and {"lowrank, score rank 4", "lowrank, score rank 8"} < set(labels[0])
+
+
 def test_every_method_has_rows_of_its_own_on_the_map_of_heads(frame):
     figure = plots.over_heads(frame)
     maps = [axes for axes in figure.axes if axes.get_title()]
