@@ -115,9 +115,8 @@ def test_ranks_are_those_of_fewest_lookups_that_lose_little_enough():
     """Against all pairs, tried one by one."""
     random = np.random.default_rng(0)
     for _ in range(20):
-        by_score, by_value = (
-            dict(zip((1, 2, 4, 8), np.sort(random.uniform(0, 0.1, 4))[::-1], strict=True)) for _ in "ab"
-        )
+        by_score: dict[int, float] = dict(zip((1, 2, 4, 8), np.sort(random.uniform(0, 0.1, 4))[::-1], strict=True))
+        by_value: dict[int, float] = dict(zip((1, 2, 4, 8), np.sort(random.uniform(0, 0.1, 4))[::-1], strict=True))
         tolerance = float(random.uniform(0.02, 0.2))
         enough = [(s, v) for s in by_score for v in by_value if by_score[s] + by_value[v] <= tolerance]
         found = lowrank.choose_ranks(by_score, by_value, tolerance)
@@ -179,7 +178,7 @@ def test_training_runs_the_functions_that_are_encrypted(monkeypatch):
         return lowrank.attend(ops, params, *arrays)
 
     monkeypatch.setattr(lowrank, "STRATEGY", dataclasses.replace(lowrank.STRATEGY, attend=watched))
-    lowrank.refine.clear_cache()
+    jax.clear_caches()
     calibrated_head(1)
     assert ran and all(isinstance(ops, FakeQuantOps) for ops in ran)
 
