@@ -34,7 +34,7 @@ from jaxgpt2.modules import Module, parse_modules
 from jaxgpt2.progress import counting, note
 from jaxgpt2.sweeps.runner import Experiment, SweepRunner, grid
 from jaxgpt2.sweeps.tune import recovered
-from machine import environment
+from machine import environment, table
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "attention"
 KNOWN = ("softmax", *(f"{path}:{path.stem}" for path in sorted(EXAMPLES.glob("*.py"))))
@@ -84,7 +84,7 @@ def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: i
         for rows in SweepRunner(experiment, gpt2).run(configurations):
             found += rows
             progress(len(rows))
-    table: list[dict[str, Any]] = []
+    found_methods: list[dict[str, Any]] = []
     for name in chosen:
         own = [row for row in found if row["attention"] == name and "error" not in row]
         row: dict[str, Any] = {"method": name}
@@ -103,23 +103,27 @@ def main(names: tuple[str, ...], heads: str, bits: str, run_bits: int, tokens: i
                 gpt2, name, str(modules[0]), run_bits, tokens
             )
         note(f"{row}")
-        table.append(row)
+        found_methods.append(row)
     if as_json:
-        click.echo(json.dumps(table))
+        click.echo(json.dumps(found_methods))
         return
     click.echo(f"heads {heads} of tiny, {len(passages)} passages; {environment('jax', 'numpy', 'concrete-python')}\n")
-    columns = "".join(f" {width} bits |" for width in widths)
-    click.echo(
-        f"| recovered KL |{columns} lookups, {tokens} tokens | last token, s estimated | measured | decrypted, off by |"
-    )
-    click.echo("| --- |" + " --- |" * (len(widths) + 4))
-    for row in table:
-        fidelity = "".join(f" {row[f'recovered_kl_{width}']:.3f} |" for width in widths)
+    header = (
+        "recovered KL", *(f"{width} bits" for width in widths), f"lookups, {tokens} tokens", "last token, s estimated",
+        "measured", "decrypted, off by",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = []
+    for row in found_methods:
         seconds = row.get("measured_seconds_per_token")
-        ran = " | " if seconds is None else f"{seconds:.1f} | {row['decrypted_error']:.3f}"
-        short = row["method"].partition("@")[0].rpartition(":")[2]
-        estimated = row["estimated_seconds_per_token"]
-        click.echo(f"| {short} |{fidelity} {row['pbs_count']:,} | {estimated:.1f} | {ran} |")
+        lines.append((
+            row["method"].partition("@")[0].rpartition(":")[2],
+            *(f"{row[f'recovered_kl_{width}']:.3f}" for width in widths),
+            f"{row['pbs_count']:,}",
+            f"{row['estimated_seconds_per_token']:.1f}",
+            "" if seconds is None else f"{seconds:.1f}",
+            "" if seconds is None else f"{row['decrypted_error']:.3f}",
+        ))  # fmt: skip
+    click.echo(table(header, lines))
 
 
 if __name__ == "__main__":

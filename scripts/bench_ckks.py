@@ -15,10 +15,9 @@ from collections.abc import Callable
 import click
 import numpy as np
 
-from bench_fhe import table
 from fhe.ckks.parameters import Parameters
 from fhe.ckks.seal import CKKSContext, seal
-from machine import environment
+from machine import environment, table
 
 DEGREE, PRIMES = 16384, (9, 7, 5, 3, 2)
 

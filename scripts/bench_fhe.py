@@ -46,7 +46,7 @@ from jaxgpt2.modules import parse_modules, read_configs
 from jaxgpt2.progress import counting, note
 from jaxgpt2.quantize import Bits
 from jaxgpt2.sweeps.tune import recovered
-from machine import environment
+from machine import environment, table
 from weights.checkpoint import TINY
 
 PACKAGES = ("jax", "numpy", "concrete-python", "tenseal")
@@ -351,12 +351,6 @@ def cost(head: str, width: int, tokens: int, texts: int, lookup_bits: int, p_err
     ]
     headings = {"softmax": "baseline, Concrete", "lowrank": "lowrank, Concrete", "polynomial": "polynomial, CKKS"}
     click.echo(table(("", *(headings[name] for name in cases)), rows))
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 # --- accuracy -----------------------------------------------------------------------------------

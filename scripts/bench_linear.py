@@ -42,7 +42,7 @@ from jaxgpt2.serving.bundle import Bundle
 from jaxgpt2.serving.linear_bundle import shapes_of, traffic, write_bundles
 from jaxgpt2.serving.masked import Masked, in_processes, prepare, store_for
 from jaxgpt2.serving.remote import Connection, RemoteOwner
-from machine import environment
+from machine import environment, table
 
 PROMPT, NEW = 64, 64
 
@@ -205,12 +205,12 @@ def beside_zama(python: str | None) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """In Markdown. What was wanted of the 124M shape is the goals that this project set itself."""
+def costs_table(found: dict[str, Any]) -> str:
+    """What was wanted of the 124M shape is the goals that this project set itself."""
     product, shape = found["one_product"], f"{ZAMA_SHAPE[0]:,} to {ZAMA_SHAPE[1]:,}"
     up, down = (found[f"online_bytes_{way}"] / 1e6 for way in ("up", "down"))
     ahead = (found["ahead_bytes_up"] + found["ahead_bytes_down"]) / 1e6
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("ahead, server and client together, a token of 2,048", f"{found['ahead_seconds_per_token']:.4f} s", "0.05 s"),
         ("ahead, traffic a token, both ways", f"{ahead:.2f} MB", "2 MB"),
         (f"online, {NEW} tokens after {PROMPT}", f"{found['private_tokens_per_second']:.2f} tokens a second", ""),
@@ -228,19 +228,17 @@ def table(found: dict[str, Any]) -> str:
     if "zama" in product:
         same = f"{product['zama']:.1f} s: {product['times']:,.0f} times as long"
         rows.insert(-1, ("the same by concrete-ml-extensions 0.2.0, 8 bits", same, "5,000"))
-    head = [f"{found['model']}; {found['environment']}", "", "| | measured | wanted |", "| --- | --- | --- |"]
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+    return f"{found['model']}; {found['environment']}\n\n{table(('', 'measured', 'wanted'), rows)}"
 
 
 def growth_table(found: dict[str, Any]) -> str:
     columns = ("server_ahead_seconds_per_token", "matmul_share", "server_online_seconds_per_token")
-    names = "| shape | layers, width | server ahead, s a token | share of the matmul | server online, s a token |"
-    head = [found["environment"], "", names]
-    rows = [
-        f"| {name} | {LAYERS[name]}, {GROWTH[name]:,} | {' | '.join(f'{row[column]:.3f}' for column in columns)} |"
+    header = ("shape", "layers, width", "server ahead, s a token", "share of the matmul", "server online, s a token")
+    rows: list[tuple[str, ...]] = [
+        (name, f"{LAYERS[name]}, {GROWTH[name]:,}", *(f"{row[column]:.3f}" for column in columns))
         for name, row in found["growth"].items()
     ]
-    return "\n".join([*head, "| --- | --- | --- | --- | --- |", *rows])
+    return f"{found['environment']}\n\n{table(header, rows)}"
 
 
 @click.command(help=__doc__)
@@ -270,7 +268,7 @@ def bench(model: str, repeat: int, zama: str | None, growth: bool, as_json: bool
         shape = product_ahead(gpt2.config.n_embd, 3 * gpt2.config.n_embd)
         found["matmul_share"] = shape["matmul"] / shape["server"]
     found["environment"] = where
-    click.echo(json.dumps(found) if as_json else (growth_table if growth else table)(found))
+    click.echo(json.dumps(found) if as_json else (growth_table if growth else costs_table)(found))
 
 
 if __name__ == "__main__":

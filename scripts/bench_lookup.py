@@ -22,8 +22,7 @@ import click
 import numpy as np
 
 import fhe
-from bench_fhe import table
-from machine import environment, processor
+from machine import environment, processor, table
 from weights.checkpoint import write_text_atomically
 
 

@@ -39,7 +39,7 @@ from jaxgpt2.progress import note, step
 from jaxgpt2.serving.client import RemoteGPT2
 from jaxgpt2.serving.limits import Limits
 from jaxgpt2.serving.models import write_bundles
-from machine import environment
+from machine import environment, table
 from weights.checkpoint import TINY
 
 PACKAGES = ("jax", "numpy", "concrete-python", "uvicorn", "fastapi", "httpx2")
@@ -183,12 +183,6 @@ def at_once(clients: list[RemoteGPT2], prompt: str, tokens: int) -> float:
         for text in texts:
             text.result()
         return time.perf_counter() - started
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def megabytes(count: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import fhe
 from jaxgpt2.forecast import PUBLISHED, forecasts
 from jaxgpt2.progress import seconds
+from machine import table
 
 # {input bits: lookups} of six tokens at 4-bit activations, as `compile` reports: README.md and docs/zama-2023.md.
 LAYER = {3: 18, 4: 540, 5: 23208, 6: 20130, 7: 288}
@@ -23,15 +24,14 @@ CIRCUITS: dict[str, Mapping[int, int]] = {
 
 def table_of_forecasts() -> str:
     """A table in Markdown, a row for every circuit and machine."""
-    rows = [("circuit, six tokens", "machine", "time", "")]
+    rows: list[tuple[str, ...]] = []
     for name, lookups in CIRCUITS.items():
         here = fhe.Cost(pbs_by_stage={"": dict(lookups)})
         rows.append((name, here.machine, seconds(here.estimated_run_seconds), "estimated from times measured here"))
         for found in forecasts(lookups):
             took = f"none for lookups of {found.widest} bits" if found.seconds is None else seconds(found.seconds)
             rows.append(("", found.machine.machine, took, PUBLISHED))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- | --- | --- | --- |", *lines[1:]])
+    return table(("circuit, six tokens", "machine", "time", ""), rows)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from typing import Any
 
 import click
 
-from bench_fhe import table
 from jaxgpt2.sweeps.store import read_rows
 from jaxgpt2.sweeps.tune import recovered
-from machine import environment
+from machine import environment, table
 
 
 @click.command(help=__doc__)

@@ -13,7 +13,6 @@ from pathlib import Path
 import click
 
 import fhe
-from bench_fhe import table
 from jaxgpt2.evaluation import bundled_passages
 from jaxgpt2.methods import MethodConfig
 from jaxgpt2.models.gpt2.pretrained import GPT2
@@ -22,7 +21,7 @@ from jaxgpt2.progress import counting
 from jaxgpt2.quantize import Bits
 from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
 from jaxgpt2.sweeps.tune import recovered
-from machine import environment
+from machine import environment, table
 from weights.checkpoint import TINY
 
 FULL = {"score_rank": 64, "value_rank": 64, "exponential_bits": 7, "training_steps": 0}

@@ -1,4 +1,4 @@
-"""Where and with what a number was measured; every script that prints numbers prints this with them."""
+"""Where and with what a number was measured; every script that prints numbers prints this with them. And tables."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def environment(*packages: str) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     cores = f"{os.cpu_count()} cores of {processor()}"
     return f"{datetime.date.today()}, {cores}, Python {platform.python_version()}, {versions}"
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

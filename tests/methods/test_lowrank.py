@@ -89,26 +89,26 @@ def test_the_best_scale_clips_what_is_rare():
 
 
 def test_ranks_follow_the_heads_own_spectrum():
-    """A head of scores of rank 14 and values of rank 20, which nothing above them makes better."""
-    head, inputs = random_head(0, 48, 32), random_inputs(0, 20, 8, 48)
-    narrow, flat = (np.diag((np.arange(32) < rank).astype(float)) for rank in (14, 20))
+    """A head of scores of rank 2 and values of rank 8, which nothing above them makes better."""
+    head, inputs = random_head(0, 32, 16), random_inputs(0, 20, 8, 32)
+    narrow, flat = (np.diag((np.arange(16) < rank).astype(float)) for rank in (2, 8))
     head = head._replace(
-        query=head.query @ narrow, query_bias=head.query_bias @ narrow, value=head.value @ flat, value_bias=np.zeros(32)
+        query=head.query @ narrow, query_bias=head.query_bias @ narrow, value=head.value @ flat, value_bias=np.zeros(16)
     )
     by_score, by_value = lowrank.rank_losses(head, inputs)
-    assert (*by_score,) == (*by_value,) == (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
-    assert by_score[12] > 1e-5 and max(by_score[rank] for rank in by_score if rank > 12) < 1e-9
-    assert by_value[16] > 1e-4 and max(by_value[rank] for rank in by_value if rank > 16) < 1e-9
-    assert lowrank.choose_ranks(by_score, by_value, 1e-6) == (14, 20)
+    assert (*by_score,) == (*by_value,) == (2, 4, 6, 8, 10, 12, 14, 16)
+    assert max(by_score.values()) < 1e-9
+    assert by_value[2] > by_value[4] > 1e-3 and max(by_value[rank] for rank in by_value if rank >= 8) < 1e-9
+    assert lowrank.choose_ranks(by_score, by_value, 1e-6) == (2, 8)
+    pairs = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
+    assert (2, 8) in pairs and {score for score, _ in pairs} == {2}
     wanted = lowrank.choose_ranks(by_score, by_value, lowrank.TOLERANCE, lowrank.LEAST)
+    assert wanted == lowrank.LEAST
     value_rank = lowrank.choose_ranks({5: 0.0}, by_value, lowrank.TOLERANCE, lowrank.LEAST)[1]
     for asked, ranks in (((0, 0), wanted), ((5, 0), (5, value_rank))):
         options = {**lowrank.LOWRANK.options, "score_rank": asked[0], "value_rank": asked[1], "training_steps": 0}
         module = lowrank.calibrate(head, inputs, Bits(6, 8, 4, 5), 8, **options)
         assert tuple(lowrank.LOWRANK.head.chosen(module).values()) == ranks
-    assert wanted[0] >= lowrank.LEAST[0] and wanted[1] >= lowrank.LEAST[1]
-    proposed = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
-    assert lowrank.choose_ranks(by_score, by_value, max(lowrank.TOLERANCES)) in proposed
 
 
 def test_ranks_are_those_of_fewest_lookups_that_lose_little_enough():
@@ -125,7 +125,7 @@ def test_ranks_are_those_of_fewest_lookups_that_lose_little_enough():
     assert lowrank.lookups(6, 16, 24) == 1428
 
 
-@pytest.mark.parametrize("rank", [12, 14])
+@pytest.mark.parametrize("rank", [4, 12])
 def test_what_a_rank_loses_is_measured_where_nothing_is_rounded(rank):
     """Against the float head with its scores truncated by hand."""
     head, inputs = random_head(3, 32, 16, sharpness=2.0), random_inputs(3, 10, 8, 32)
@@ -178,8 +178,7 @@ def test_training_runs_the_functions_that_are_encrypted(monkeypatch):
         return lowrank.attend(ops, params, *arrays)
 
     monkeypatch.setattr(lowrank, "STRATEGY", dataclasses.replace(lowrank.STRATEGY, attend=watched))
-    jax.clear_caches()
-    calibrated_head(1)
+    calibrated_head(3)  # so many steps that nothing else has compiled
     assert ran and all(isinstance(ops, FakeQuantOps) for ops in ran)
 
 

@@ -407,14 +407,14 @@ def test_tune_writes_the_cheapest_configuration_that_keeps_enough(model, tmp_pat
 def test_tune_screens_what_is_proposed_and_trains_little_of_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "FEW", 1)
     out = tmp_path / "configs.json"
-    tuning = ["tune", *common(model), "--encrypt", "1.2", "--bits", "3,7", "--seq-len", 3, "--recovered-kl", 0.5,
+    tuning = ["tune", *common(model), "--encrypt", "1.2", "--bits", "3,5,6,7", "--seq-len", 3, "--recovered-kl", 0.5,
               "--simulated", 0, "--out", out]  # fmt: skip
     result = run(*tuning, "--json")
     assert result.exit_code == 0, result.output
     rows = read_rows(Path(f"{out}.rows"))
     rough = [row for key, row in rows.items() if key.startswith("first 20 passages, calibrated on 20: 1.2 ")]
     trained = [row for key, row in rows.items() if key.startswith("1.2 ")]
-    assert len(rough) + len(trained) == len(rows) and len(rough) >= 2
+    assert len(rough) + len(trained) == len(rows) and len(rough) >= 4
     assert {row["training_steps"] for row in rough} == {0} and {row["training_steps"] for row in trained} == {300}
     assert len(trained) < len(rough)
     found = json.loads(result.stdout)
