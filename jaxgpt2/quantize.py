@@ -49,7 +49,7 @@ class Bits:
             if name == "rounding_threshold" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 2 <= value <= largest:
-                raise InputError(f"bits of {name} must be a whole number from 2 to {largest}, got {value!r}")
+                raise InputError(f"bits of {name} must be a whole number from 2 to {largest}, got {value!r:.100}")
 
     @classmethod
     def of(cls, n_bits: int, rounding_threshold: int | None = None) -> Bits:

@@ -148,7 +148,7 @@ def _files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory / INDEX_FILE} names no file: its weight_map is missing or empty")
     outside = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise CheckpointError(f"{directory / INDEX_FILE} names {outside[0]!r}, wanted a file of its own directory")
+        raise CheckpointError(f"{directory / INDEX_FILE} names {outside[0]!r:.100}, wanted a file of its own directory")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:

@@ -171,7 +171,7 @@ class MethodConfig:
         for name, _ in self.changes:
             if name not in known:
                 there = f"it has: {', '.join(known)}" if known else "it has none"
-                raise MethodError(f"method {self.method!r} has no option {name!r}; {there}")
+                raise MethodError(f"method {self.method!r} has no option {name!r:.100}; {there}")
 
     @classmethod
     def of(cls, method: str, bits: Bits | int, options: Mapping[str, int] | None = None,
@@ -250,7 +250,7 @@ def get(name: str) -> Method:
     """
     if name not in _METHODS:
         hint = "; give its file with --attention FILE.py:NAME" if ".py:" in name else ""
-        raise MethodError(f"no attention method {name!r}, there are: {', '.join(names())}{hint}")
+        raise MethodError(f"no attention method {name!r:.100}, there are: {', '.join(names())}{hint}")
     return _METHODS[name]
 
 

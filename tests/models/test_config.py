@@ -60,3 +60,21 @@ def test_inner_width_is_four_times_the_width_unless_set():
 def test_refuses_what_it_cannot_run(values: dict[str, Any], parts: list[str]):
     with one_line(ConfigError, *parts):
         GPT2Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "[" * 5000},
+        {"activation_function": "[" * 5000},
+        {"n_embd": 10**4000 + 1, "n_head": 10**4000},
+        {"n_layer": "1" * 5000},
+        {"layer_norm_epsilon": "1" * 5000},
+        {"tie_word_embeddings": "1" * 5000},
+        {"eos_token_id": ["1" * 5000]},
+    ],
+)
+def test_what_it_refuses_is_shown_in_part(values: dict[str, Any]):
+    with pytest.raises(ConfigError) as error:
+        GPT2Config.from_dict(values)
+    assert len(str(error.value)) < 400

@@ -548,6 +548,15 @@ def test_limits(bundle, circuit, tmp_path):
         keys = hashlib.sha256(party.keys.evaluation).hexdigest()
         path, zero = f"/sessions/{session}/batches", np.zeros((1, 1), int)
 
+        def alone(content: bytes) -> Any:
+            """A request's answer. The place of the one before is free a moment after its client has the answer."""
+            deadline = time.monotonic() + 10
+            while (response := client.post(path, content=content)).status_code == 429:
+                if response.json()["code"] != "in_flight" or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            return response
+
         response = client.post("/sessions", json={"circuit": circuit.id, "keys": keys})
         assert (response.status_code, response.json()["code"]) == (429, "sessions")
         assert int(response.headers["Retry-After"]) >= 1
@@ -555,7 +564,7 @@ def test_limits(bundle, circuit, tmp_path):
         assert client.post(path, content=bytes(1_000_001)).status_code == 413
         assert client.post(path, content=iter([bytes(600_000)] * 2)).status_code == 413
         wide = {"uploads": [bytes(900_000)] * 1, "calls": [], "results": []}
-        assert client.post(path, content=batch_of(party, "nap", zero, **wide)).status_code == 200
+        assert alone(batch_of(party, "nap", zero, **wide)).status_code == 200
 
         def naps(first: int, count: int) -> dict[str, Any]:
             calls = [{"id": n, "function": "nap", "inputs": [0]} for n in range(first, first + count)]
@@ -563,15 +572,15 @@ def test_limits(bundle, circuit, tmp_path):
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             sleeping = batch_of(party, "nap", zero + 2, **naps(0, 5))
-            asleep = pool.submit(client.post, path, content=sleeping)
+            asleep = pool.submit(alone, sleeping)
             time.sleep(0.5)
             response = client.post(path, content=sleeping)
             assert (response.status_code, response.json()["code"]) == (429, "in_flight")
             assert asleep.result().status_code == 200
-        response = client.post(path, content=batch_of(party, "nap", zero, **naps(5, 5)))
+        response = alone(batch_of(party, "nap", zero, **naps(5, 5)))
         assert (response.status_code, response.json()["code"]) == (429, "rate")
         assert 1 <= int(response.headers["Retry-After"]) <= 60
-        response = client.post(path, content=batch_of(party, "nap", zero, **naps(5, 10)))
+        response = alone(batch_of(party, "nap", zero, **naps(5, 10)))
         assert (response.status_code, response.json()["code"]) == (422, "rate")
 
         deadline = time.monotonic() + 10

@@ -52,21 +52,22 @@ class GPT2Config:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "inner_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+                raise ConfigError(f"{name} must be a positive integer, got {value!r:.80}")
         if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise ConfigError(f"n_embd {self.n_embd!r:.80} is not a multiple of n_head {self.n_head!r:.80}")
         if self.activation_function not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function {self.activation_function!r} is not supported, one of {', '.join(ACTIVATIONS)} is"
+                f"activation_function {self.activation_function!r:.80} is not supported, "
+                f"one of {', '.join(ACTIVATIONS)} is"
             )
         if not isinstance(self.layer_norm_epsilon, float | int) or not self.layer_norm_epsilon > 0:
-            raise ConfigError(f"layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r}")
+            raise ConfigError(f"layer_norm_epsilon must be a positive number, got {self.layer_norm_epsilon!r:.80}")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}")
+            raise ConfigError(f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r:.80}")
         if isinstance(self.eos_token_id, list):  # as JSON has it; configurations are hashed
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         if any(type(token) is not int for token in self.ends_of_text):
-            raise ConfigError(f"eos_token_id must be a token id, a list of them or null, got {self.eos_token_id!r}")
+            raise ConfigError(f"eos_token_id must be a token id, a list of them or null, got {self.eos_token_id!r:.80}")
 
     @property
     def head_dim(self) -> int:
@@ -92,7 +93,7 @@ class GPT2Config:
         """
         model_type = values.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise ConfigError(f"model_type is {model_type!r}, wanted 'gpt2'")
+            raise ConfigError(f"model_type is {model_type!r:.80}, wanted 'gpt2'")
         if values.get("add_cross_attention", False):
             raise ConfigError("add_cross_attention is set: a model that reads another one's output is not supported")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -114,6 +115,6 @@ def score_factors(values: Mapping[str, Any], config: GPT2Config) -> list[float]:
     )
     for name, value in (("scale_attn_weights", scaled), ("scale_attn_by_inverse_layer_idx", by_layer)):
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {value!r}")
+            raise ConfigError(f"{name} must be true or false, got {value!r:.80}")
     factor = 1.0 if scaled else math.sqrt(config.head_dim)
     return [factor / (layer + 1) if by_layer else factor for layer in range(config.n_layer)]
