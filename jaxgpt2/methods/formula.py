@@ -167,8 +167,9 @@ def attend(
         return (numerator.array,)
     below = denominator[0].array
     below = below if denominator[0].ndim else below.reshape((below.shape[0], 1))
-    # A count is a clear number, and results are encrypted.
-    return numerator.array, numerator.array[:, :1] * 0 + below
+    if type(below) is np.ndarray:  # a count is a clear number, and results are encrypted
+        below = numerator.array[:, :1] * 0 + below  # of an encrypted one it would tie the widths of both
+    return numerator.array, below
 
 
 def attend_to_text(formula: Formula, ops: fhe.Ops, params: AttentionParams, x: Any) -> tuple[Any, ...]:

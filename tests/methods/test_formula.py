@@ -98,6 +98,29 @@ def test_they_decrypt_to_their_integers(name):
         assert all(np.array_equal(a, b) for a, b in zip(wanted, results, strict=True))
 
 
+def kept(ops, q, k, v):
+    return ops.lookup(lambda s: np.maximum(s, 0), k @ q / 2) @ v
+
+
+def divided(ops, q, k, v):
+    weights = ops.lookup(lambda s: np.maximum(s, 0), k @ q / 2)
+    return weights @ v / weights.sum()
+
+
+def test_what_the_client_divides_by_makes_no_lookup_wider():
+    """Concrete gives what is added together one width; the sum of weights must not get that of the numerators."""
+    pytest.importorskip("concrete.fhe", reason="the fhe extra is not installed")
+    inputs, counts = random_inputs(2, 40, 3, 6), []
+    for function in (kept, divided):
+        method = attention(function)
+        calibrated = method.head.calibrate(random_head(2, 6, 4), inputs, Bits.of(4, 6), 3)
+        functions = method.head.strategy.functions(calibrated, method.head.samples(calibrated, inputs), 3)
+        circuit = fhe.get_backend("concrete").compile(functions, calibrated.params, fhe.FHEConfig(1e-2, "approximate"))
+        counts.append(circuit.report.pbs_by_bit_width)
+        assert circuit.report.max_integer_bits > max(counts[-1])
+    assert counts[0] == counts[1]
+
+
 def error_of(method: methods.Method, bits: int, **changes) -> float:
     head, inputs = random_head(0, 12, 4), random_inputs(0, 40, 6, 12)
     calibrated = method.head.calibrate(head, inputs, Bits.of(bits), 6)
