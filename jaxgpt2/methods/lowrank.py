@@ -46,13 +46,16 @@ SCORE_BITS = 2
 RANKS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
 LOSS_TOKENS = 2048
 
-# What a head may lose by its ranks where they are not named: rounding to 4 bits loses about as much. Ranks below LEAST
-# are not chosen then: where a head needs less, a few more axes even out what rounding does to each.
-TOLERANCE = 0.03
+# Where ranks are not named, a lookup must save the model so many nats of KL a token, so that heads which matter get
+# more of them; and no head loses more than a share of what it does. Ranks below LEAST are not chosen then: where a head
+# needs less, a few more axes even out what rounding does to each.
+PRICE = 2.5e-6
+MOST_LOST = 0.04
 LEAST = (8, 12)
 
-# What a head may lose by its ranks when its cheapest configuration is looked for.
-TOLERANCES = (0.1, 0.06, 0.03, 0.015)
+# When a head's cheapest configuration is looked for.
+PRICES = (1e-5, 5e-6, 2.5e-6, 1.2e-6)
+MOST_LOST_CHEAPEST = 0.1
 
 # Ranks are chosen for the fewest lookups of a text of so many tokens.
 TOKENS = 6
@@ -264,13 +267,18 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
     )
 
 
+def largest_attention_weight(bits: Bits) -> int:
+    """Such that the sum of a weight and a level has the values of one bit more than activations have, and no fewer."""
+    return 2 ** (bits.activations + 1) - 1 - 2 * largest_level(bits.activations)
+
+
 def best_offset(scores: list[np.ndarray], below: list[np.ndarray], bits: Bits) -> float:
     """Where the exponential's table saturates: the offset (nats above the predicted maximum) of least weight error.
 
     Args:
         scores: (T, T) real scores, -inf where j > i; below: the same less the predicted row maximum.
     """
-    largest_weight = 2**bits.activations - 1
+    largest_weight = largest_attention_weight(bits)
 
     def error(offset: float) -> float:
         total = 0.0
@@ -456,16 +464,18 @@ def calibrate(
     ):
         if not low <= value <= high:
             raise CalibrationError(f"{name} must be {low} to {high}, got {value}")
-    levels, largest_weight = largest_level(bits.activations), 2**bits.activations - 1
+    levels = largest_level(bits.activations)
+    largest_weight = largest_attention_weight(bits)
     saturated = largest_level(term_bits)
     exponential_bits = exponential_bits or term_bits
     head_dim = weights.query.shape[1]
     if not score_rank or not value_rank:
-        by_score, by_value = rank_losses(weights, inputs)
-        by_score, by_value = (
-            {rank: 0.0} if rank else losses for rank, losses in ((score_rank, by_score), (value_rank, by_value))
-        )
-        score_rank, value_rank = choose_ranks(by_score, by_value, TOLERANCE, LEAST)
+        losses = rank_losses(weights, inputs)
+        if score_rank:
+            losses = losses._replace(by_score={score_rank: 0.0})
+        if value_rank:
+            losses = losses._replace(by_value={value_rank: 0.0})
+        score_rank, value_rank = choose_ranks(losses, PRICE, MOST_LOST, LEAST)
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
@@ -588,12 +598,16 @@ def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]
     return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
 
 
-def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dict[int, float], dict[int, float]]:
-    """What a head loses by each score rank, with values of full rank, and by each value rank, with scores of full rank.
+class RankLosses(NamedTuple):
+    """What the model loses a token, by `HeadWeights.metric`: nats of KL where that is half the Fisher information."""
 
-    As a share of what it loses by being left out, by `HeadWeights.metric`, on the first LOSS_TOKENS tokens or so.
-    Nothing is rounded.
-    """
+    by_score: dict[int, float]  # by each score rank of a head, with values of full rank
+    by_value: dict[int, float]  # by each value rank, with scores of full rank
+    ablated: float  # without the head
+
+
+def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> RankLosses:
+    """On the first LOSS_TOKENS tokens or so. Nothing is rounded."""
     ends = np.cumsum([len(passage) for passage in inputs])
     some = inputs[: int(np.searchsorted(ends, LOSS_TOKENS)) + 1]
     real = np.concatenate(some)
@@ -615,18 +629,17 @@ def rank_losses(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> tuple[dic
         return np.concatenate(rows)
 
     exact = attention(size)
-    whole = float((((exact + mean + weights.value_bias) @ metric_root) ** 2).sum())
 
-    def share(error: np.ndarray) -> float:
-        return float(((error @ metric_root) ** 2).sum()) / max(whole, 1e-30)
+    def lost(error: np.ndarray) -> float:
+        return float(((error @ metric_root) ** 2).sum()) / len(real)
 
     ranks = (*(rank for rank in RANKS if rank < size), size)
-    by_score = {rank: share(attention(rank) - exact) for rank in ranks}
+    by_score = {rank: lost(attention(rank) - exact) for rank in ranks}
     by_value = {}
     for rank in ranks:
         there, back = factor_values(v, metric_root, rank)
-        by_value[rank] = share(exact @ there @ back - exact)
-    return by_score, by_value
+        by_value[rank] = lost(exact @ there @ back - exact)
+    return RankLosses(by_score, by_value, lost(exact + mean + weights.value_bias))
 
 
 def lookups(tokens: int, score_rank: int, value_rank: int) -> int:
@@ -635,22 +648,25 @@ def lookups(tokens: int, score_rank: int, value_rank: int) -> int:
     return tokens * (3 * score_rank + 2 * value_rank + 2) + pairs * (score_rank + value_rank + 2)
 
 
-def choose_ranks(
-    by_score: dict[int, float], by_value: dict[int, float], tolerance: float, least: tuple[int, int] = (1, 1)
-) -> tuple[int, int]:
-    """The score rank and value rank of fewest lookups at which the two losses together are within the tolerance.
+def choose_ranks(losses: RankLosses, price: float, most: float, least: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """The score rank and value rank at which what is lost and the price of the lookups are least together.
 
     Args:
-        by_score, by_value: see `rank_losses`. Where none of them is within it, the ranks of least loss are taken.
+        price: of a lookup, in what `RankLosses` counts in.
+        most: share of `RankLosses.ablated` that may be lost at all. Where no ranks lose so little, those of least loss
+            are taken.
         least: smaller ones are not taken where there are larger ones.
     """
     scores, values = (
         [rank for rank in ranks if rank >= min(smallest, max(ranks))]
-        for ranks, smallest in zip((by_score, by_value), least, strict=True)
+        for ranks, smallest in zip((losses.by_score, losses.by_value), least, strict=True)
     )
-    losses = {(score, value): by_score[score] + by_value[value] for score in scores for value in values}
-    tolerance = max(tolerance, min(losses.values()))
-    return min((pair for pair, loss in losses.items() if loss <= tolerance), key=lambda pair: lookups(TOKENS, *pair))
+    lost = {(score, value): losses.by_score[score] + losses.by_value[value] for score in scores for value in values}
+    allowed = max(most * losses.ablated, min(lost.values()))
+    return min(
+        (pair for pair, loss in lost.items() if loss <= allowed),
+        key=lambda pair: lost[pair] + price * lookups(TOKENS, *pair),
+    )
 
 
 def chosen_ranks(module: QuantizedModule) -> dict[str, int]:
@@ -658,9 +674,9 @@ def chosen_ranks(module: QuantizedModule) -> dict[str, int]:
 
 
 def propose(weights: HeadWeights, inputs: Sequence[np.ndarray]) -> list[dict[str, int]]:
-    """The ranks of fewest lookups for each of TOLERANCES."""
+    """The best ranks at each of PRICES."""
     losses = rank_losses(weights, inputs)
-    pairs = {choose_ranks(*losses, tolerance) for tolerance in TOLERANCES}
+    pairs = {choose_ranks(losses, price, MOST_LOST_CHEAPEST) for price in PRICES}
     return [{"score_rank": score, "value_rank": value} for score, value in sorted(pairs)]
 
 

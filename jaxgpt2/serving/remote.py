@@ -286,7 +286,8 @@ class Connection:
                     reason = _NOT_THIS_CERTIFICATE if secure else "it takes connections and ends them: is it https://?"
             if reason is not None:  # no patience mends it
                 raise ServerError(f"{self.url} refuses: {reason}") from None
-            raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}")) from None
+            hint = "; is jaxgpt2 serve running there?" if isinstance(error, httpcore2.ConnectError) else ""
+            raise _Again(ServerError(f"{self.url} does not answer: {error or type(error).__name__}{hint}")) from None
         self.count(requests=1, received=len(received))
         if success:
             return Reply(response.status, received)

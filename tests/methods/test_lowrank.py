@@ -95,33 +95,47 @@ def test_ranks_follow_the_heads_own_spectrum():
     head = head._replace(
         query=head.query @ narrow, query_bias=head.query_bias @ narrow, value=head.value @ flat, value_bias=np.zeros(16)
     )
-    by_score, by_value = lowrank.rank_losses(head, inputs)
+    losses = lowrank.rank_losses(head, inputs)
+    by_score, by_value, ablated = losses
     assert (*by_score,) == (*by_value,) == (2, 4, 6, 8, 10, 12, 14, 16)
-    assert max(by_score.values()) < 1e-9
-    assert by_value[2] > by_value[4] > 1e-3 and max(by_value[rank] for rank in by_value if rank >= 8) < 1e-9
-    assert lowrank.choose_ranks(by_score, by_value, 1e-6) == (2, 8)
+    assert max(by_score.values()) < 1e-9 * ablated
+    assert by_value[2] > by_value[4] > 1e-3 * ablated
+    assert max(by_value[rank] for rank in by_value if rank >= 8) < 1e-9 * ablated
+    fewest = 1e3 * ablated  # a price at which only what must be is paid for
+    assert lowrank.choose_ranks(losses, fewest, 1e-6) == (2, 8)
     pairs = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
     assert (2, 8) in pairs and {score for score, _ in pairs} == {2}
-    wanted = lowrank.choose_ranks(by_score, by_value, lowrank.TOLERANCE, lowrank.LEAST)
+    wanted = lowrank.choose_ranks(losses, lowrank.PRICE, lowrank.MOST_LOST, lowrank.LEAST)
     assert wanted == lowrank.LEAST
-    value_rank = lowrank.choose_ranks({5: 0.0}, by_value, lowrank.TOLERANCE, lowrank.LEAST)[1]
+    value_rank = lowrank.choose_ranks(
+        losses._replace(by_score={5: 0.0}), lowrank.PRICE, lowrank.MOST_LOST, lowrank.LEAST
+    )[1]
     for asked, ranks in (((0, 0), wanted), ((5, 0), (5, value_rank))):
         options = {**lowrank.LOWRANK.options, "score_rank": asked[0], "value_rank": asked[1], "training_steps": 0}
         module = lowrank.calibrate(head, inputs, Bits(6, 8, 4, 5), 8, **options)
         assert tuple(lowrank.LOWRANK.head.chosen(module).values()) == ranks
 
 
-def test_ranks_are_those_of_fewest_lookups_that_lose_little_enough():
+def test_ranks_are_those_at_which_loss_and_lookups_are_least():
     """Against all pairs, tried one by one."""
     random = np.random.default_rng(0)
     for _ in range(20):
         by_score: dict[int, float] = dict(zip((1, 2, 4, 8), np.sort(random.uniform(0, 0.1, 4))[::-1], strict=True))
         by_value: dict[int, float] = dict(zip((1, 2, 4, 8), np.sort(random.uniform(0, 0.1, 4))[::-1], strict=True))
-        tolerance = float(random.uniform(0.02, 0.2))
-        enough = [(s, v) for s in by_score for v in by_value if by_score[s] + by_value[v] <= tolerance]
-        found = lowrank.choose_ranks(by_score, by_value, tolerance)
-        assert found == (8, 8) if not enough else found in enough
-        assert all(lowrank.lookups(6, *found) <= lowrank.lookups(6, *pair) for pair in enough)
+        losses, most = lowrank.RankLosses(by_score, by_value, 2.0), float(random.uniform(0.01, 0.1))
+        lost = {(s, v): by_score[s] + by_value[v] for s in by_score for v in by_value}
+        enough = [pair for pair in lost if lost[pair] <= 2 * most]
+        fewest, best = (lowrank.choose_ranks(losses, price, most) for price in (1.0, 1e-4))
+        if not enough:
+            assert fewest == best == (8, 8)
+            continue
+        assert fewest in enough and best in enough
+        assert all(lowrank.lookups(6, *fewest) <= lowrank.lookups(6, *pair) for pair in enough)
+        worth = {pair: lost[pair] + 1e-4 * lowrank.lookups(6, *pair) for pair in enough}
+        assert worth[best] == min(worth.values())
+        # What does twice as much gets no smaller ranks.
+        doubled = lowrank.RankLosses(*({r: 2 * x for r, x in each.items()} for each in (by_score, by_value)), 4.0)
+        assert lowrank.lookups(6, *lowrank.choose_ranks(doubled, 1e-4, most)) >= lowrank.lookups(6, *best)
     assert lowrank.lookups(6, 16, 24) == 1428
 
 
@@ -129,7 +143,7 @@ def test_ranks_are_those_of_fewest_lookups_that_lose_little_enough():
 def test_what_a_rank_loses_is_measured_where_nothing_is_rounded(rank):
     """Against the float head with its scores truncated by hand."""
     head, inputs = random_head(3, 32, 16, sharpness=2.0), random_inputs(3, 10, 8, 32)
-    by_score, _ = lowrank.rank_losses(head, inputs)
+    losses = lowrank.rank_losses(head, inputs)
     real = np.concatenate(inputs)
     q, k = real @ head.query + head.query_bias, real @ head.key
     to_query, to_key = lowrank.factor_scores(q - q.mean(axis=0), k - k.mean(axis=0), rank)
@@ -141,7 +155,8 @@ def test_what_a_rank_loses_is_measured_where_nothing_is_rounded(rank):
         found, wanted = e / e.sum(axis=1, keepdims=True) @ (x @ head.value + head.value_bias), float_head(head, x)
         error += np.einsum("td,de,te->", found - wanted, head.metric, found - wanted)
         norm += np.einsum("td,de,te->", wanted, head.metric, wanted)
-    assert by_score[rank] == pytest.approx(error / norm, rel=1e-6)
+    assert losses.by_score[rank] == pytest.approx(error / 80, rel=1e-6)
+    assert losses.ablated == pytest.approx(norm / 80, rel=1e-6)
 
 
 def calibrated_head(steps: int = 0, texts: int = 40, bits: int = 4, **options: int):
