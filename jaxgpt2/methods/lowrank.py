@@ -192,12 +192,17 @@ def predict_row_maxima(x: np.ndarray, maxima: np.ndarray) -> tuple[np.ndarray, f
 
 def best_scale(values: np.ndarray, bits: int) -> float:
     """The scale of least mean square error: clipping a few large values may be worth finer steps for the rest."""
-    largest, limit = scale_for(values, bits), largest_level(bits)
-
-    def error(scale: float) -> float:
-        return float(np.mean((np.clip(np.rint(values / scale), -limit, limit) * scale - values) ** 2))
-
-    return min((largest * factor for factor in np.linspace(0.3, 1.0, 29)), key=error)
+    limit, values = largest_level(bits), values.ravel()
+    scales = scale_for(values, bits) * np.linspace(0.3, 1.0, 29)[:, None]
+    errors = np.zeros(len(scales))
+    for start in range(0, len(values), 4096):  # what the processor's cache holds
+        some = values[start : start + 4096]
+        levels = some / scales
+        np.clip(np.rint(levels, out=levels), -limit, limit, out=levels)
+        levels *= scales
+        levels -= some
+        errors += np.einsum("ij,ij->i", levels, levels)
+    return float(scales[np.argmin(errors), 0])
 
 
 class Reals(NamedTuple):
