@@ -75,7 +75,7 @@ def install(wheel: Path, extra: str, directory: Path) -> Path:
     wanted = str(wheel) if extra == "core" else f"{wheel}[{extra}]"
     constraints = REPOSITORY / "constraints.txt"
     pip = [directory / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", constraints, wanted]
-    subprocess.run(pip, check=True)
+    subprocess.run(pip, check=True, env=apart(directory))  # PYTHONPATH would make pip find what is not installed
     return directory / "bin"
 
 

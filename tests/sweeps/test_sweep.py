@@ -329,7 +329,16 @@ def test_sweep_writes_a_table_and_figures_and_resumes(model, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_and_kill_lose_no_row(model, tmp_path):
     out = tmp_path / "out"
-    arguments = [sys.executable, "-m", "jaxgpt2.cli", *map(str, small_sweep(model, out)), "--batch", "1"]
+    # Every row takes two seconds at least, so that there are some left when the first one is seen.
+    program = """
+import time
+from jaxgpt2.cli.__main__ import main
+from jaxgpt2.sweeps.runner import SweepRunner
+rows = SweepRunner.rows
+SweepRunner.rows = lambda *arguments: (time.sleep(2), rows(*arguments))[1]
+main()
+"""
+    arguments = [sys.executable, "-c", program, *map(str, small_sweep(model, out)), "--batch", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
     journal = out / "rows.jsonl"
