@@ -134,7 +134,8 @@ def test_ranks_are_those_at_which_loss_and_lookups_are_least():
         worth = {pair: lost[pair] + 1e-4 * lowrank.lookups(6, *pair) for pair in enough}
         assert worth[best] == min(worth.values())
         # What does twice as much gets no smaller ranks.
-        doubled = lowrank.RankLosses(*({r: 2 * x for r, x in each.items()} for each in (by_score, by_value)), 4.0)
+        by_score, by_value = ({r: 2 * x for r, x in each.items()} for each in (by_score, by_value))
+        doubled = lowrank.RankLosses(by_score, by_value, 4.0)
         assert lowrank.lookups(6, *lowrank.choose_ranks(doubled, 1e-4, most)) >= lowrank.lookups(6, *best)
     assert lowrank.lookups(6, 16, 24) == 1428
 
