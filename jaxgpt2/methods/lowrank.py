@@ -57,7 +57,7 @@ LEAST = (8, 12)
 PRICES = (1e-5, 5e-6, 2.5e-6, 1.2e-6)
 MOST_LOST_CHEAPEST = 0.1
 
-# Ranks are chosen for the fewest lookups of a text of so many tokens.
+# Lookups are those of a text of so many tokens.
 TOKENS = 6
 
 # Training: passages a step, and the steps' size as a share of a parameter's own. Heads are trained with ranks that are
