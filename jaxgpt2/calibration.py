@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt2.errors import PromptError
@@ -16,6 +17,9 @@ from jaxgpt2.models import Decoder
 
 # Fisher information settles with few gradients, and those of a large model are dear.
 FISHER_TOKENS = 4096
+
+# Tokens that the model is read on without each of its heads.
+ABLATED_TOKENS = 256
 
 
 def token_batches(
@@ -68,6 +72,31 @@ class HiddenStates:
             hidden = tuple(model.block(index, h)[0] for h in hidden)
         return HiddenStates(layer, hidden, self.lengths)
 
+    def average_head(self, model: Decoder) -> float:
+        """Nats of KL a token that the model loses without one of its heads, the mean over all heads.
+
+        On the first ABLATED_TOKENS tokens or so; of states at layer 0.
+        """
+        h, lengths = self.hidden[0], self.lengths[0]
+        rows = int(np.searchsorted(np.cumsum(lengths), ABLATED_TOKENS)) + 1
+        h, mask = h[:rows], jnp.arange(h.shape[1]) < lengths[:rows, None]
+
+        def log_probabilities(layer: int, h: jax.Array) -> jax.Array:
+            h = model.leave(layer, h)
+            for later in range(layer + 1, model.config.n_layer):
+                h, _ = model.block(later, h)
+            return jax.nn.log_softmax(model.unembed(h))
+
+        lost, exact = [], None
+        for layer in range(model.config.n_layer):
+            for head in range(model.config.n_head):
+                _, without, own, _ = model.attend(layer, h, np.array([head]))
+                exact = log_probabilities(layer, without + own[0]) if exact is None else exact
+                kl = jnp.sum(jnp.exp(exact) * (exact - log_probabilities(layer, without)), axis=-1)
+                lost.append(float(jnp.sum(kl * mask) / jnp.sum(mask)))
+            h, _ = model.block(layer, h)
+        return float(np.mean(lost))
+
     def inputs(self, model: Decoder) -> list[np.ndarray]:
         """What reaches the heads of the layer: (T, C) float64, an array for every passage."""
         inputs = []
@@ -84,14 +113,15 @@ class CalibrationData:
     Args:
         inputs: what reaches its heads in the float model, (T, C) float64, an array for every passage.
         fisher: (C, C): error @ fisher @ error is KL(float || model with that error of the residual stream after the
-            layer's attention at one position) to second order, in nats and averaged over positions.
+            layer's attention at one position) to second order, averaged over positions, as a share of what the model
+            loses without one of its heads (`HiddenStates.average_head`).
     """
 
     inputs: list[np.ndarray]
     fisher: np.ndarray
 
     @classmethod
-    def of(cls, model: Decoder, states: HiddenStates) -> CalibrationData:
+    def of(cls, model: Decoder, states: HiddenStates, average_head: float) -> CalibrationData:
         """Half the Fisher information (Amari, "Natural gradient works efficiently in learning", 1998), from the
         gradients of tokens drawn from the model's own predictions. Errors at different positions are taken as
         independent."""
@@ -102,4 +132,4 @@ class CalibrationData:
             total, count = total + gradients.T @ gradients, count + len(gradients)
             if count >= FISHER_TOKENS:
                 break
-        return cls(states.inputs(model), total / (2 * count))
+        return cls(states.inputs(model), total / (2 * count * average_head))

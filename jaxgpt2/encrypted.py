@@ -361,9 +361,10 @@ class EncryptedGPT2:
         if missing:
             rest, data = dataclasses.replace(self, configs=missing), {}
             states = HiddenStates.read(self.model, passages, max_tokens)
+            average_head = states.average_head(self.model)
             for layer in rest._layers():
                 states = states.at(self.model, layer)
-                data[layer] = CalibrationData.of(self.model, states)
+                data[layer] = CalibrationData.of(self.model, states, average_head)
             made = rest.calibrate_on(data, max_tokens).quantized
             for module, path in paths.items():
                 if module in made:

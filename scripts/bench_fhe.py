@@ -128,11 +128,9 @@ def trained_head(head: str, width: int, tokens: int) -> tuple[HeadWeights, list[
     """The same of a head of the bundled model, widened; the texts to read all have so many tokens."""
     gpt2 = GPT2.from_pretrained("tiny")
     (module,) = parse_modules(head, gpt2.config)
-    calibration, evaluation = (
-        HiddenStates.read(gpt2, bundled_passages(name), tokens).at(gpt2, module.layer)
-        for name in ("calibration", "eval")
-    )
-    data = CalibrationData.of(gpt2, calibration)
+    start = HiddenStates.read(gpt2, bundled_passages("calibration"), tokens)
+    data = CalibrationData.of(gpt2, start.at(gpt2, module.layer), start.average_head(gpt2))
+    evaluation = HiddenStates.read(gpt2, bundled_passages("eval"), tokens).at(gpt2, module.layer)
     weights = head_weights(gpt2, module.layer, module.head or 0, data.fisher)
     wider, inputs = widened(weights, data.inputs, width)
     _, texts = widened(weights, [x for x in evaluation.inputs(gpt2) if len(x) == tokens], width)

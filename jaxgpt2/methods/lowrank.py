@@ -10,12 +10,14 @@ What it does differently from the baseline (`softmax`), each exact or fitted on 
 - 2xy = (x + y)^2 - x^2 - y^2: one lookup a product. The squares of keys and values are shared by all products of a
   token; those of the query shift its whole row, and are never computed.
 - The row maximum is predicted by a linear function of the row's input: one lookup, and its error shifts a row.
-- The client divides: the server returns sum_j e_ij v_j and sum_j e_ij.
+- The client divides: the server returns sum_j e_ij v_j and sum_j e_ij. The many weights that round to 0 are made up
+  for by a small one of the mean value, which the client adds.
 - A random rotation of either space evens out the ranges of its axes, so that one scale wastes few levels.
 - Every input feature has its own scale, which the weights absorb. So do the steps of queries, keys and values, to the
   effect that a level is a whole number of steps of the accumulator: rounding the low bits away gives the level, and a
   lookup needs to see one bit more than the level has.
-- All of these numbers are then trained together (`refine`), through the rounding, for the least harm to the model.
+- All of these numbers are then trained together (`refine`), through the rounding, for the least harm to the model; the
+  client's are at last those of least squares (`fit_output`).
 
 A text is read token by token: `project_token` once, `attend` to blocks of earlier tokens (see `decoding.Cached`).
 """
@@ -36,7 +38,7 @@ from jaxgpt2.decoding import STRETCH, Cached
 from jaxgpt2.methods.jax_ops import FakeQuantOps, straight_through
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule, float_head
 from jaxgpt2.methods.requantize import Projection, build_table, project
-from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_for
+from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound
 
 # So many more bits than activations has what is added to scores (the row's predicted maximum and the key's own term),
 # and what the exponential sees of them.
@@ -46,15 +48,15 @@ SCORE_BITS = 2
 RANKS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
 LOSS_TOKENS = 2048
 
-# Where ranks are not named, a lookup must save the model so many nats of KL a token, so that heads which matter get
-# more of them; and no head loses more than a share of what it does. Ranks below LEAST are not chosen then: where a head
-# needs less, a few more axes even out what rounding does to each.
-PRICE = 2.5e-6
-MOST_LOST = 0.04
+# Where ranks are not named, a lookup must save the model such a share of what an average head of it does, so that heads
+# which matter get more of them; and no head loses more than a share of what it does itself. Ranks below LEAST are not
+# chosen then: where a head needs less, a few more axes even out what rounding does to each.
+PRICE = 4e-5
+MOST_LOST = 0.05
 LEAST = (8, 12)
 
 # When a head's cheapest configuration is looked for.
-PRICES = (1e-5, 5e-6, 2.5e-6, 1.2e-6)
+PRICES = (1.2e-4, 6e-5, 3e-5, 1.5e-5)
 MOST_LOST_CHEAPEST = 0.1
 
 # Lookups are those of a text of so many tokens.
@@ -84,8 +86,9 @@ class LowRankParams:
 
 
 class LowRankDequantization(NamedTuple):
-    basis: np.ndarray  # (S, D): of one unit of sum_j e_ij v_j / sum_j e_ij
-    mean: np.ndarray  # (D,): the mean value
+    basis: Any  # (S, D): of one unit of sum_j e_ij v_j / (prior + sum_j e_ij)
+    mean: Any  # (D,): the mean value
+    prior: Any  # (): what the mean value weighs, in levels of attention weights
 
 
 def project_token(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
@@ -104,8 +107,8 @@ def project_token(ops: Ops, params: LowRankParams, x: Any) -> tuple[Any, ...]:
 
 
 def first_token(ops: Ops, params: LowRankParams, v: Any) -> tuple[Any, Any]:
-    """The first token attends to itself."""
-    return v, v[:, :1] * 0 + 2
+    """The first token attends to itself: its value, and a denominator that no other row has with a numerator."""
+    return v, v[:, :1] * 0
 
 
 def attend(ops: Ops, params: LowRankParams, q: Any, shift: Any, *state: Any) -> tuple[Any, Any]:
@@ -190,10 +193,11 @@ def predict_row_maxima(x: np.ndarray, maxima: np.ndarray) -> tuple[np.ndarray, f
     return weight, float(mean - centre @ weight)
 
 
-def best_scale(values: np.ndarray, bits: int) -> float:
-    """The scale of least mean square error: clipping a few large values may be worth finer steps for the rest."""
-    limit, values = largest_level(bits), values.ravel()
-    scales = scale_for(values, bits) * np.linspace(0.3, 1.0, 29)[:, None]
+def best_scale(values: np.ndarray, limit: int) -> float:
+    """The scale of levels up to a limit that gives the least mean square error: clipping a few large values may be worth
+    finer steps for the rest."""
+    values = values.ravel()
+    scales = (float(np.max(np.abs(values))) or 1.0) / limit * np.linspace(0.3, 1.0, 29)[:, None]
     errors = np.zeros(len(scales))
     for start in range(0, len(values), 4096):  # what the processor's cache holds
         some = values[start : start + 4096]
@@ -221,12 +225,14 @@ class Reals(NamedTuple):
     shift_bias: Any  # ()
     basis: Any  # (S, D)
     mean: Any  # (D,)
+    prior: Any  # ()
 
 
 class Widths(NamedTuple):
     """What the rounding of a head in reals depends on."""
 
-    levels: Any  # largest level
+    levels: Any  # largest level of queries and keys
+    value_levels: Any  # and of values
     terms: Any  # largest of what is added to scores, in its steps
     largest_weight: Any
     term_step: Any  # steps of a score
@@ -242,7 +248,8 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
     p_query, p_key = factor_scores(q - q_mean, k - k_mean, rank)
     p_value, basis = factor_values(v - v_mean, square_root(weights.metric)[0], width)
     q, k, v = (q - q_mean) @ p_query, (k - k_mean) @ p_key, (v - v_mean) @ p_value
-    q_step, k_step, v_step = (best_scale(part, bits.activations) for part in (q, k, v))
+    levels = largest_level(bits.activations)
+    q_step, k_step, v_step = map(best_scale, (q, k, v), (levels, levels, largest_value_level(bits)))
     nats = q_step * k_step
     # The row shift stands for the row maximum and for the squares that are not subtracted; the key's term, centred, for
     # the scores of the mean query.
@@ -269,12 +276,18 @@ def initial(weights: HeadWeights, real: np.ndarray, texts: list[slice], bits: Bi
         shift_bias=np.asarray(shift_bias + offset),
         basis=basis * v_step,
         mean=v_mean + weights.value_bias,
+        prior=np.asarray(0.5),
     )
 
 
+def largest_value_level(bits: Bits) -> int:
+    """A little more than a level has bits for: an error of a value costs more than one of an attention weight."""
+    return 2 ** (bits.activations - 1) * 9 // 8
+
+
 def largest_attention_weight(bits: Bits) -> int:
-    """Such that the sum of a weight and a level has the values of one bit more than activations have, and no fewer."""
-    return 2 ** (bits.activations + 1) - 1 - 2 * largest_level(bits.activations)
+    """Such that the sum of a weight and a value has the values of one bit more than activations have, and no fewer."""
+    return 2 ** (bits.activations + 1) - 1 - 2 * largest_value_level(bits)
 
 
 def best_offset(scores: list[np.ndarray], below: list[np.ndarray], bits: Bits) -> float:
@@ -319,11 +332,10 @@ def fake_quantized(reals: Reals, widths: Widths) -> LowRankParams:
         smooth = e + 0.05 * widths.largest_weight * jnp.maximum(nats, 0.0)
         return straight_through(smooth, jnp.rint(e))
 
-    levels = rounded(widths.levels)
     return LowRankParams(
-        query=Projection(reals.query, reals.query_bias, levels),
-        key=Projection(reals.key, reals.key_bias, levels),
-        value=Projection(reals.value, reals.value_bias, levels),
+        query=Projection(reals.query, reals.query_bias, rounded(widths.levels)),
+        key=Projection(reals.key, reals.key_bias, rounded(widths.levels)),
+        value=Projection(reals.value, reals.value_bias, rounded(widths.value_levels)),
         shift=added(reals.shift, reals.shift_bias, widths.shift_step),
         term=added(reals.term, reals.term_bias, widths.term_step),
         level_square=_quarter,
@@ -390,7 +402,7 @@ def refine(
 
     def head(reals: Reals, x: jax.Array) -> jax.Array:
         results = STRATEGY.whole(FakeQuantOps(), fake_quantized(reals, widths), x)
-        return decode(LowRankDequantization(reals.basis, reals.mean), results)
+        return decode(LowRankDequantization(reals.basis, reals.mean, jnp.abs(reals.prior)), results)
 
     def loss(shares: Reals, x: jax.Array, wanted: jax.Array, mask: jax.Array) -> jax.Array:
         error = jax.vmap(head, (None, 0))(jax.tree.map(jnp.multiply, shares, size), x) - wanted
@@ -410,25 +422,51 @@ def refine(
     return jax.tree.map(jnp.multiply, shares, size)
 
 
+@jax.jit
+def sums(reals: Reals, widths: Widths, x: jax.Array) -> jax.Array:
+    """What the client makes its output of by `basis` and `mean`: x (B, T, C) -> (B, T, S)."""
+    width = reals.basis.shape[0]
+    alone = LowRankDequantization(jnp.eye(width), jnp.zeros(width), reals.prior)
+    return jax.lax.map(lambda x: decode(alone, STRATEGY.whole(FakeQuantOps(), fake_quantized(reals, widths), x)), x)
+
+
+def fit_output(reals: Reals, sums: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> Reals:
+    """With the basis and mean of least square error, in any metric: sums (B, T, S), wanted (B, T, D), mask (B, T)."""
+    seen = mask > 0
+    x = np.concatenate([sums[seen], np.ones((int(seen.sum()), 1))], axis=1)
+    gram = x.T @ x
+    ridge = 1e-6 * np.trace(gram) / len(gram)
+    found = np.linalg.solve(gram + ridge * np.eye(len(gram)), x.T @ wanted[seen])
+    return reals._replace(basis=found[:-1], mean=found[-1])
+
+
 def step_for(largest: float, bits: int) -> int:
     """The power of two in which numbers of up to that magnitude fit into so many signed bits."""
     return 2 ** max(0, int(np.ceil(np.log2(max(largest, 1e-9) / (2 ** (bits - 1) - 1)))))
 
 
 def aligned(
-    stage: str, weight: np.ndarray, bias: np.ndarray, bits: Bits, saturate: int, seen: int, step: int = 1
+    stage: str,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    bits: Bits,
+    level_bits: int,
+    saturate: int,
+    seen: int,
+    step: int = 1,
 ) -> Projection:
     """A projection (C, D) of input integers in integers, whose accumulator has 2^n steps a level.
 
     Args:
         weight, bias: of levels.
+        level_bits: of a level.
         saturate: largest level.
         seen: bits of the accumulator that the lookup sees: with one more than the levels have, a level is a cell.
         step: of the results, a level's. A product with it would multiply the noise of a lookup too.
     """
     limit = 2 ** (bits.weights - 1) - 1
     exponent = int(np.floor(np.log2(limit / max(float(np.abs(weight).max()), 1e-9))))
-    fraction = seen - 1 - (2 * saturate).bit_length()  # bits that the lookup sees below a level
+    fraction = seen - 1 - level_bits  # bits that the lookup sees below a level
     exponent = max(exponent, fraction, 0)
     integers = np.rint(weight * 2.0**exponent).astype(np.int64)
     integer_bias = np.rint(bias * 2.0**exponent).astype(np.int64)
@@ -469,7 +507,7 @@ def calibrate(
     ):
         if not low <= value <= high:
             raise CalibrationError(f"{name} must be {low} to {high}, got {value}")
-    levels = largest_level(bits.activations)
+    levels, value_levels = largest_level(bits.activations), largest_value_level(bits)
     largest_weight = largest_attention_weight(bits)
     saturated = largest_level(term_bits)
     exponential_bits = exponential_bits or term_bits
@@ -485,8 +523,8 @@ def calibrate(
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
     texts = [slice(end - len(passage), end) for passage, end in zip(inputs, ends, strict=True)]
-    input_scale = np.array([best_scale(feature, bits.inputs) for feature in real.T])
     limit = largest_level(bits.inputs)
+    input_scale = np.array([best_scale(feature, limit) for feature in real.T])
     x = np.clip(np.rint(real / input_scale), -limit, limit).astype(np.int64)
 
     reals = initial(weights, real, texts, bits, rank, width)
@@ -496,6 +534,7 @@ def calibrate(
         """Steps in which inputs that are larger than the calibration's still take the bits that they should."""
         return Widths(
             levels=levels,
+            value_levels=value_levels,
             terms=saturated,
             largest_weight=largest_weight,
             term_step=step_for(ranges.term * STRETCH, term_bits),
@@ -509,22 +548,28 @@ def calibrate(
         # Ranks of a few sizes, so that few are compiled.
         filled = with_ranks(reals, *(-(-size // COMPILED_RANKS) * COMPILED_RANKS for size in (rank, width)))
         given = filled, step_sizes(reals), widths, padded, wanted, mask, weights.metric
-        reals = refine(
-            *jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given),
-            jnp.asarray(batches(len(inputs), training_steps)),
-        )
-        reals = with_ranks(Reals(*(np.asarray(part, np.float64) for part in reals)), rank, width)
+        order = jnp.asarray(batches(len(inputs), training_steps))
+        trained = refine(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given), order)
+        trained = trained._replace(prior=jnp.abs(trained.prior))
+        reals = with_ranks(Reals(*(np.asarray(part, np.float64) for part in trained)), rank, width)
         ranges = score_ranges(reals, levels, x * input_scale, texts)
         widths = widths_of(ranges)
+        given = trained, widths, padded
+        found = np.asarray(sums(*jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)), np.float64)
+        reals = fit_output(reals, found[..., :width], wanted, mask)
 
     scaled = input_scale[:, None]
     seen = bits.activations + 1 if bits.rounding_threshold is None else bits.rounding_threshold
     unit = 2 * float(reals.nats)
 
+    def projection(stage: str, weight: np.ndarray, bias: np.ndarray, largest: int) -> Projection:
+        """Of levels."""
+        return aligned(stage, scaled * weight, bias, bits, bits.activations, largest, seen)
+
     def added(stage: str, weight: np.ndarray, bias: np.ndarray, step: int) -> Projection:
         """What is added to scores, of nats."""
         weight, bias = scaled * weight[:, None] / unit / step, np.array([float(bias) / unit / step])
-        return aligned(stage, weight, bias, bits, saturated, term_bits + 1, step)
+        return aligned(stage, weight, bias, bits, term_bits, saturated, term_bits + 1, step)
 
     exponential = build_table(
         lambda s: largest_weight * np.exp(np.minimum(s * unit, 0.0)),
@@ -532,20 +577,22 @@ def calibrate(
         int(np.ceil(ranges.high / widths.cell)) + 1,
         int(np.log2(widths.cell)),
     )
-    check_accumulator("output", max_tokens * 2 * largest_weight * levels)
+    check_accumulator("output", max_tokens * 2 * largest_weight * value_levels)
     params = LowRankParams(
-        query=aligned("query", scaled * reals.query, reals.query_bias, bits, levels, seen),
-        key=aligned("key", scaled * reals.key, reals.key_bias, bits, levels, seen),
-        value=aligned("value", scaled * reals.value, reals.value_bias, bits, levels, seen),
+        query=projection("query", reals.query, reals.query_bias, levels),
+        key=projection("key", reals.key, reals.key_bias, levels),
+        value=projection("value", reals.value, reals.value_bias, value_levels),
         shift=added("shift", reals.shift, reals.shift_bias, widths.shift_step),
         term=added("term", reals.term, reals.term_bias, widths.term_step),
-        level_square=LookupTable.build(quarter_square, -levels, levels),
+        level_square=LookupTable.build(quarter_square, -value_levels, value_levels),
         sum_square=LookupTable.build(quarter_square, -2 * levels, 2 * levels),
         exponential=exponential,
         weight_square=LookupTable.build(quarter_square, 0, largest_weight),
-        mixed_square=LookupTable.build(quarter_square, -levels, levels + largest_weight),
+        mixed_square=LookupTable.build(quarter_square, -value_levels, value_levels + largest_weight),
     )
-    return QuantizedModule(params, input_scale, LowRankDequantization(reals.basis, reals.mean), bits, max_tokens)
+    return QuantizedModule(
+        params, input_scale, LowRankDequantization(reals.basis, reals.mean, reals.prior), bits, max_tokens
+    )
 
 
 def quarter_square(x: np.ndarray) -> np.ndarray:
@@ -596,15 +643,17 @@ def pad(weights: HeadWeights, inputs: Sequence[np.ndarray], x: np.ndarray) -> tu
 def decode(dequantization: LowRankDequantization, outputs: tuple[jax.Array, ...]) -> jax.Array:
     """Numerators (T, S) and denominators (T, 1) to the head's output (T, D).
 
-    A row whose weights all rounded to zero says nothing; it is decoded as the mean value.
+    The first token's denominator is 0, and so is that of a row whose weights all rounded to zero: its numerators are 0
+    too, and it is decoded as the mean value.
     """
     numerators, denominators = (output.astype(jnp.float32) for output in outputs)
-    basis, mean = (jnp.asarray(part, jnp.float32) for part in dequantization)
-    return 2 * numerators / jnp.maximum(denominators, 1.0) @ basis + mean
+    basis, mean, prior = (jnp.asarray(part, jnp.float32) for part in dequantization)
+    weighed = 2 * numerators / jnp.maximum(denominators + prior, 1.0)
+    return jnp.where(denominators > 0, weighed, numerators) @ basis + mean
 
 
 class RankLosses(NamedTuple):
-    """What the model loses a token, by `HeadWeights.metric`: nats of KL where that is half the Fisher information."""
+    """What the model loses, by `HeadWeights.metric`: shares of what an average head of it does."""
 
     by_score: dict[int, float]  # by each score rank of a head, with values of full rank
     by_value: dict[int, float]  # by each value rank, with scores of full rank

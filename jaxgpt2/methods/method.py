@@ -27,7 +27,8 @@ class HeadWeights(NamedTuple):
     value: np.ndarray  # (C, D)
     value_bias: np.ndarray  # (D,)
     output: np.ndarray  # (D, C): the head's rows of c_proj
-    # (D, D): what an error of the head's output costs is error @ metric @ error, to second order and in nats.
+    # (D, D): what an error of the head's output costs is error @ metric @ error: KL to second order, as a share of what
+    # the model loses without one of its heads, on average.
     metric: np.ndarray
 
 

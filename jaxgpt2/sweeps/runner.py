@@ -516,6 +516,7 @@ class SweepRunner:
             HiddenStates.read(self.gpt2, experiment.calibration, experiment.seq_len),
         )
         self._reached = self._start
+        self._average_head = self._start[1].average_head(self.gpt2)
         self._ablated: dict[Module, Sums] = {}
         self._heads: dict[tuple[int, int | None, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         lengths = self._start[0].lengths
@@ -567,7 +568,9 @@ class SweepRunner:
             self._reached = self._start
         self._reached = tuple(states.at(self.gpt2, index) for states in self._reached)
         states, calibration, cost = self._reached
-        return Layer(index, states, CalibrationData.of(self.gpt2, calibration), cost.inputs(self.gpt2))
+        return Layer(
+            index, states, CalibrationData.of(self.gpt2, calibration, self._average_head), cost.inputs(self.gpt2)
+        )
 
     # One configuration ---------------------------------------------------------------------------
 

@@ -84,9 +84,10 @@ def candidates(
     if not proposing:
         return found
     states, by_key = HiddenStates.read(gpt2, calibration, max_tokens), dict[str, Configuration]()
+    average_head = states.average_head(gpt2)
     for layer, own in itertools.groupby(sorted(modules), key=lambda module: module.layer):
         states = states.at(gpt2, layer)
-        data = CalibrationData.of(gpt2, states)
+        data = CalibrationData.of(gpt2, states, average_head)
         for module in own:
             assert module.head is not None
             weights = head_weights(gpt2, layer, module.head, data.fisher)
