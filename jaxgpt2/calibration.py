@@ -75,7 +75,7 @@ class HiddenStates:
     def average_head(self, model: Decoder) -> float:
         """Nats of KL a token that the model loses without one of its heads, the mean over all heads.
 
-        On the first ABLATED_TOKENS tokens or so; of states at layer 0.
+        On the first ABLATED_TOKENS tokens or so of the first batch; of states at layer 0.
         """
         h, lengths = self.hidden[0], self.lengths[0]
         rows = int(np.searchsorted(np.cumsum(lengths), ABLATED_TOKENS)) + 1
@@ -132,4 +132,4 @@ class CalibrationData:
             total, count = total + gradients.T @ gradients, count + len(gradients)
             if count >= FISHER_TOKENS:
                 break
-        return cls(states.inputs(model), total / (2 * count * average_head))
+        return cls(states.inputs(model), total / (2 * count * max(average_head, 1e-9)))

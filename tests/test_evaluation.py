@@ -8,6 +8,7 @@ import pytest
 import scipy.special
 
 import helpers
+from jaxgpt2.calibration import HiddenStates
 from jaxgpt2.decoding import Cached, OutOfRange
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError, PromptError
@@ -56,6 +57,16 @@ def test_measures_equal_their_definitions(encrypted):
     assert measured.recovered_kl == pytest.approx(1 - kl / kl_ablated, rel=1e-2)
     assert measured.head_error == pytest.approx(np.sqrt(error / norm), rel=1e-3)
     assert measured.top_k == pytest.approx({k: count / positions for k, count in agree.items()})
+
+
+def test_an_average_head_is_what_evaluation_measures_without_each(encrypted):
+    gpt2 = encrypted.model
+    heads = [f"{layer}.{head}" for layer in range(gpt2.config.n_layer) for head in range(3)]
+    found = []
+    for head in heads:
+        alone = EncryptedGPT2.encrypt(gpt2, head, MethodConfig.of("softmax", 8)).calibrate(CALIBRATION, 8)
+        found.append(evaluate(alone, TEXT[:16], alone.runner("quantized")).kl_ablated)
+    assert HiddenStates.read(gpt2, TEXT[:16], 8).average_head(gpt2) == pytest.approx(np.mean(found), rel=1e-3)
 
 
 def test_the_float_model_is_perfect_and_the_ablated_one_is_worth_nothing(encrypted):

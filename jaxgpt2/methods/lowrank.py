@@ -51,7 +51,7 @@ LOSS_TOKENS = 2048
 # Where ranks are not named, a lookup must save the model such a share of what an average head of it does, so that heads
 # which matter get more of them; and no head loses more than a share of what it does itself. Ranks below LEAST are not
 # chosen then: where a head needs less, a few more axes even out what rounding does to each.
-PRICE = 4e-5
+PRICE = 4.1e-5
 MOST_LOST = 0.05
 LEAST = (8, 12)
 
@@ -194,7 +194,7 @@ def predict_row_maxima(x: np.ndarray, maxima: np.ndarray) -> tuple[np.ndarray, f
 
 
 def best_scale(values: np.ndarray, limit: int) -> float:
-    """The scale of levels up to a limit that gives the least mean square error: clipping a few large values may be worth
+    """The scale of levels up to a limit that errs least in the mean square: clipping a few large values may be worth
     finer steps for the rest."""
     values = values.ravel()
     scales = (float(np.max(np.abs(values))) or 1.0) / limit * np.linspace(0.3, 1.0, 29)[:, None]

@@ -199,6 +199,29 @@ def test_training_runs_the_functions_that_are_encrypted(monkeypatch):
     assert ran and all(isinstance(ops, FakeQuantOps) for ops in ran)
 
 
+def test_the_clients_numbers_are_those_of_least_squares():
+    """Where the text ends nothing is seen, and a head that is linear in its sums is found."""
+    random = np.random.default_rng(0)
+    reals = lowrank.Reals(*[np.zeros(())] * len(lowrank.Reals._fields))
+    sums, mask = random.normal(size=(7, 5, 3)), np.ones((7, 5))
+    basis, mean = random.normal(size=(3, 4)), random.normal(size=4)
+    wanted = sums @ basis + mean
+    mask[2:, 3:], wanted[2:, 3:] = 0, 1e3
+    found = lowrank.fit_output(reals, sums, wanted, mask)
+    np.testing.assert_allclose(found.basis, basis, atol=1e-4)
+    np.testing.assert_allclose(found.mean, mean, atol=1e-4)
+
+
+def test_the_first_token_reads_itself_and_weights_of_zero_read_the_mean():
+    random = np.random.default_rng(0)
+    basis, mean = random.normal(size=(3, 4)), random.normal(size=4)
+    made = lowrank.LowRankDequantization(basis, mean, np.asarray(2.0))
+    numerators, denominators = np.array([[4, 0, 2], [0, 0, 0], [10, 20, 30]]), np.array([[0], [0], [18]])
+    found = lowrank.decode(made, (jnp.asarray(numerators), jnp.asarray(denominators)))
+    wanted = [[4, 0, 2] @ basis + mean, mean, np.array([1, 2, 3]) @ basis + mean]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_ranks_that_are_filled_up_for_training_change_nothing(monkeypatch):
     found = []
     for filled in (1, 4):
