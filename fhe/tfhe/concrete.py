@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("HPX_HANDLE_SIGNALS", "0")
 
 from concrete import fhe
-from concrete.compiler import ClientProgram  # pyright: ignore[reportUnknownVariableType]
+from concrete.compiler import ClientProgram, ServerProgram  # pyright: ignore[reportUnknownVariableType]
 from concrete.compiler import Value as NativeValue  # pyright: ignore[reportUnknownVariableType]
 from concrete.fhe.compilation.composition import CompositionClause, CompositionRule
 from concrete.fhe.compilation.module import FheModule
@@ -269,6 +269,30 @@ class _ServerHalf:
     configuration: fhe.Configuration
 
 
+@dataclass(frozen=True)
+class _Simulator:
+    """A circuit compiled for simulation.
+
+    circuits: of every function, the client's and the server's part. `fhe.Client` and `fhe.Server` make them anew at
+    every call, which takes longer than the simulation.
+    """
+
+    circuits: Mapping[str, tuple[Any, Any]]
+    server: fhe.Server  # whose directory is removed with it
+
+    @classmethod
+    def of(cls, half: _ServerHalf, signatures: Signatures) -> "_Simulator":
+        rules = _Compositions.of(signatures).rules
+        server = fhe.Server.create(half.mlir, half.configuration, is_simulated=True, composition_rules=rules)
+        weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
+        client = cast("Any", ClientProgram).create_simulated(server.client_specs.program_info)
+        program = cast("Any", ServerProgram)(server._library, True)
+        circuits = {
+            name: (client.get_client_circuit(name), program.get_server_circuit(name)) for name in signatures.functions
+        }
+        return cls(circuits, server)
+
+
 class ConcreteCircuit:
     """Compiled functions (see `fhe.Circuit`).
 
@@ -288,7 +312,7 @@ class ConcreteCircuit:
         self.report = report
         self._specs = specs
         self._half = half
-        self._simulator: tuple[fhe.Server, fhe.Client] | None = None
+        self._simulator: _Simulator | None = None
         self._server_keys: tuple[bytes, fhe.EvaluationKeys, str] | None = None
         if half is not None:
             weakref.finalize(half.server, shutil.rmtree, _directory_of(half.server), ignore_errors=True)
@@ -310,23 +334,21 @@ class ConcreteCircuit:
     def simulate(self, name: str, *inputs: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         check_count(f"the inputs of {name}", len(inputs), len(self.signatures[name].sources))
         if self._simulator is None:  # compiled at the first call: it takes as long as the circuit itself
-            rules, half = _Compositions.of(self.signatures).rules, self.half
-            server = fhe.Server.create(half.mlir, half.configuration, is_simulated=True, composition_rules=rules)
-            weakref.finalize(server, shutil.rmtree, _directory_of(server), ignore_errors=True)
-            self._simulator = server, fhe.Client(server.client_specs, is_simulated=True)
-        server, client = self._simulator
+            self._simulator = _Simulator.of(self.half, self.signatures)
         arrays = [np.asarray(x, np.int64) for x in inputs]
         own = self.signatures[name].client_inputs
-        # Zeros in place of what other functions gave: that may lie outside its type, see `_state`.
-        places = [x if position in own else np.zeros_like(x) for position, x in enumerate(arrays)]
-        values = list(_as_values(client.simulate_encrypt(*places, function_name=name)))
-        program = cast("Any", ClientProgram).create_simulated(client.specs.program_info)
-        circuit = program.get_client_circuit(name)
-        for position in set(range(len(arrays))) - set(own):
-            values[position] = self._state(circuit, name, position, arrays[position])
-        results = server.run(*values, function_name=name)
-        decrypted = _as_tuple(client.simulate_decrypt(*_as_values(results), function_name=name))
-        return tuple(self._unwrapped(name, position, x) for position, x in enumerate(decrypted))
+        client, server = self._simulator.circuits[name]
+        values = [
+            client.simulate_prepare_input(
+                NativeValue((self._own if position in own else self._state)(name, position, x)), position
+            )
+            for position, x in enumerate(arrays)
+        ]
+        results = [
+            np.asarray(client.simulate_process_output(value, position).to_py_val(), np.int64)
+            for position, value in enumerate(server.simulate(values))
+        ]
+        return tuple(self._unwrapped(name, position, x) for position, x in enumerate(results))
 
     def make_keys(self, seed: int | None = None) -> ConcreteKeys:
         # Concrete's default is seed 0, so all 128 bits are drawn here, from the operating system.
@@ -343,13 +365,16 @@ class ConcreteCircuit:
 
     @cached_property
     def _types(self) -> dict[str, dict[str, list[Any]]]:
-        """Width and sign of every function's "inputs" and "outputs"."""
+        """Width, sign and shape of every function's "inputs" and "outputs"."""
+
+        def type_of(end: Any) -> dict[str, Any]:
+            of_ciphertext = end["typeInfo"]["lweCiphertext"]
+            shape = tuple(of_ciphertext["abstractShape"]["dimensions"])
+            return of_ciphertext["encoding"]["integer"] | {"shape": shape}
+
         circuits = json.loads(cast("Any", self._specs).program_info.serialize())["circuits"]
         return {
-            circuit["name"]: {
-                side: [end["typeInfo"]["lweCiphertext"]["encoding"]["integer"] for end in circuit[side]]
-                for side in ("inputs", "outputs")
-            }
+            circuit["name"]: {side: [type_of(end) for end in circuit[side]] for side in ("inputs", "outputs")}
             for circuit in circuits
         }
 
@@ -360,15 +385,28 @@ class ConcreteCircuit:
         width = encoding["width"]
         return x if encoding["isSigned"] else np.where(x >> width, x - (2 << width), x)
 
-    def _state(self, circuit: Any, name: str, position: int, x: NDArray[Any]) -> Any:
-        """A simulated ciphertext that stays on the server, of any integers.
+    def _own(self, name: str, position: int, x: NDArray[Any]) -> NDArray[Any]:
+        """The client's integers, if they are of their type: Concrete refuses others when it encrypts."""
+        wanted = self._types[name]["inputs"][position]
+        low = -(1 << wanted["width"] - 1) if wanted["isSigned"] else 0
+        high = low + (1 << wanted["width"])
+        if x.shape != wanted["shape"] or (x.size and not low <= x.min() <= x.max() < high):
+            raise ValueError(
+                f"input {position} of {name}: wanted integers {low} to {high - 1} of shape {wanted['shape']}, got "
+                f"{x.min(initial=0)} to {x.max(initial=0)} of shape {x.shape}"
+            )
+        return x
+
+    def _state(self, name: str, position: int, x: NDArray[Any]) -> NDArray[Any]:
+        """The integers that a simulated ciphertext which stays on the server stands for, of any integers.
 
         A wrong lookup past the end of a table gives minus the entry at the other end. A ciphertext of it goes on as it
         is, modulo twice the range of its type, and so must this; Concrete's simulation of encryption refuses it.
         """
-        encoding = self._types[name]["inputs"][position]
-        x = x if encoding["isSigned"] else x % (2 << encoding["width"])
-        return fhe.Value(circuit.simulate_prepare_input(NativeValue(x), position))
+        wanted = self._types[name]["inputs"][position]
+        if x.shape != wanted["shape"]:
+            raise ValueError(f"input {position} of {name}: wanted shape {wanted['shape']}, got {x.shape}")
+        return x if wanted["isSigned"] else x % (2 << wanted["width"])
 
     def encrypt(self, keys: Keys, name: str, *inputs: NDArray[Any]) -> list[bytes]:
         keys = self._checked(keys)
@@ -662,7 +700,3 @@ def _digest(path: Path) -> str:
 
 def _as_values(values: Any) -> tuple[Any, ...]:
     return cast("tuple[Any, ...]", values) if isinstance(values, tuple) else (values,)
-
-
-def _as_tuple(results: Any) -> tuple[NDArray[Any], ...]:
-    return tuple(np.asarray(result, np.int64) for result in _as_values(results))

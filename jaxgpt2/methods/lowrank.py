@@ -56,7 +56,7 @@ MOST_LOST = 0.05
 LEAST = (8, 12)
 
 # When a head's cheapest configuration is looked for.
-PRICES = (1.2e-4, 6e-5, 3e-5, 1.5e-5)
+PRICES = (1.2e-4, 4e-5, 1.5e-5)
 MOST_LOST_CHEAPEST = 0.1
 
 # Lookups are those of a text of so many tokens.

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,8 +39,10 @@ LOOSE = 2.0
 # Prices of KL that are tried, in seconds a nat.
 PRICES = tuple(4.0**exponent for exponent in range(-10, 25))
 
-# Texts of a first look at an encrypted head; then twice as many, until it is clear what it loses.
+# Texts of a first look at an encrypted head, of which so many are simulated at a time; then twice as many, until it is
+# clear what it loses.
 FIRST_TEXTS = 16
+TEXTS_AT_A_TIME = 4
 
 # Bounds hold with this probability, each, over the choice of texts.
 CONFIDENCE = 0.95
@@ -50,11 +55,13 @@ class Table:
     rows: dict[str, Row]
     directory: SweepDirectory | None = None
     prefix: str = ""
+    _adding: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, rows: Sequence[Row]) -> None:
-        if self.directory is not None:
-            self.directory.append([row | {"key": self.prefix + row["key"]} for row in rows])
-        self.rows |= {row["key"]: row for row in rows}
+        with self._adding:
+            if self.directory is not None:
+                self.directory.append([row | {"key": self.prefix + row["key"]} for row in rows])
+            self.rows |= {row["key"]: row for row in rows}
 
     def under(self, prefix: str) -> Table:
         """The rows of another kind in the same directory."""
@@ -261,17 +268,23 @@ class Simulation:
     """What encrypted heads are simulated on.
 
     passages: cut to `seq_len` tokens, for which circuits are made. inputs: of each layer, of calibration texts cut to
-    as many. allowed: the share of its KL that encryption may cost a head.
+    as many. allowed: the share of its KL that encryption may cost a head. stopping: set where nothing more is wanted.
     """
 
     passages: Sequence[str]
     inputs: Mapping[int, Sequence[np.ndarray]]
     seq_len: int
     allowed: float
+    stopping: threading.Event = field(default_factory=threading.Event)
 
 
 def trial(alone: EncryptedGPT2, fhe_config: fhe.FHEConfig, simulation: Simulation, table: Table) -> Trial:
-    """Simulates one calibrated head, on more and more texts until it is clear whether it loses what is allowed."""
+    """Simulates one calibrated head, on more and more texts until it surely loses no more than is allowed, or they show
+    that it loses more.
+
+    Raises:
+        CancelledError: nothing more is wanted.
+    """
     ((module, config),) = alone.configs.items()
     one = Configuration(module, dataclasses.replace(config, encryption=fhe_config))
     key = f"circuit of {simulation.seq_len} tokens {one.key}"
@@ -279,8 +292,9 @@ def trial(alone: EncryptedGPT2, fhe_config: fhe.FHEConfig, simulation: Simulatio
     compiled, count = None, FIRST_TEXTS
     while row.get("problem") is None:
         count = min(count, len(simulation.passages))
-        known = len(row["simulated"])
-        if known < count:
+        if (known := len(row["simulated"])) < count:
+            if simulation.stopping.is_set():
+                raise CancelledError
             try:
                 compiled = compiled or alone.compile_on(simulation.inputs, simulation.seq_len, fhe_config)
             except fhe.CompilationError as error:
@@ -293,14 +307,15 @@ def trial(alone: EncryptedGPT2, fhe_config: fhe.FHEConfig, simulation: Simulatio
                 "simulated": compiled.runner("simulate"),
                 "quantized": compiled.runner("quantized"),
             }
-            texts = simulation.passages[known:count]
+            texts = simulation.passages[known : min(count, known + TEXTS_AT_A_TIME)]
             found = measure(compiled, texts, runners, (1,), simulation.seq_len)
             more = {**found.runs, "ablated": found.ablated}
             row = row | {"complexity": report.complexity * share}
             row |= {name: row[name] + sums.kl.tolist() for name, sums in more.items()}
             table.add([row])
+            continue
         lost, low, high = bounds(*(np.array(row[name]) for name in ("simulated", "quantized", "ablated")))
-        if high <= simulation.allowed or low > simulation.allowed or count == len(simulation.passages):
+        if high <= simulation.allowed or lost > simulation.allowed or count == len(simulation.passages):
             return Trial(fhe_config, row["complexity"], lost, low, high, len(row["simulated"]))
         count *= 2
     return Trial(fhe_config, error=row["problem"])
@@ -311,20 +326,23 @@ def cheapest_encryption(
 ) -> tuple[fhe.FHEConfig, list[Trial]]:
     """The cheapest way to encrypt a head that surely loses no more than is allowed, and all that were tried.
 
-    Of each rounding, in the order given, the largest error probability that holds is found by bisection; the first
-    rounding that has one is taken.
+    Of each rounding, in the order given, the largest error probability that holds is found by bisection, which begins
+    with what the method tolerates; the first rounding that has one is taken.
 
     Raises:
         InputError: there is none; the message says what the best one loses.
     """
     tried: list[Trial] = []
+    (config,) = alone.configs.values()
+    tolerated = methods.get(config.method).fhe_config
     for _, group in itertools.groupby(candidates, key=lambda each: each.rounding):
         some = sorted(group, key=lambda each: each.p_error)
         low, high = -1, len(some)  # what is known to hold, and not to
+        middle = some.index(tolerated) if tolerated in some else high // 2
         while high - low > 1:
-            middle = (low + high + 1) // 2
             tried.append(trial(alone, some[middle], simulation, table))
             low, high = (middle, high) if tried[-1].holds(simulation.allowed) else (low, middle)
+            middle = (low + high + 1) // 2
         if low >= 0:
             return some[low], tried
     working = [each for each in tried if each.error is None]
@@ -363,13 +381,21 @@ def tune_encryption(
     simulation = Simulation(passages, inputs, seq_len, allowed)
     found: dict[Module, tuple[fhe.FHEConfig, list[Trial]]] = {}
     failed: InputError | None = None
-    for module, config in configs.items():
-        alone = EncryptedGPT2(gpt2, {module: config}, {module: calibrated.quantized[module]})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # an engine simulates on one core
+        heads = {}
+        for module, config in configs.items():
+            alone = EncryptedGPT2(gpt2, {module: config}, {module: calibrated.quantized[module]})
+            heads[pool.submit(cheapest_encryption, alone, candidates, simulation, table)] = module
         try:
-            found[module] = cheapest_encryption(alone, candidates, simulation, table)
-        except InputError as error:
-            failed = failed or error
-        progress(1)
+            for future in as_completed(heads):
+                try:
+                    found[heads[future]] = future.result()
+                except InputError as error:
+                    failed = failed or error
+                progress(1)
+        finally:
+            simulation.stopping.set()
+            pool.shutdown(wait=True, cancel_futures=True)
     if failed is not None:
         raise failed
-    return found
+    return {module: found[module] for module in configs}
