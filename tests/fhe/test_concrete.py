@@ -369,6 +369,10 @@ def test_inputs_beyond_the_circuit_are_refused(head):
         circuit.encrypt(keys, "head", np.full((2, 4), 1000))
     with pytest.raises(ValueError):
         circuit.encrypt(keys, "head", np.zeros((3, 4), int))
+    with pytest.raises(ValueError, match=r"input 0 of head: wanted integers .* of shape \(2, 4\), got 0 to 1000 of"):
+        circuit.simulate("head", np.full((2, 4), 1000))
+    with pytest.raises(ValueError, match=r"input 0 of head: wanted integers .* got 0 to 0 of shape \(3, 4\)"):
+        circuit.simulate("head", np.zeros((3, 4), int))
 
 
 def test_what_a_wrong_lookup_wraps_goes_on_as_a_ciphertext_does():

@@ -323,7 +323,8 @@ def test_sweep_writes_a_table_and_figures_and_resumes(model, tmp_path):
     assert journal.read_text().splitlines(keepends=True)[:5] == lines[:5]  # those were not measured again
     resumed = pd.read_parquet(answer["table"])
     assert (resumed["attention"] == frame["attention"]).all()
-    assert np.allclose(resumed["kl"].to_numpy(float), frame["kl"].to_numpy(float), rtol=1e-4)
+    # Another stack rounds otherwise: by float32's last bit of log probabilities of about 6, at every position.
+    assert np.allclose(resumed["kl"].to_numpy(float), frame["kl"].to_numpy(float), rtol=0, atol=2e-6)
 
 
 @pytest.mark.slow
