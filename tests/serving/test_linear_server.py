@@ -254,7 +254,7 @@ def test_requests_at_once(home, model):
         def slow(*arguments: Any) -> Any:
             for piece in answer(*arguments):
                 begun.set()
-                go.wait(30)
+                go.wait(600)  # as long as a machine may stand still
                 yield piece
 
         matrix.answer = slow  # pyright: ignore[reportAttributeAccessIssue]
@@ -267,6 +267,7 @@ def test_requests_at_once(home, model):
                 assert np.array_equal(np.frombuffer(found.content, np.uint32), wanted)
             ahead.append(asyncio.create_task(alice.post("/matrices/1/ahead", content=bytes(32 * FEATURE))))
             while server.in_flight["alice"] < 2:
+                assert not any(each.done() for each in ahead)
                 await asyncio.sleep(0.01)
             found = await alice.post("/matrices/0/online", content=ONLINE)
             assert (found.status_code, found.json()["code"]) == (429, "in_flight")
