@@ -67,8 +67,13 @@ def largest_level(bits: Any) -> Any:
 
 def scale_for(values: np.ndarray, bits: int) -> float:
     """The scale at which the largest magnitude among `values` becomes the largest level; 1.0 if all are zero."""
+    return scale_to(values, largest_level(bits))
+
+
+def scale_to(values: np.ndarray, limit: int) -> float:
+    """The scale at which the largest magnitude among `values` becomes that level; 1.0 if all are zero."""
     largest = float(np.max(np.abs(values), initial=0.0))
-    return largest / largest_level(bits) if largest > 0 else 1.0
+    return largest / limit if largest > 0 else 1.0
 
 
 def quantize(x: jax.Array, scale: ArrayLike, bits: ArrayLike) -> jax.Array:

@@ -38,7 +38,7 @@ from jaxgpt2.decoding import STRETCH, Cached
 from jaxgpt2.methods.jax_ops import FakeQuantOps, straight_through
 from jaxgpt2.methods.method import HeadWeights, Method, QuantizedFunction, QuantizedModule, float_head
 from jaxgpt2.methods.requantize import Projection, build_table, project
-from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound
+from jaxgpt2.quantize import Bits, CalibrationError, check_accumulator, largest_level, projection_bound, scale_to
 
 # So many more bits than activations has what is added to scores (the row's predicted maximum and the key's own term),
 # and what the exponential sees of them.
@@ -197,7 +197,7 @@ def best_scale(values: np.ndarray, limit: int) -> float:
     """The scale of levels up to a limit that errs least in the mean square: clipping a few large values may be worth
     finer steps for the rest."""
     values = values.ravel()
-    scales = (float(np.max(np.abs(values))) or 1.0) / limit * np.linspace(0.3, 1.0, 29)[:, None]
+    scales = scale_to(values, limit) * np.linspace(0.3, 1.0, 29)[:, None]
     errors = np.zeros(len(scales))
     for start in range(0, len(values), 4096):  # what the processor's cache holds
         some = values[start : start + 4096]
