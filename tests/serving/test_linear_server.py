@@ -248,16 +248,18 @@ def test_requests_at_once(home, model):
     async def calls() -> None:
         server, app = app_of(home, requests_per_client=2, requests=4)
         begun, go = threading.Event(), threading.Event()
-        matrix = server.matrices[0][1]
-        answer = matrix.answer
 
-        def slow(*arguments: Any) -> Any:
-            for piece in answer(*arguments):
-                begun.set()
-                go.wait(600)  # as long as a machine may stand still
-                yield piece
+        def slow(answer: Any) -> Any:
+            def answered(*arguments: Any) -> Any:
+                for piece in answer(*arguments):
+                    begun.set()
+                    go.wait(600)  # as long as a machine may stand still
+                    yield piece
 
-        matrix.answer = slow  # pyright: ignore[reportAttributeAccessIssue]
+            return answered
+
+        for _, matrix in server.matrices[:2]:  # either is in flight until both were seen
+            matrix.answer = slow(matrix.answer)
         async with client_of(app, "alice") as alice, client_of(app, "bob") as bob:
             ahead = [asyncio.create_task(alice.post("/matrices/0/ahead", content=bytes(32 * FEATURE)))]
             assert await asyncio.to_thread(begun.wait, 30)
