@@ -23,6 +23,13 @@ ABLATED_TOKENS = 256
 ABLATED_HEADS = 48
 
 
+@jax.jit
+def _mean_kl(exact: jax.Array, logits: jax.Array) -> jax.Array:
+    """The mean KL(exact || other) over positions; both are logits (N, V)."""
+    log_p = jax.nn.log_softmax(exact)
+    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits)), axis=-1))
+
+
 def token_batches(
     model: Decoder, passages: Sequence[str], max_tokens: int, size: int = 16
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -81,13 +88,13 @@ class HiddenStates:
         """
         h, lengths = self.hidden[0], self.lengths[0]
         rows = int(np.searchsorted(np.cumsum(lengths), ABLATED_TOKENS)) + 1
-        h, mask = h[:rows], jnp.arange(h.shape[1]) < lengths[:rows, None]
+        h, mask = h[:rows], np.arange(h.shape[1]) < lengths[:rows, None]
 
-        def log_probabilities(layer: int, h: jax.Array) -> jax.Array:
+        def logits(layer: int, h: jax.Array) -> jax.Array:
             h = model.leave(layer, h)
             for later in range(layer + 1, model.config.n_layer):
                 h, _ = model.block(later, h)
-            return jax.nn.log_softmax(model.unembed(h))
+            return model.unembed(h[mask])
 
         layers, per_layer = model.config.n_layer, model.config.n_head
         every = -(-layers * per_layer // ABLATED_HEADS)
@@ -95,9 +102,8 @@ class HiddenStates:
         for layer in range(layers):
             for head in range(-layer * per_layer % every, per_layer, every):
                 _, without, own, _ = model.attend(layer, h, np.array([head]))
-                exact = log_probabilities(layer, without + own[0]) if exact is None else exact
-                kl = jnp.sum(jnp.exp(exact) * (exact - log_probabilities(layer, without)), axis=-1)
-                lost.append(float(jnp.sum(kl * mask) / jnp.sum(mask)))
+                exact = logits(layer, without + own[0]) if exact is None else exact
+                lost.append(float(_mean_kl(exact, logits(layer, without))))
             h, _ = model.block(layer, h)
         return float(np.mean(lost))
 

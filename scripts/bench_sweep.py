@@ -17,11 +17,14 @@ the speed of the device's largest matrix products, which is measured in the same
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -36,7 +39,7 @@ from jaxgpt2.models.gpt2.config import GPT2Config
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.modules import Module
-from jaxgpt2.sweeps.runner import Configuration, Experiment, SweepRunner
+from jaxgpt2.sweeps.runner import Configuration, Experiment, Layer, Prepared, SweepRunner
 from machine import environment
 
 
@@ -96,6 +99,11 @@ def transformers_pass(texts: list[list[int]]) -> Callable[[], object]:
     return run
 
 
+def calibrated(bench: SweepRunner, layer: Layer, configuration: Configuration) -> tuple[Prepared, float]:
+    start = time.perf_counter()
+    return bench.calibrate(layer, configuration), time.perf_counter() - start
+
+
 def measure(layers: list[int], passages: int, rows: int, repeats: int, method: str, theirs: bool) -> dict[str, Any]:
     config = GPT2Config()
     texts = random_texts(config, passages, 0)
@@ -115,9 +123,12 @@ def measure(layers: list[int], passages: int, rows: int, repeats: int, method: s
         layer = bench.layer(index)
         bits = [2 + i % 10 for i in range(rows)]
         configurations = [Configuration(Module(index, 0), MethodConfig.of(method, each)) for each in bits]
-        start = time.perf_counter()
-        prepared = [(each, bench.calibrate(layer, each)) for each in configurations]
-        calibrating.append((time.perf_counter() - start) / rows)
+        if not compiling:
+            bench.calibrate(layer, configurations[0])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # as in a sweep
+            timed = list(pool.map(functools.partial(calibrated, bench, layer), configurations))
+        calibrating += [each for _, each in timed]
+        prepared = [(each, made) for each, (made, _) in zip(configurations, timed, strict=True)]
 
         def run(layer: Any = layer, prepared: Any = prepared) -> None:
             bench.forget()

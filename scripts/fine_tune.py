@@ -29,7 +29,7 @@ from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.evaluation import bundled_passages, longest_passage
 from jaxgpt2.methods import MethodConfig, QuantizedModule
 from jaxgpt2.methods.formula import PROJECTIONS, Formula, attend_to_text, decode, formula_of
-from jaxgpt2.methods.jax_ops import FakeQuantOps, straight_through
+from jaxgpt2.methods.jax_ops import JaxOps, straight_through
 from jaxgpt2.models.gpt2.model import Transformer
 from jaxgpt2.models.gpt2.pretrained import GPT2
 from jaxgpt2.models.gpt2.state_dict import assemble, disassemble
@@ -47,7 +47,7 @@ RATE = 5e-4
 WINDOW, ENTRIES = 2, 2048
 
 
-class StraightThroughOps(FakeQuantOps):
+class StraightThroughOps(JaxOps):
     """Lookup tables in float32 arrays that hold integers: their values, with the gradients of their slopes."""
 
     def lookup(self, table: Any, x: jax.Array) -> jax.Array:
@@ -58,6 +58,9 @@ class StraightThroughOps(FakeQuantOps):
         ends = jnp.clip(jnp.stack([index - WINDOW, index + WINDOW]), 0, len(values) - 1)
         slope = jax.lax.stop_gradient((values[ends[1]] - values[ends[0]]) / (2 * WINDOW * step))
         return values[index] + slope * (x - jax.lax.stop_gradient(x))  # exactly an integer
+
+    def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b)
 
 
 def rounded(x: jax.Array, limit: int) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,14 +43,3 @@ class JaxOps:
 def straight_through(smooth: jax.Array, exact: jax.Array) -> jax.Array:
     """The value of `exact` with the gradient of `smooth` (Bengio et al., 2013)."""
     return smooth + jax.lax.stop_gradient(exact - smooth)
-
-
-class FakeQuantOps(JaxOps):
-    """Quantized functions in float32, for training: where integers meet a table, these meet a function, which rounds
-    and has a gradient."""
-
-    def lookup(self, table: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        return table(x)
-
-    def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b)

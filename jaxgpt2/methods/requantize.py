@@ -32,7 +32,7 @@ class Projection:
 
     weight: np.ndarray
     bias: np.ndarray
-    requantize: Any  # a LookupTable; a function while it trains (`FakeQuantOps`)
+    requantize: LookupTable
 
 
 def project(ops: Ops, projection: Projection, x: Any) -> Any:

@@ -1,6 +1,7 @@
 """The parts of the low-rank head, each against the float mathematics that it stands for."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from fhe import NumpyOps
 from heads import integers, random_head, random_inputs
 from jaxgpt2 import methods
 from jaxgpt2.methods import lowrank
-from jaxgpt2.methods.jax_ops import FakeQuantOps
+from jaxgpt2.methods.jax_ops import JaxOps
 from jaxgpt2.methods.method import float_head
 from jaxgpt2.quantize import Bits, CalibrationError
 
@@ -187,16 +188,58 @@ def test_training_through_the_rounding_lowers_the_error_of_the_integers():
     assert trained < 0.7 * untrained
 
 
-def test_training_runs_the_functions_that_are_encrypted(monkeypatch):
-    ran = []
+class FloatOps(JaxOps):
+    """The integer functions on real numbers: a table is a function, and nothing else is rounded."""
 
-    def watched(ops, params, *arrays):
-        ran.append(ops)
-        return lowrank.attend(ops, params, *arrays)
+    def lookup(self, table, x):
+        return table(x)
 
-    monkeypatch.setattr(lowrank, "STRATEGY", dataclasses.replace(lowrank.STRATEGY, attend=watched))
-    calibrated_head(3)  # so many steps that nothing else has compiled
-    assert ran and all(isinstance(ops, FakeQuantOps) for ops in ran)
+    def matmul(self, a, b):
+        return jnp.matmul(a, b)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_what_is_trained_is_what_is_encrypted(seed, tokens):
+    """`rounding_head` gives what the integer functions give where only projections and weights are rounded."""
+    random = np.random.default_rng(seed)
+
+    def eighths(*shape: int) -> jax.Array:  # whose products float32 adds without rounding
+        return jnp.asarray(random.integers(-12, 13, shape) / 8, jnp.float32)
+
+    projections = (eighths(5, 3), eighths(3), eighths(5, 3), eighths(3), eighths(5, 2), eighths(2))
+    score_parts = (jnp.float32(0.125), eighths(5), eighths(), eighths(5), eighths())
+    reals = lowrank.Reals(*projections, *score_parts, jnp.eye(2), jnp.zeros(2), jnp.zeros(()))
+    widths = lowrank.Widths(levels=3, value_levels=4, terms=15, largest_weight=7, term_step=2, shift_step=1, cell=2)
+    x = eighths(tokens, 5)
+
+    projection: Any = lowrank.Projection
+    made: Any = lowrank.LowRankParams
+
+    def level(limit, step=1):
+        return lambda x: jnp.rint(jnp.clip(x, -limit, limit)) * step
+
+    def added(weight, bias, step):
+        return projection(weight[:, None] / 0.25 / step, bias / 0.25 / step, level(15, step))
+
+    def quarter(x):
+        return x * x / 4
+
+    params = made(
+        projection(reals.query, reals.query_bias, level(3)),
+        projection(reals.key, reals.key_bias, level(3)),
+        projection(reals.value, reals.value_bias, level(4)),
+        added(reals.shift, reals.shift_bias, 1),
+        added(reals.term, reals.term_bias, 2),
+        quarter,
+        quarter,
+        lambda s: jnp.rint(7 * jnp.exp(jnp.minimum(jnp.rint(s / 2) * 2 * 0.25, 0.0))),
+        quarter,
+        quarter,
+    )
+    wanted = STRATEGY.whole(FloatOps(), params, x)
+    for one, other in zip(lowrank.rounding_head(reals, widths, x), wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_clients_numbers_are_those_of_least_squares():
