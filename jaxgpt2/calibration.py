@@ -1,6 +1,6 @@
 """What calibration knows of a layer: the inputs that reach it in the float model, and what its errors cost.
 
-Shapes: B batch, T tokens, C width.
+Shapes: B batch, T tokens, C width, L layers.
 """
 
 from __future__ import annotations
@@ -122,24 +122,31 @@ class CalibrationData:
 
     Args:
         inputs: what reaches its heads in the float model, (T, C) float64, an array for every passage.
-        fisher: (C, C): error @ fisher @ error is KL(float || model with that error of the residual stream after the
-            layer's attention at one position) to second order, averaged over positions, as a share of what the model
-            loses without one of its heads (`HiddenStates.average_head`).
+        fisher: (C, C), see `fisher_information`.
     """
 
     inputs: list[np.ndarray]
     fisher: np.ndarray
 
-    @classmethod
-    def of(cls, model: Decoder, states: HiddenStates, average_head: float) -> CalibrationData:
-        """Half the Fisher information (Amari, "Natural gradient works efficiently in learning", 1998), from the
-        gradients of tokens drawn from the model's own predictions. Errors at different positions are taken as
-        independent."""
-        total, count = np.zeros((model.config.n_embd,) * 2), 0
-        for h, lengths in zip(states.hidden, states.lengths, strict=True):
-            mask = np.arange(h.shape[1]) < lengths[:, None]
-            gradients = np.asarray(model.likelihood_gradients(states.layer, h, mask), np.float64)[mask]
-            total, count = total + gradients.T @ gradients, count + len(gradients)
-            if count >= FISHER_TOKENS:
-                break
-        return cls(states.inputs(model), total / (2 * count * max(average_head, 1e-9)))
+
+def fisher_information(model: Decoder, states: HiddenStates) -> np.ndarray:
+    """What errors cost the model, layer by layer: (L, C, C); of states at layer 0.
+
+    error @ fisher[layer] @ error is KL(float || model with that error of the residual stream after the layer's
+    attention at one position) to second order, averaged over positions, as a share of what the model loses without one
+    of its heads (`HiddenStates.average_head`).
+
+    It is half the Fisher information (Amari, "Natural gradient works efficiently in learning", 1998), from the
+    gradients of tokens drawn from the model's own predictions. Errors at different positions are taken as independent.
+    """
+    total, count = np.zeros((model.config.n_layer, *(model.config.n_embd,) * 2)), 0
+    for h, lengths in zip(states.hidden, states.lengths, strict=True):
+        mask = np.arange(h.shape[1]) < lengths[:, None]
+        gradients = np.asarray(model.likelihood_gradients(h, mask))
+        for layer, own in enumerate(gradients):
+            some = own[mask].astype(np.float64)
+            total[layer] += some.T @ some
+        count += int(mask.sum())
+        if count >= FISHER_TOKENS:
+            break
+    return total / (2 * count * max(states.average_head(model), 1e-9))

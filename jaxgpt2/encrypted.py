@@ -24,7 +24,7 @@ import fhe
 from fhe import storage
 from fhe.envelope import write_whole
 from jaxgpt2 import methods
-from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.calibration import CalibrationData, HiddenStates, fisher_information
 from jaxgpt2.decoding import CircuitCache, NotReady, OutOfRange
 from jaxgpt2.errors import InputError, MissingExtra
 from jaxgpt2.executors import Executor, LocalExecutor, SimulatedExecutor, StateLost
@@ -361,10 +361,10 @@ class EncryptedGPT2:
         if missing:
             rest, data = dataclasses.replace(self, configs=missing), {}
             states = HiddenStates.read(self.model, passages, max_tokens)
-            average_head = states.average_head(self.model)
+            fisher = fisher_information(self.model, states)
             for layer in rest._layers():
                 states = states.at(self.model, layer)
-                data[layer] = CalibrationData.of(self.model, states, average_head)
+                data[layer] = CalibrationData(states.inputs(self.model), fisher[layer])
             made = rest.calibrate_on(data, max_tokens).quantized
             for module, path in paths.items():
                 if module in made:

@@ -35,7 +35,7 @@ import numpy as np
 
 import fhe
 from jaxgpt2 import methods
-from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.calibration import HiddenStates, fisher_information
 from jaxgpt2.encrypted import EncryptedGPT2, head_weights
 from jaxgpt2.evaluation import Evaluation, bundled_passages, evaluate
 from jaxgpt2.executors import LocalExecutor
@@ -129,10 +129,10 @@ def trained_head(head: str, width: int, tokens: int) -> tuple[HeadWeights, list[
     gpt2 = GPT2.from_pretrained("tiny")
     (module,) = parse_modules(head, gpt2.config)
     start = HiddenStates.read(gpt2, bundled_passages("calibration"), tokens)
-    data = CalibrationData.of(gpt2, start.at(gpt2, module.layer), start.average_head(gpt2))
+    calibration = start.at(gpt2, module.layer).inputs(gpt2)
     evaluation = HiddenStates.read(gpt2, bundled_passages("eval"), tokens).at(gpt2, module.layer)
-    weights = head_weights(gpt2, module.layer, module.head or 0, data.fisher)
-    wider, inputs = widened(weights, data.inputs, width)
+    weights = head_weights(gpt2, module.layer, module.head or 0, fisher_information(gpt2, start)[module.layer])
+    wider, inputs = widened(weights, calibration, width)
     _, texts = widened(weights, [x for x in evaluation.inputs(gpt2) if len(x) == tokens], width)
     return wider, inputs, texts
 

@@ -1,6 +1,6 @@
 """Float models, and what the rest of the package needs of one.
 
-Shapes: B batch, T tokens, C width, D head_dim, P heads, V vocabulary.
+Shapes: B batch, T tokens, C width, D head_dim, L layers, P heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Decoder(Protocol):
         """A head's query, key, value (C, D), their biases (D,), and output (D, C), float64."""
         ...
 
-    def likelihood_gradients(self, layer: int, h: jax.Array, mask: np.ndarray) -> jax.Array:
-        """Of the log probability of tokens that the model draws itself, at the residual stream after a block's
-        attention: h (B, T, C) before the block, mask (B, T) of the text -> (B, T, C)."""
+    def likelihood_gradients(self, h: jax.Array, mask: np.ndarray) -> jax.Array:
+        """Of the log probability of tokens that the model draws itself, at the residual stream after each block's
+        attention: embedded tokens h (B, T, C), mask (B, T) of the text -> (L, B, T, C)."""
         ...
 
     def generate(self, prompt: str, max_new_tokens: int, sampling: Sampling | None = None) -> Any:

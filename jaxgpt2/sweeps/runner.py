@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fhe
 from jaxgpt2 import methods
-from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.calibration import CalibrationData, HiddenStates, fisher_information
 from jaxgpt2.encrypted import EncryptedGPT2
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import check_disjoint, check_ks, longest_passage
@@ -516,7 +516,7 @@ class SweepRunner:
             HiddenStates.read(self.gpt2, experiment.calibration, experiment.seq_len),
         )
         self._reached = self._start
-        self._average_head = self._start[1].average_head(self.gpt2)
+        self._fisher = fisher_information(self.gpt2, self._start[1])
         self._ablated: dict[Module, Sums] = {}
         self._heads: dict[tuple[int, int | None, int], tuple[jax.Array, jax.Array, jax.Array]] = {}
         lengths = self._start[0].lengths
@@ -568,9 +568,8 @@ class SweepRunner:
             self._reached = self._start
         self._reached = tuple(states.at(self.gpt2, index) for states in self._reached)
         states, calibration, cost = self._reached
-        return Layer(
-            index, states, CalibrationData.of(self.gpt2, calibration, self._average_head), cost.inputs(self.gpt2)
-        )
+        data = CalibrationData(calibration.inputs(self.gpt2), self._fisher[index])
+        return Layer(index, states, data, cost.inputs(self.gpt2))
 
     # One configuration ---------------------------------------------------------------------------
 

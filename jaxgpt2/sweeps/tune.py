@@ -20,7 +20,7 @@ import numpy as np
 
 import fhe
 from jaxgpt2 import methods
-from jaxgpt2.calibration import CalibrationData, HiddenStates
+from jaxgpt2.calibration import HiddenStates, fisher_information
 from jaxgpt2.encrypted import EncryptedGPT2, Module, head_weights
 from jaxgpt2.errors import InputError
 from jaxgpt2.evaluation import measure
@@ -91,17 +91,17 @@ def candidates(
     if not proposing:
         return found
     states, by_key = HiddenStates.read(gpt2, calibration, max_tokens), dict[str, Configuration]()
-    average_head = states.average_head(gpt2)
+    fisher = fisher_information(gpt2, states)
     for layer, own in itertools.groupby(sorted(modules), key=lambda module: module.layer):
         states = states.at(gpt2, layer)
-        data = CalibrationData.of(gpt2, states, average_head)
+        inputs = states.inputs(gpt2)
         for module in own:
             assert module.head is not None
-            weights = head_weights(gpt2, layer, module.head, data.fisher)
+            weights = head_weights(gpt2, layer, module.head, fisher[layer])
             proposals: dict[str, Sequence[Mapping[str, int]]] = {}
             for name in dict.fromkeys(names):
                 propose = methods.get(name).propose
-                proposals[name] = ({},) if propose is None else propose(weights, data.inputs)
+                proposals[name] = ({},) if propose is None else propose(weights, inputs)
             for each in (each for each in found if each.module == module):
                 for proposal in proposals[each.config.method]:
                     # What is named stands.

@@ -4,7 +4,7 @@ The pieces are the same compiled code in every mode, so that what reaches an enc
 the same in every mode too. A piece takes the structure (a constant of the compiled code) and the state of what it runs:
 the whole model, or one block, so that one compiled program serves all layers.
 
-Shapes: B batch, T tokens, C width, H heads, D head_dim, P encrypted heads, V vocabulary.
+Shapes: B batch, T tokens, C width, H heads, D head_dim, L layers, P encrypted heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -82,25 +82,20 @@ def unembed(graph: nnx.GraphDef, state: nnx.State, h: jax.Array) -> jax.Array:
     return nnx.merge(graph, state).unembed(h)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "layer"))
-def likelihood_gradients(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, mask: jax.Array, layer: int) -> jax.Array:
-    """Gradients of the log probability of tokens that the model draws itself, at the residual stream after a block's
-    attention: h (B, T, C) before the block, mask (B, T) of the text -> (B, T, C)."""
+@_piece
+def likelihood_gradients(graph: nnx.GraphDef, state: nnx.State, h: jax.Array, mask: jax.Array) -> jax.Array:
+    """Gradients of the log probability of tokens that the model draws itself, at the residual stream after each
+    block's attention: embedded tokens h (B, T, C), mask (B, T) of the text -> (L, B, T, C)."""
     model = nnx.merge(graph, state)
-    block = model.h[layer]
-    heads, _ = block.attn.heads(block.ln_1(h))
-    h = h + block.attn.project(heads)
 
-    def logits(error: jax.Array) -> jax.Array:
-        rest = block.leave(h + error)
-        for later in model.h[layer + 1 :]:
-            rest, _ = later(rest)
+    def log_probabilities(errors: jax.Array) -> jax.Array:
+        rest = h
+        for block, error in zip(model.h, errors, strict=True):
+            heads, _ = block.attn.heads(block.ln_1(rest))
+            rest = block.leave(rest + block.attn.project(heads) + error)
         return jax.nn.log_softmax(model.unembed(rest))
 
-    drawn = jax.random.categorical(jax.random.key(0), logits(jnp.zeros_like(h)))
-
-    def likelihood(error: jax.Array) -> jax.Array:
-        chosen = jnp.take_along_axis(logits(error), drawn[..., None], axis=-1)[..., 0]
-        return jnp.sum(chosen * mask)
-
-    return jax.grad(likelihood)(jnp.zeros_like(h))
+    exact, pull_back = jax.vjp(log_probabilities, jnp.zeros((len(model.h), *h.shape)))
+    drawn = jax.random.categorical(jax.random.key(0), exact)
+    (gradients,) = pull_back(jax.nn.one_hot(drawn, exact.shape[-1]) * mask[..., None])
+    return gradients

@@ -202,8 +202,8 @@ class GPT2:
     def unembed(self, h: jax.Array) -> jax.Array:
         return branches.unembed(self.graph, self.state, h)
 
-    def likelihood_gradients(self, layer: int, h: jax.Array, mask: np.ndarray) -> jax.Array:
-        return branches.likelihood_gradients(self.graph, self.state, h, jnp.asarray(mask), layer)
+    def likelihood_gradients(self, h: jax.Array, mask: np.ndarray) -> jax.Array:
+        return branches.likelihood_gradients(self.graph, self.state, h, jnp.asarray(mask))
 
     def head_weights(self, layer: int, head: int) -> dict[str, np.ndarray]:
         tensors, width, size = disassemble(self.model), self.config.n_embd, self.config.head_dim
