@@ -49,11 +49,9 @@ RANKS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56)
 LOSS_TOKENS = 2048
 
 # Where ranks are not named, a lookup must save the model such a share of what an average head of it does, so that heads
-# which matter get more of them; and no head loses more than a share of what it does itself. Ranks below LEAST are not
-# chosen then: where a head needs less, a few more axes even out what rounding does to each.
-PRICE = 4.1e-5
+# which matter get more of them; and no head loses more than a share of what it does itself.
+PRICE = 2.7e-5
 MOST_LOST = 0.05
-LEAST = (8, 12)
 
 # When a head's cheapest configuration is looked for.
 PRICES = (1.2e-4, 4e-5, 1.5e-5)
@@ -512,7 +510,7 @@ def calibrate(
             losses = losses._replace(by_score={score_rank: 0.0})
         if value_rank:
             losses = losses._replace(by_value={value_rank: 0.0})
-        score_rank, value_rank = choose_ranks(losses, PRICE, MOST_LOST, LEAST)
+        score_rank, value_rank = choose_ranks(losses, PRICE, MOST_LOST)
     rank, width = min(score_rank, head_dim), min(value_rank, head_dim)
     real = np.concatenate(inputs)
     ends = np.cumsum([len(passage) for passage in inputs])
@@ -696,20 +694,19 @@ def lookups(tokens: int, score_rank: int, value_rank: int) -> int:
     return tokens * (3 * score_rank + 2 * value_rank + 2) + pairs * (score_rank + value_rank + 2)
 
 
-def choose_ranks(losses: RankLosses, price: float, most: float, least: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+def choose_ranks(losses: RankLosses, price: float, most: float) -> tuple[int, int]:
     """The score rank and value rank at which what is lost and the price of the lookups are least together.
 
     Args:
         price: of a lookup, in what `RankLosses` counts in.
         most: share of `RankLosses.ablated` that may be lost at all. Where no ranks lose so little, those of least loss
             are taken.
-        least: smaller ones are not taken where there are larger ones.
     """
-    scores, values = (
-        [rank for rank in ranks if rank >= min(smallest, max(ranks))]
-        for ranks, smallest in zip((losses.by_score, losses.by_value), least, strict=True)
-    )
-    lost = {(score, value): losses.by_score[score] + losses.by_value[value] for score in scores for value in values}
+    lost = {
+        (score, value): in_scores + in_values
+        for score, in_scores in losses.by_score.items()
+        for value, in_values in losses.by_value.items()
+    }
     allowed = max(most * losses.ablated, min(lost.values()))
     return min(
         (pair for pair, loss in lost.items() if loss <= allowed),

@@ -107,11 +107,8 @@ def test_ranks_follow_the_heads_own_spectrum():
     assert lowrank.choose_ranks(losses, fewest, 1e-6) == (2, 8)
     pairs = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
     assert (2, 8) in pairs and {score for score, _ in pairs} == {2}
-    wanted = lowrank.choose_ranks(losses, lowrank.PRICE, lowrank.MOST_LOST, lowrank.LEAST)
-    assert wanted == lowrank.LEAST
-    value_rank = lowrank.choose_ranks(
-        losses._replace(by_score={5: 0.0}), lowrank.PRICE, lowrank.MOST_LOST, lowrank.LEAST
-    )[1]
+    wanted = lowrank.choose_ranks(losses, lowrank.PRICE, lowrank.MOST_LOST)
+    value_rank = lowrank.choose_ranks(losses._replace(by_score={5: 0.0}), lowrank.PRICE, lowrank.MOST_LOST)[1]
     for asked, ranks in (((0, 0), wanted), ((5, 0), (5, value_rank))):
         options = {**lowrank.LOWRANK.options, "score_rank": asked[0], "value_rank": asked[1], "training_steps": 0}
         module = lowrank.calibrate(head, inputs, Bits(6, 8, 4, 5), 8, **options)
