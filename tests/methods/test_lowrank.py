@@ -108,6 +108,7 @@ def test_ranks_follow_the_heads_own_spectrum():
     pairs = [tuple(proposal.values()) for proposal in lowrank.propose(head, inputs)]
     assert (2, 8) in pairs and {score for score, _ in pairs} == {2}
     wanted = lowrank.choose_ranks(losses, lowrank.PRICE, lowrank.MOST_LOST)
+    assert wanted == (2, 8)
     value_rank = lowrank.choose_ranks(losses._replace(by_score={5: 0.0}), lowrank.PRICE, lowrank.MOST_LOST)[1]
     for asked, ranks in (((0, 0), wanted), ((5, 0), (5, value_rank))):
         options = {**lowrank.LOWRANK.options, "score_rank": asked[0], "value_rank": asked[1], "training_steps": 0}
